@@ -1,0 +1,102 @@
+//! The packed layouts, each defined by a slow `get(words, n, k)`.
+//!
+//! Both store a ternary matrix `[N,K]` in tiles of 32 rows × 64 columns. A tile row's share of a
+//! chunk is one *piece* of 16 bytes (four little-endian u32 words):
+//!
+//! ```text
+//! words[tile = n/32][chunk = k/64][row = n%32][4]
+//! ```
+//!
+//! so that 32 GPU lanes, one per row, read 512 contiguous bytes, and a 128-bit SIMD register holds
+//! one row's piece. N is padded to a multiple of 32 and K to a multiple of 64 with weight 0.
+//! Storage is 2 bits a weight in either layout.
+
+/// Rows of a tile.
+pub const TILE_ROWS: usize = 32;
+/// Columns (k) of a chunk.
+pub const CHUNK_K: usize = 64;
+/// u32 words of a piece: one row's share of a chunk.
+pub const PIECE_WORDS: usize = 4;
+
+/// Chunks along K: `ceil(K/64)`.
+pub fn k_chunks(k: usize) -> usize {
+    k.div_ceil(CHUNK_K)
+}
+
+/// Words of a packed `[N,K]` matrix.
+pub fn len_words(n: usize, k: usize) -> usize {
+    n.div_ceil(TILE_ROWS) * k_chunks(k) * TILE_ROWS * PIECE_WORDS
+}
+
+/// Index of the first word of the piece that holds row `n`, chunk `chunk`.
+pub fn piece_index(chunks: usize, n: usize, chunk: usize) -> usize {
+    ((n / TILE_ROWS * chunks + chunk) * TILE_ROWS + n % TILE_ROWS) * PIECE_WORDS
+}
+
+/// The 2-bit code layout: bits `2j+1..2j` of byte `b` of a piece hold `w + 1` of
+/// `k = 64·chunk + 16·j + b`; code 3 never occurs.
+pub mod i2 {
+    use super::{CHUNK_K, piece_index};
+
+    /// Weight `w[n,k]` of a matrix with `chunks = k_chunks(K)`; `None` for the code 3.
+    pub fn get(words: &[u32], chunks: usize, n: usize, k: usize) -> Option<i8> {
+        let (chunk, within) = (k / CHUNK_K, k % CHUNK_K);
+        let (field, byte) = (within / 16, within % 16);
+        let word = words[piece_index(chunks, n, chunk) + byte / 4];
+        let code = word >> (8 * (byte % 4) + 2 * field) & 3;
+        [Some(-1), Some(0), Some(1), None][code as usize]
+    }
+}
+
+/// The bit-plane layout: words 0 and 1 of a piece are the non-zero plane of k 0–31 and 32–63 of
+/// the chunk, words 2 and 3 the sign plane (1 for −1). The sign plane is a subset of the other.
+pub mod planes {
+    use super::{CHUNK_K, piece_index};
+
+    /// Weight `w[n,k]` of a matrix with `chunks = k_chunks(K)`; `None` for a sign without a
+    /// non-zero bit.
+    pub fn get(words: &[u32], chunks: usize, n: usize, k: usize) -> Option<i8> {
+        let (chunk, within) = (k / CHUNK_K, k % CHUNK_K);
+        let (half, bit) = (within / 32, within % 32);
+        let piece = piece_index(chunks, n, chunk);
+        let nonzero = words[piece + half] >> bit & 1;
+        let negative = words[piece + 2 + half] >> bit & 1;
+        match (nonzero, negative) {
+            (0, 0) => Some(0),
+            (1, 0) => Some(1),
+            (1, 1) => Some(-1),
+            _ => None,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn i2_places_fields_16_apart() {
+        let mut words = vec![0x5555_5555; len_words(1, 64)];
+        // Row 0, byte 5, field 2 ↔ k = 37: bits 12..13 of word 1; code 2 is +1.
+        words[1] = words[1] & !(3 << 12) | 2 << 12;
+        for k in 0..64 {
+            assert_eq!(i2::get(&words, 1, 0, k), Some(i8::from(k == 37)), "{k}");
+        }
+        words[1] |= 3 << 12;
+        assert_eq!(i2::get(&words, 1, 0, 37), None);
+    }
+
+    #[test]
+    fn planes_keep_signs_in_the_upper_half() {
+        let mut words = vec![0; len_words(33, 65)];
+        assert_eq!(words.len(), 2 * 2 * 32 * 4);
+        // Row 32 (tile 1, row 0), k = 64 + 33 would be past K; use k = 33 of chunk 0.
+        let piece = piece_index(2, 32, 0);
+        words[piece + 1] = 1 << 1;
+        words[piece + 3] = 1 << 1;
+        assert_eq!(planes::get(&words, 2, 32, 33), Some(-1));
+        assert_eq!(planes::get(&words, 2, 32, 34), Some(0));
+        words[piece + 1] = 0;
+        assert_eq!(planes::get(&words, 2, 32, 33), None);
+    }
+}

@@ -1,0 +1,235 @@
+//! One error type; one variant per cause.
+
+use std::path::PathBuf;
+
+/// The library's result.
+pub type Result<T> = std::result::Result<T, Error>;
+
+/// What went wrong, with what was expected, what was found and where.
+///
+/// `file` is a path, or the name of an embedded file.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum Error {
+    /// A file could not be opened, read or mapped.
+    #[error("{}: {source}", path.display())]
+    Io {
+        /// The file or directory.
+        path: PathBuf,
+        /// The system's reason.
+        source: std::io::Error,
+    },
+    /// The directory lacks a file that a checkpoint must have.
+    #[error("{}: no {expected} in this directory", path.display())]
+    NotACheckpoint {
+        /// The directory.
+        path: PathBuf,
+        /// The missing file.
+        expected: &'static str,
+    },
+    /// A JSON file does not parse or lacks a field.
+    #[error("{file}: {source}")]
+    Json {
+        /// The JSON file.
+        file: String,
+        /// The parser's reason, with line and column.
+        source: serde_json::Error,
+    },
+    /// A safetensors header or its offsets do not describe the file.
+    #[error("{file}: not a valid safetensors file: {problem}")]
+    Safetensors {
+        /// The file.
+        file: String,
+        /// What is inconsistent, in numbers.
+        problem: String,
+    },
+    /// The checkpoint lacks a tensor that the configuration requires.
+    #[error("{file}: tensor {tensor} is missing{}", hint.map(|hint| format!(" ({hint})")).unwrap_or_default())]
+    MissingTensor {
+        /// The checkpoint or shard.
+        file: String,
+        /// The tensor's name.
+        tensor: String,
+        /// What in the configuration asks for it.
+        hint: Option<&'static str>,
+    },
+    /// A tensor has another shape than the configuration requires.
+    #[error("{file}: tensor {tensor}: expected shape {expected:?}, found {found:?}")]
+    TensorShape {
+        /// The checkpoint or shard.
+        file: String,
+        /// The tensor's name.
+        tensor: String,
+        /// The shape that the configuration implies.
+        expected: Vec<usize>,
+        /// The shape in the file.
+        found: Vec<usize>,
+    },
+    /// A tensor has another element type than the configuration requires.
+    #[error("{file}: tensor {tensor}: expected {expected}, found {found}")]
+    TensorDtype {
+        /// The checkpoint or shard.
+        file: String,
+        /// The tensor's name.
+        tensor: String,
+        /// The types that would do.
+        expected: &'static str,
+        /// The type in the file.
+        found: String,
+    },
+    /// A tensor holds a value that no valid checkpoint has.
+    #[error("{file}: tensor {tensor}: expected {expected}, found {found}")]
+    TensorValue {
+        /// The checkpoint or shard.
+        file: String,
+        /// The tensor's name.
+        tensor: String,
+        /// The values that are valid.
+        expected: &'static str,
+        /// The value, and where it stands.
+        found: String,
+    },
+    /// The checkpoint is of an architecture that this version does not run.
+    #[error("{file}: unknown architecture {found:?}; this version runs {expected}")]
+    UnknownArchitecture {
+        /// The configuration file.
+        file: String,
+        /// The name in the file.
+        found: String,
+        /// The names that would do.
+        expected: &'static str,
+    },
+    /// A configuration value is missing, out of range or contradicts another.
+    #[error("{file}: {key}: expected {expected}, found {found}")]
+    Config {
+        /// The configuration file.
+        file: String,
+        /// The key, dotted for nested ones.
+        key: &'static str,
+        /// What is supported or consistent.
+        expected: String,
+        /// What the file says.
+        found: String,
+    },
+    /// The tokenizer file cannot be used.
+    #[error("{file}: {problem}")]
+    Tokenizer {
+        /// The tokenizer file.
+        file: String,
+        /// What is wrong with it.
+        problem: String,
+    },
+    /// The chat template failed.
+    #[error("{file}: chat template: {source}")]
+    ChatTemplate {
+        /// The file the template is from.
+        file: String,
+        /// The template engine's reason.
+        source: minijinja::Error,
+    },
+    /// The model has no chat template.
+    #[error("{file}: no chat template; this model completes plain text")]
+    NoChatTemplate {
+        /// The model.
+        file: String,
+    },
+    /// A dimension is zero or too large.
+    #[error("{name}: expected 1 to {max}, found {found}")]
+    Dimension {
+        /// Which dimension.
+        name: &'static str,
+        /// Its value.
+        found: usize,
+        /// The largest supported value.
+        max: usize,
+    },
+    /// A token id is outside the vocabulary.
+    #[error("token {token} is outside the vocabulary of {vocab_size}")]
+    TokenOutOfRange {
+        /// The token id.
+        token: u32,
+        /// V.
+        vocab_size: usize,
+    },
+    /// There is nothing to continue from.
+    #[error("the prompt has no tokens")]
+    EmptyPrompt,
+    /// The tokens do not fit the context.
+    #[error("{needed} tokens do not fit the context of {capacity}")]
+    ContextOverflow {
+        /// Positions needed.
+        needed: usize,
+        /// Positions there are.
+        capacity: usize,
+    },
+    /// A sampling option is out of range.
+    #[error("{option}: expected {expected}, found {found}")]
+    Sampling {
+        /// The option.
+        option: &'static str,
+        /// Its valid range.
+        expected: &'static str,
+        /// The value given.
+        found: String,
+    },
+    /// A device name does not parse.
+    #[error("unknown device {found:?}: expected auto, gpu, gpu:N, cpu or ref")]
+    UnknownDevice {
+        /// The name given.
+        found: String,
+    },
+    /// No adapter answers to the request.
+    #[error("no GPU adapter for {wanted:?}: {found}")]
+    NoAdapter {
+        /// The device asked for.
+        wanted: String,
+        /// What is there instead.
+        found: String,
+    },
+    /// The adapter's limits are too small for the model.
+    #[error("{adapter}: {what} needs {needed}, the adapter's limit is {limit}")]
+    GpuLimit {
+        /// The adapter.
+        adapter: String,
+        /// What does not fit.
+        what: String,
+        /// The amount needed.
+        needed: u64,
+        /// The adapter's limit.
+        limit: u64,
+    },
+    /// The driver reported an error, or lost the device.
+    #[error("{adapter}: {operation}: {problem}")]
+    Gpu {
+        /// The adapter.
+        adapter: String,
+        /// What was being done.
+        operation: &'static str,
+        /// The driver's words.
+        problem: String,
+    },
+    /// Every variant of a kernel failed its exactness check on this adapter.
+    #[error("{device}: kernel {kernel} gives wrong results here: {problem}; use --device cpu")]
+    SelfTest {
+        /// The device.
+        device: String,
+        /// The kernel.
+        kernel: String,
+        /// First wrong index, with both values.
+        problem: String,
+    },
+    /// The worker threads could not be started.
+    #[error("cannot start {threads} worker threads: {problem}")]
+    Threads {
+        /// How many were asked for.
+        threads: usize,
+        /// The system's reason.
+        problem: String,
+    },
+    /// The model computed NaN logits.
+    #[error("the logits at position {position} are not numbers; the model or the device is broken")]
+    NanLogits {
+        /// The position of the token whose successor was asked for.
+        position: usize,
+    },
+}

@@ -1,0 +1,13 @@
+//! Sterna runs ternary language models (weights −1, 0, +1; int8 activations) on any GPU that wgpu
+//! reaches, and on the CPU.
+#![deny(missing_docs)]
+
+pub mod backend;
+pub mod config;
+pub mod error;
+pub mod format;
+pub mod layout;
+pub mod shape;
+pub mod weights;
+
+pub use error::{Error, Result};
