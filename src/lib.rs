@@ -6,8 +6,11 @@ pub mod backend;
 pub mod config;
 pub mod error;
 pub mod format;
+pub mod kv_cache;
 pub mod layout;
+pub mod model;
 pub mod shape;
 pub mod weights;
 
 pub use error::{Error, Result};
+pub use model::Transformer;

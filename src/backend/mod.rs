@@ -1,6 +1,12 @@
 //! The `Backend` trait: a loaded model that runs in steps, and the choice of a device.
 
-use crate::error::Result;
+pub mod reference;
+
+use crate::config::ModelConfig;
+use crate::error::{Error, Result};
+use crate::weights::WeightSource;
+
+use reference::Reference;
 
 /// The tokens of one forward pass and what is wanted of it.
 #[derive(Debug, Clone, Copy)]
@@ -11,6 +17,40 @@ pub struct Batch<'a> {
     pub start: usize,
     /// What [`Backend::finish`] returns.
     pub want: Want,
+}
+
+impl Batch<'_> {
+    /// Checks the batch against a backend's limits.
+    ///
+    /// # Errors
+    /// If there is no token, more than `max_batch`, one outside the vocabulary, or the last
+    /// position is past the capacity.
+    pub fn check(&self, max_batch: usize, capacity: usize, vocab_size: usize) -> Result<()> {
+        if self.tokens.is_empty() {
+            return Err(Error::EmptyPrompt);
+        }
+        if self.tokens.len() > max_batch {
+            let found = self.tokens.len();
+            return Err(Error::Dimension { name: "tokens of a batch", found, max: max_batch });
+        }
+        let needed = self.start + self.tokens.len();
+        if needed > capacity {
+            return Err(Error::ContextOverflow { needed, capacity });
+        }
+        match self.tokens.iter().find(|&&token| token as usize >= vocab_size) {
+            Some(&token) => Err(Error::TokenOutOfRange { token, vocab_size }),
+            None => Ok(()),
+        }
+    }
+
+    /// How many rows of logits the pass computes, counted from its last token.
+    pub fn logit_rows(&self) -> usize {
+        match self.want {
+            Want::Nothing => 0,
+            Want::Token | Want::LastLogits => 1,
+            Want::AllLogits => self.tokens.len(),
+        }
+    }
 }
 
 /// What a forward pass returns.
@@ -139,6 +179,39 @@ impl Default for LoadOptions {
     }
 }
 
+/// Positions of the KV cache where neither the caller nor the model says less.
+const DEFAULT_CONTEXT: usize = 4096;
+
+impl LoadOptions {
+    /// Positions the KV cache gets for this model.
+    ///
+    /// # Errors
+    /// [`Error::ContextOverflow`] if more are asked for than the model was made for.
+    pub fn capacity(&self, config: &ModelConfig) -> Result<usize> {
+        let max = config.max_position_embeddings;
+        match self.context {
+            None => Ok(max.min(DEFAULT_CONTEXT)),
+            Some(0) => Err(Error::Dimension { name: "context", found: 0, max }),
+            Some(needed) if needed > max => {
+                Err(Error::ContextOverflow { needed, capacity: max })
+            }
+            Some(context) => Ok(context),
+        }
+    }
+}
+
+/// How far a load has come, in layers.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Progress {
+    /// Layers loaded.
+    pub done: usize,
+    /// Layers there are.
+    pub total: usize,
+}
+
+/// Called before each layer of a load, and once at its end.
+pub type OnProgress<'a> = &'a mut dyn FnMut(Progress);
+
 /// What a backend runs on.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct DeviceInfo {
@@ -148,4 +221,53 @@ pub struct DeviceInfo {
     pub description: String,
     /// The GEMV variant in use, by kernel name.
     pub gemv: String,
+}
+
+/// A device as `--device` names it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Device {
+    /// The best device there is: a discrete GPU, else an integrated one, else the SIMD CPU.
+    Auto,
+    /// The best GPU there is, or the adapter of that index; a software rasteriser counts.
+    Gpu(Option<usize>),
+    /// The SIMD CPU backend.
+    Cpu,
+    /// The scalar reference.
+    Reference,
+}
+
+impl std::str::FromStr for Device {
+    type Err = Error;
+
+    fn from_str(name: &str) -> Result<Self> {
+        let unknown = || Error::UnknownDevice { found: name.to_owned() };
+        match name {
+            "auto" => Ok(Self::Auto),
+            "gpu" => Ok(Self::Gpu(None)),
+            "cpu" => Ok(Self::Cpu),
+            "ref" => Ok(Self::Reference),
+            _ => {
+                let index = name.strip_prefix("gpu:").ok_or_else(unknown)?;
+                Ok(Self::Gpu(Some(index.parse().map_err(|_| unknown())?)))
+            }
+        }
+    }
+}
+
+/// Loads a model on a device.
+///
+/// # Errors
+/// If the device is not there, or a tensor is missing or malformed.
+pub fn load(
+    source: &dyn WeightSource,
+    device: Device,
+    options: &LoadOptions,
+    progress: OnProgress<'_>,
+) -> Result<Box<dyn Backend>> {
+    match device {
+        Device::Reference => Ok(Box::new(Reference::load(source, options, progress)?)),
+        Device::Auto | Device::Cpu | Device::Gpu(_) => {
+            Err(Error::NoAdapter { wanted: format!("{device:?}"), found: "nothing".to_owned() })
+        }
+    }
 }
