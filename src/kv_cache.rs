@@ -17,10 +17,8 @@ struct Layer {
 impl KvCache {
     /// A cache of `capacity` positions for `n_layers` layers of `kv_size = G·D` values.
     pub fn new(n_layers: usize, capacity: usize, kv_size: usize) -> Self {
-        let layer = || Layer {
-            keys: vec![0.0; capacity * kv_size],
-            values: vec![0.0; capacity * kv_size],
-        };
+        let layer =
+            || Layer { keys: vec![0.0; capacity * kv_size], values: vec![0.0; capacity * kv_size] };
         Self { kv_size, capacity, layers: (0..n_layers).map(|_| layer()).collect() }
     }
 

@@ -71,6 +71,14 @@ impl DenseMatrix {
     pub fn row(&self, n: usize, out: &mut [f32]) {
         todo!()
     }
+    /// x
+    pub fn data(&self) -> &DenseData {
+        &self.data
+    }
+    /// x
+    pub fn shape(&self) -> MatShape {
+        self.shape
+    }
 }
 
 /// The elements of a [`DenseMatrix`], in the precision of the file.

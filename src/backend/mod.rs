@@ -1,5 +1,6 @@
 //! The `Backend` trait: a loaded model that runs in steps, and the choice of a device.
 
+pub mod gpu;
 pub mod reference;
 
 use crate::config::ModelConfig;
@@ -192,9 +193,7 @@ impl LoadOptions {
         match self.context {
             None => Ok(max.min(DEFAULT_CONTEXT)),
             Some(0) => Err(Error::Dimension { name: "context", found: 0, max }),
-            Some(needed) if needed > max => {
-                Err(Error::ContextOverflow { needed, capacity: max })
-            }
+            Some(needed) if needed > max => Err(Error::ContextOverflow { needed, capacity: max }),
             Some(context) => Ok(context),
         }
     }
@@ -254,6 +253,72 @@ impl std::str::FromStr for Device {
     }
 }
 
+/// A device that there is, and whether `auto` takes it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct AvailableDevice {
+    /// As `--device` takes it.
+    pub name: String,
+    /// Adapter, kind and driver, or CPU level.
+    pub description: String,
+    /// Why `auto` takes it or does not.
+    pub auto: String,
+    /// Whether `auto` takes it.
+    pub chosen: bool,
+}
+
+/// Every device, adapters first, with what `auto` would choose and why.
+///
+/// # Errors
+/// If the CPU level that `STERNA_CPU` asks for is not available.
+pub fn devices() -> Result<Vec<AvailableDevice>> {
+    let adapters = gpu::adapters();
+    let chosen = auto_adapter(&adapters);
+    let mut devices: Vec<_> = adapters
+        .iter()
+        .map(|adapter| {
+            let is_chosen = chosen == Some(adapter.index);
+            let auto = match adapter.kind {
+                _ if is_chosen => "the first of the best kind of GPU there is",
+                _ if adapter.api == "gl" => "only on request: the OpenGL path is not tested",
+                gpu::AdapterKind::Software => "only on request: slower than the CPU backend",
+                gpu::AdapterKind::Other | gpu::AdapterKind::Virtual => {
+                    "only on request: not known to be a hardware GPU"
+                }
+                _ => "an earlier or faster kind of GPU comes first",
+            };
+            AvailableDevice {
+                name: format!("gpu:{}", adapter.index),
+                description: adapter.to_string(),
+                auto: auto.to_owned(),
+                chosen: is_chosen,
+            }
+        })
+        .collect();
+    let fallback = if chosen.is_none() { "no hardware GPU" } else { "a hardware GPU comes first" };
+    devices.push(AvailableDevice {
+        name: "cpu".to_owned(),
+        description: "SIMD".to_owned(),
+        auto: fallback.to_owned(),
+        chosen: chosen.is_none(),
+    });
+    devices.push(AvailableDevice {
+        name: "ref".to_owned(),
+        description: "scalar reference: slow, defines what is right".to_owned(),
+        auto: "only on request".to_owned(),
+        chosen: false,
+    });
+    Ok(devices)
+}
+
+/// The adapter that `auto` takes: the first discrete, else the first integrated GPU.
+fn auto_adapter(adapters: &[gpu::AdapterDescription]) -> Option<usize> {
+    let hardware = |adapter: &&gpu::AdapterDescription| {
+        let kinds = [gpu::AdapterKind::Discrete, gpu::AdapterKind::Integrated];
+        adapter.api != "gl" && kinds.contains(&adapter.kind)
+    };
+    adapters.iter().filter(hardware).min_by_key(|a| (a.kind, a.index)).map(|a| a.index)
+}
+
 /// Loads a model on a device.
 ///
 /// # Errors
@@ -264,10 +329,58 @@ pub fn load(
     options: &LoadOptions,
     progress: OnProgress<'_>,
 ) -> Result<Box<dyn Backend>> {
+    let open = |index| gpu::Gpu::open(index, gpu::Capabilities::Adapter);
     match device {
         Device::Reference => Ok(Box::new(Reference::load(source, options, progress)?)),
-        Device::Auto | Device::Cpu | Device::Gpu(_) => {
-            Err(Error::NoAdapter { wanted: format!("{device:?}"), found: "nothing".to_owned() })
+        Device::Gpu(index) => {
+            Ok(Box::new(gpu::GpuBackend::load(source, open(index)?, None, options, progress)?))
+        }
+        Device::Auto => {
+            let device = match auto_adapter(&gpu::adapters()) {
+                Some(index) => Device::Gpu(Some(index)),
+                None => Device::Cpu,
+            };
+            load(source, device, options, progress)
+        }
+        Device::Cpu => Ok(Box::new(Reference::load(source, options, progress)?)),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::gpu::{AdapterDescription, AdapterKind};
+    use super::*;
+
+    fn adapter(index: usize, kind: AdapterKind, api: &str) -> AdapterDescription {
+        let (name, driver) = ("a".to_owned(), "d".to_owned());
+        AdapterDescription { index, name, kind, api: api.to_owned(), driver }
+    }
+
+    #[test]
+    fn auto_prefers_discrete_then_integrated_and_never_software() {
+        let software = adapter(0, AdapterKind::Software, "vulkan");
+        let integrated = adapter(1, AdapterKind::Integrated, "vulkan");
+        let discrete = adapter(2, AdapterKind::Discrete, "vulkan");
+        let gl = adapter(3, AdapterKind::Discrete, "gl");
+        assert_eq!(auto_adapter(&[]), None);
+        assert_eq!(auto_adapter(&[software.clone(), gl]), None);
+        assert_eq!(auto_adapter(&[software.clone(), integrated.clone()]), Some(1));
+        assert_eq!(auto_adapter(&[software, integrated, discrete]), Some(2));
+    }
+
+    #[test]
+    fn device_names() {
+        assert_eq!("gpu:3".parse::<Device>().unwrap(), Device::Gpu(Some(3)));
+        for (name, device) in [
+            ("auto", Device::Auto),
+            ("gpu", Device::Gpu(None)),
+            ("cpu", Device::Cpu),
+            ("ref", Device::Reference),
+        ] {
+            assert_eq!(name.parse::<Device>().unwrap(), device);
+        }
+        for name in ["", "gpu:", "gpu:x", "gpu:-1", "cuda"] {
+            assert!(name.parse::<Device>().is_err(), "{name}");
         }
     }
 }
