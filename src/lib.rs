@@ -3,11 +3,14 @@
 #![deny(missing_docs)]
 
 pub mod backend;
+mod checkpoint;
 pub mod config;
 pub mod error;
 pub mod format;
 pub mod layout;
 pub mod shape;
+pub mod synthetic;
+pub mod tensor_names;
 pub mod weights;
 
 pub use error::{Error, Result};
