@@ -1,3 +1,4 @@
-//! Integration tests that need no GPU.
+//! The integration tests that need no GPU: one binary, one module an area.
 
+mod checkpoint;
 mod shaders;
