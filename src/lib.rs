@@ -15,5 +15,6 @@ pub mod synthetic;
 pub mod tensor_names;
 pub mod weights;
 
+pub use checkpoint::Checkpoint;
 pub use error::{Error, Result};
 pub use model::Transformer;

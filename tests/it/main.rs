@@ -1,4 +1,7 @@
 //! The integration tests that need no GPU: one binary, one module an area.
 
 mod checkpoint;
+#[path = "../common/golden.rs"]
+mod golden;
+mod model;
 mod shaders;
