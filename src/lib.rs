@@ -3,6 +3,7 @@
 #![deny(missing_docs)]
 
 pub mod backend;
+mod checkpoint;
 pub mod config;
 pub mod error;
 pub mod format;
@@ -10,6 +11,8 @@ pub mod kv_cache;
 pub mod layout;
 pub mod model;
 pub mod shape;
+pub mod synthetic;
+pub mod tensor_names;
 pub mod weights;
 
 pub use error::{Error, Result};

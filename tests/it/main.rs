@@ -1,3 +1,4 @@
-//! Integration tests that need no GPU.
+//! The integration tests: one binary, one module an area.
 
+mod checkpoint;
 mod shaders;
