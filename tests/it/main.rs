@@ -1,7 +1,10 @@
 //! The integration tests that need no GPU: one binary, one module an area.
 
+mod backends;
 mod checkpoint;
 #[path = "../common/golden.rs"]
 mod golden;
 mod model;
 mod shaders;
+mod simd;
+mod util;
