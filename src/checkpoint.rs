@@ -26,7 +26,8 @@ const COPY_BYTES: usize = 4 << 20;
 ///
 /// Opening it reads `config.json` and the safetensors headers and checks that every tensor the
 /// model needs is there, with its type and shape, and that there is none that contradicts the
-/// configuration. Values are checked as they are read.
+/// configuration. Values are checked as they are read. A `lm_head.weight` beside tied embeddings is
+/// not used, as in the original implementation, but must have their shape.
 #[derive(Debug)]
 pub struct Checkpoint {
     config: ModelConfig,
@@ -122,8 +123,7 @@ impl Checkpoint {
             self.float_info(LM_HEAD, &vocabulary, Some("tie_word_embeddings is false"))?;
             used.insert(LM_HEAD.to_owned());
         } else if let Some(info) = self.files.info(LM_HEAD) {
-            // The original implementation ignores a head beside tied embeddings; so does this one,
-            // as long as it could be a copy of them.
+            // Not used, but a head of another shape is no copy of the embeddings.
             self.check_shape(info, &vocabulary)?;
         }
         self.float_info(FINAL_NORM, &[config.hidden_size], None)?;
