@@ -7,10 +7,13 @@ mod checkpoint;
 pub mod config;
 pub mod error;
 pub mod format;
+pub mod kv_cache;
 pub mod layout;
+pub mod model;
 pub mod shape;
 pub mod synthetic;
 pub mod tensor_names;
 pub mod weights;
 
 pub use error::{Error, Result};
+pub use model::Transformer;

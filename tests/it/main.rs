@@ -1,3 +1,4 @@
-//! The integration tests: one binary, one module an area.
+//! The integration tests that need no GPU: one binary, one module an area.
 
 mod checkpoint;
+mod shaders;
