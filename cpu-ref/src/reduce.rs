@@ -23,6 +23,7 @@ pub fn lane_sum<const L: usize>(values: impl IntoIterator<Item = f32>) -> f32 {
 }
 
 /// Adds the upper half of the lanes to the lower half until one is left.
+#[inline(always)]
 pub fn tree_sum<const L: usize>(mut lanes: [f32; L]) -> f32 {
     let mut step = L / 2;
     while step > 0 {
