@@ -7,6 +7,7 @@ pub mod config;
 pub mod error;
 pub mod format;
 pub mod layout;
+pub mod sampler;
 pub mod shape;
 pub mod weights;
 

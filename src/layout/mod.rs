@@ -216,7 +216,11 @@ mod tests {
     fn a_row_error_ends_the_packing() {
         let shape = MatShape::new(40, 8).unwrap();
         let result =
-            Packed::try_pack(Layout::I2, shape, |n, _| if n == 35 { Err("row 35") } else { Ok(()) });
+            Packed::try_pack(
+                Layout::I2,
+                shape,
+                |n, _| if n == 35 { Err("row 35") } else { Ok(()) },
+            );
         assert_eq!(result.unwrap_err(), "row 35");
     }
 }
