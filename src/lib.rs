@@ -9,6 +9,7 @@ pub mod format;
 pub mod layout;
 pub mod sampler;
 pub mod shape;
+pub mod tokenizer;
 pub mod weights;
 
 pub use error::{Error, Result};
