@@ -6,10 +6,13 @@ pub mod backend;
 pub mod config;
 pub mod error;
 pub mod format;
+pub mod kv_cache;
 pub mod layout;
+pub mod model;
 pub mod sampler;
 pub mod shape;
 pub mod tokenizer;
 pub mod weights;
 
 pub use error::{Error, Result};
+pub use model::Transformer;

@@ -33,6 +33,22 @@ impl TernaryMatrix {
         Self { shape, scale, rows: Rows::Trits(trits) }
     }
 
+    /// Writes row `n`'s trits into `out[K]`.
+    ///
+    /// # Errors
+    /// If the file holds a code that is no trit.
+    ///
+    /// # Panics
+    /// If `n` is not below N or `out` is not K long.
+    pub fn row(&self, n: usize, out: &mut [i8]) -> Result<()> {
+        let k = self.shape.k();
+        match &self.rows {
+            Rows::Trits(trits) => out.copy_from_slice(&trits[n * k..][..k]),
+            _ => todo!(),
+        }
+        Ok(())
+    }
+
     /// `[N, K]`.
     pub fn shape(&self) -> MatShape {
         self.shape
@@ -48,6 +64,21 @@ impl TernaryMatrix {
 pub struct DenseMatrix {
     shape: MatShape,
     data: DenseData,
+}
+
+impl DenseMatrix {
+    /// Writes row `n` into `out[K]`.
+    pub fn row(&self, n: usize, out: &mut [f32]) {
+        todo!()
+    }
+    /// x
+    pub fn data(&self) -> &DenseData {
+        &self.data
+    }
+    /// x
+    pub fn shape(&self) -> MatShape {
+        self.shape
+    }
 }
 
 /// The elements of a [`DenseMatrix`], in the precision of the file.

@@ -1,6 +1,13 @@
 //! The `Backend` trait: a loaded model that runs in steps, and the choice of a device.
 
-use crate::error::Result;
+pub mod gpu;
+pub mod reference;
+
+use crate::config::ModelConfig;
+use crate::error::{Error, Result};
+use crate::weights::WeightSource;
+
+use reference::Reference;
 
 /// The tokens of one forward pass and what is wanted of it.
 #[derive(Debug, Clone, Copy)]
@@ -11,6 +18,40 @@ pub struct Batch<'a> {
     pub start: usize,
     /// What [`Backend::finish`] returns.
     pub want: Want,
+}
+
+impl Batch<'_> {
+    /// Checks the batch against a backend's limits.
+    ///
+    /// # Errors
+    /// If there is no token, more than `max_batch`, one outside the vocabulary, or the last
+    /// position is past the capacity.
+    pub fn check(&self, max_batch: usize, capacity: usize, vocab_size: usize) -> Result<()> {
+        if self.tokens.is_empty() {
+            return Err(Error::EmptyPrompt);
+        }
+        if self.tokens.len() > max_batch {
+            let found = self.tokens.len();
+            return Err(Error::Dimension { name: "tokens of a batch", found, max: max_batch });
+        }
+        let needed = self.start + self.tokens.len();
+        if needed > capacity {
+            return Err(Error::ContextOverflow { needed, capacity });
+        }
+        match self.tokens.iter().find(|&&token| token as usize >= vocab_size) {
+            Some(&token) => Err(Error::TokenOutOfRange { token, vocab_size }),
+            None => Ok(()),
+        }
+    }
+
+    /// How many rows of logits the pass computes, counted from its last token.
+    pub fn logit_rows(&self) -> usize {
+        match self.want {
+            Want::Nothing => 0,
+            Want::Token | Want::LastLogits => 1,
+            Want::AllLogits => self.tokens.len(),
+        }
+    }
 }
 
 /// What a forward pass returns.
@@ -139,6 +180,37 @@ impl Default for LoadOptions {
     }
 }
 
+/// Positions of the KV cache where neither the caller nor the model says less.
+const DEFAULT_CONTEXT: usize = 4096;
+
+impl LoadOptions {
+    /// Positions the KV cache gets for this model.
+    ///
+    /// # Errors
+    /// [`Error::ContextOverflow`] if more are asked for than the model was made for.
+    pub fn capacity(&self, config: &ModelConfig) -> Result<usize> {
+        let max = config.max_position_embeddings;
+        match self.context {
+            None => Ok(max.min(DEFAULT_CONTEXT)),
+            Some(0) => Err(Error::Dimension { name: "context", found: 0, max }),
+            Some(needed) if needed > max => Err(Error::ContextOverflow { needed, capacity: max }),
+            Some(context) => Ok(context),
+        }
+    }
+}
+
+/// How far a load has come, in layers.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Progress {
+    /// Layers loaded.
+    pub done: usize,
+    /// Layers there are.
+    pub total: usize,
+}
+
+/// Called before each layer of a load, and once at its end.
+pub type OnProgress<'a> = &'a mut dyn FnMut(Progress);
+
 /// What a backend runs on.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct DeviceInfo {
@@ -148,4 +220,167 @@ pub struct DeviceInfo {
     pub description: String,
     /// The GEMV variant in use, by kernel name.
     pub gemv: String,
+}
+
+/// A device as `--device` names it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Device {
+    /// The best device there is: a discrete GPU, else an integrated one, else the SIMD CPU.
+    Auto,
+    /// The best GPU there is, or the adapter of that index; a software rasteriser counts.
+    Gpu(Option<usize>),
+    /// The SIMD CPU backend.
+    Cpu,
+    /// The scalar reference.
+    Reference,
+}
+
+impl std::str::FromStr for Device {
+    type Err = Error;
+
+    fn from_str(name: &str) -> Result<Self> {
+        let unknown = || Error::UnknownDevice { found: name.to_owned() };
+        match name {
+            "auto" => Ok(Self::Auto),
+            "gpu" => Ok(Self::Gpu(None)),
+            "cpu" => Ok(Self::Cpu),
+            "ref" => Ok(Self::Reference),
+            _ => {
+                let index = name.strip_prefix("gpu:").ok_or_else(unknown)?;
+                Ok(Self::Gpu(Some(index.parse().map_err(|_| unknown())?)))
+            }
+        }
+    }
+}
+
+/// A device that there is, and whether `auto` takes it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct AvailableDevice {
+    /// As `--device` takes it.
+    pub name: String,
+    /// Adapter, kind and driver, or CPU level.
+    pub description: String,
+    /// Why `auto` takes it or does not.
+    pub auto: String,
+    /// Whether `auto` takes it.
+    pub chosen: bool,
+}
+
+/// Every device, adapters first, with what `auto` would choose and why.
+///
+/// # Errors
+/// If the CPU level that `STERNA_CPU` asks for is not available.
+pub fn devices() -> Result<Vec<AvailableDevice>> {
+    let adapters = gpu::adapters();
+    let chosen = auto_adapter(&adapters);
+    let mut devices: Vec<_> = adapters
+        .iter()
+        .map(|adapter| {
+            let is_chosen = chosen == Some(adapter.index);
+            let auto = match adapter.kind {
+                _ if is_chosen => "the first of the best kind of GPU there is",
+                _ if adapter.api == "gl" => "only on request: the OpenGL path is not tested",
+                gpu::AdapterKind::Software => "only on request: slower than the CPU backend",
+                gpu::AdapterKind::Other | gpu::AdapterKind::Virtual => {
+                    "only on request: not known to be a hardware GPU"
+                }
+                _ => "an earlier or faster kind of GPU comes first",
+            };
+            AvailableDevice {
+                name: format!("gpu:{}", adapter.index),
+                description: adapter.to_string(),
+                auto: auto.to_owned(),
+                chosen: is_chosen,
+            }
+        })
+        .collect();
+    let fallback = if chosen.is_none() { "no hardware GPU" } else { "a hardware GPU comes first" };
+    devices.push(AvailableDevice {
+        name: "cpu".to_owned(),
+        description: "SIMD".to_owned(),
+        auto: fallback.to_owned(),
+        chosen: chosen.is_none(),
+    });
+    devices.push(AvailableDevice {
+        name: "ref".to_owned(),
+        description: "scalar reference: slow, defines what is right".to_owned(),
+        auto: "only on request".to_owned(),
+        chosen: false,
+    });
+    Ok(devices)
+}
+
+/// The adapter that `auto` takes: the first discrete, else the first integrated GPU.
+fn auto_adapter(adapters: &[gpu::AdapterDescription]) -> Option<usize> {
+    let hardware = |adapter: &&gpu::AdapterDescription| {
+        let kinds = [gpu::AdapterKind::Discrete, gpu::AdapterKind::Integrated];
+        adapter.api != "gl" && kinds.contains(&adapter.kind)
+    };
+    adapters.iter().filter(hardware).min_by_key(|a| (a.kind, a.index)).map(|a| a.index)
+}
+
+/// Loads a model on a device.
+///
+/// # Errors
+/// If the device is not there, or a tensor is missing or malformed.
+pub fn load(
+    source: &dyn WeightSource,
+    device: Device,
+    options: &LoadOptions,
+    progress: OnProgress<'_>,
+) -> Result<Box<dyn Backend>> {
+    let open = |index| gpu::Gpu::open(index, gpu::Capabilities::Adapter);
+    match device {
+        Device::Reference => Ok(Box::new(Reference::load(source, options, progress)?)),
+        Device::Gpu(index) => {
+            Ok(Box::new(gpu::GpuBackend::load(source, open(index)?, None, options, progress)?))
+        }
+        Device::Auto => {
+            let device = match auto_adapter(&gpu::adapters()) {
+                Some(index) => Device::Gpu(Some(index)),
+                None => Device::Cpu,
+            };
+            load(source, device, options, progress)
+        }
+        Device::Cpu => Ok(Box::new(Reference::load(source, options, progress)?)),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::gpu::{AdapterDescription, AdapterKind};
+    use super::*;
+
+    fn adapter(index: usize, kind: AdapterKind, api: &str) -> AdapterDescription {
+        let (name, driver) = ("a".to_owned(), "d".to_owned());
+        AdapterDescription { index, name, kind, api: api.to_owned(), driver }
+    }
+
+    #[test]
+    fn auto_prefers_discrete_then_integrated_and_never_software() {
+        let software = adapter(0, AdapterKind::Software, "vulkan");
+        let integrated = adapter(1, AdapterKind::Integrated, "vulkan");
+        let discrete = adapter(2, AdapterKind::Discrete, "vulkan");
+        let gl = adapter(3, AdapterKind::Discrete, "gl");
+        assert_eq!(auto_adapter(&[]), None);
+        assert_eq!(auto_adapter(&[software.clone(), gl]), None);
+        assert_eq!(auto_adapter(&[software.clone(), integrated.clone()]), Some(1));
+        assert_eq!(auto_adapter(&[software, integrated, discrete]), Some(2));
+    }
+
+    #[test]
+    fn device_names() {
+        assert_eq!("gpu:3".parse::<Device>().unwrap(), Device::Gpu(Some(3)));
+        for (name, device) in [
+            ("auto", Device::Auto),
+            ("gpu", Device::Gpu(None)),
+            ("cpu", Device::Cpu),
+            ("ref", Device::Reference),
+        ] {
+            assert_eq!(name.parse::<Device>().unwrap(), device);
+        }
+        for name in ["", "gpu:", "gpu:x", "gpu:-1", "cuda"] {
+            assert!(name.parse::<Device>().is_err(), "{name}");
+        }
+    }
 }

@@ -1,6 +1,6 @@
 //! The 2-bit code layout; `cpu_ref::layout::i2` is its definition.
 
-use cpu_ref::layout::{CHUNK_K, PIECE_WORDS};
+use cpu_ref::layout::{CHUNK_K, PIECE_WORDS, piece_index};
 
 /// Bytes of a piece; also the distance in k between two fields of a byte.
 const PIECE_BYTES: usize = 16;
@@ -27,4 +27,19 @@ pub(super) fn unpack_piece(piece: [u32; PIECE_WORDS]) -> [i8; CHUNK_K] {
         }
     }
     trits
+}
+
+/// `Σ_k (w[n,k] + 1)` of each row of a packed matrix, padding rows and columns included: what the
+/// packed-dot GEMV has to take off for each unit of bias on the activations.
+pub fn code_sums(words: &[u32], chunks: usize) -> Vec<i32> {
+    let rows = words.len() / (chunks * PIECE_WORDS);
+    // A code is 2·high + low.
+    let sum = |word: u32| 2 * (word & 0xaaaa_aaaa).count_ones() + (word & 0x5555_5555).count_ones();
+    (0..rows)
+        .map(|n| {
+            let pieces = (0..chunks).map(|chunk| piece_index(chunks, n, chunk));
+            let words = pieces.flat_map(|piece| &words[piece..piece + PIECE_WORDS]);
+            words.map(|&word| sum(word)).sum::<u32>() as i32
+        })
+        .collect()
 }

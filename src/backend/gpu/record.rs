@@ -1,0 +1,230 @@
+//! Operations: a pipeline, its bind group and its grid, made at load and recorded at decode.
+
+use std::collections::HashMap;
+use std::sync::Mutex;
+
+use super::buffer::Slice;
+use super::device::Gpu;
+use super::shader::{Access, Kernel};
+use crate::error::{Error, Result};
+
+/// What distinguishes pipelines: source, constants.
+type PipelineKey = (Kernel, Vec<(&'static str, u64)>);
+
+/// A compiled pipeline with the layout of its bind group.
+#[derive(Clone)]
+struct Pipeline {
+    pipeline: wgpu::ComputePipeline,
+    layout: wgpu::BindGroupLayout,
+}
+
+/// Compiles each pipeline once.
+#[derive(Default)]
+pub struct Pipelines {
+    made: Mutex<HashMap<PipelineKey, Pipeline>>,
+}
+
+/// A kernel with its constants and grid: what `kernels.rs` returns.
+#[derive(Debug, Clone)]
+pub struct Call {
+    /// Which kernel.
+    pub kernel: Kernel,
+    /// Override constants.
+    pub constants: Vec<(&'static str, f64)>,
+    /// Workgroups along x.
+    pub x: u32,
+    /// Workgroups along y.
+    pub y: Rows,
+}
+
+/// Workgroups along y, which follow the batch.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Rows {
+    /// One.
+    One,
+    /// One a token.
+    Tokens,
+    /// One for every so many tokens.
+    TokenTiles(u32),
+    /// One a row of logits.
+    LogitRows,
+}
+
+/// The uniform of every kernel: `shaders/shared/pass.wgsl`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, bytemuck::Pod, bytemuck::Zeroable)]
+#[repr(C)]
+pub struct PassParams {
+    /// M.
+    pub n_tokens: u32,
+    /// Position of the first token.
+    pub start: u32,
+    /// First token whose logits are wanted.
+    pub first_logit_row: u32,
+    /// How many rows of logits.
+    pub n_logit_rows: u32,
+}
+
+const _: () = assert!(size_of::<PassParams>() == 16);
+
+/// A dispatch that is ready to be recorded.
+pub struct Op {
+    kernel: Kernel,
+    pipeline: wgpu::ComputePipeline,
+    bind_group: wgpu::BindGroup,
+    x: u32,
+    y: Rows,
+}
+
+impl Op {
+    /// Records the dispatch.
+    pub fn record(&self, pass: &mut wgpu::ComputePass<'_>, params: &PassParams) {
+        let y = match self.y {
+            Rows::One => 1,
+            Rows::Tokens => params.n_tokens,
+            Rows::TokenTiles(tokens) => params.n_tokens.div_ceil(tokens),
+            Rows::LogitRows => params.n_logit_rows,
+        };
+        pass.set_pipeline(&self.pipeline);
+        pass.set_bind_group(0, &self.bind_group, &[]);
+        pass.dispatch_workgroups(self.x, y, 1);
+    }
+
+    /// Which kernel it runs.
+    pub fn kernel(&self) -> Kernel {
+        self.kernel
+    }
+}
+
+impl Gpu {
+    /// Makes an operation: `buffers` in the order of the kernel's storage bindings.
+    ///
+    /// # Errors
+    /// [`Error::Gpu`] if the driver refuses the shader or the buffers, [`Error::GpuLimit`] if the
+    /// grid is too large.
+    pub fn op(
+        &self,
+        pipelines: &Pipelines,
+        call: &Call,
+        params: &wgpu::Buffer,
+        buffers: &[&Slice],
+    ) -> Result<Op> {
+        let limit = self.device.limits().max_compute_workgroups_per_dimension;
+        if call.x > limit {
+            return Err(Error::GpuLimit {
+                adapter: self.adapter.name.clone(),
+                what: format!("kernel {} (workgroups)", call.kernel.name),
+                needed: u64::from(call.x),
+                limit: u64::from(limit),
+            });
+        }
+        let Pipeline { pipeline, layout } = self.pipeline(pipelines, call)?;
+        let bindings = call.kernel.bindings();
+        assert_eq!(bindings.len(), buffers.len() + 1, "buffers of {}", call.kernel.name);
+        let mut storage = buffers.iter();
+        let entries: Vec<_> = bindings
+            .iter()
+            .map(|binding| wgpu::BindGroupEntry {
+                binding: binding.number,
+                resource: match binding.access {
+                    Access::Uniform => params.as_entire_binding(),
+                    Access::Read | Access::Write => {
+                        storage.next().expect("the lengths agree").binding()
+                    }
+                },
+            })
+            .collect();
+        let scope = self.device.push_error_scope(wgpu::ErrorFilter::Validation);
+        let bind_group = self.device.create_bind_group(&wgpu::BindGroupDescriptor {
+            label: Some(call.kernel.name),
+            layout: &layout,
+            entries: &entries,
+        });
+        self.pop(scope, call.kernel.name)?;
+        Ok(Op { kernel: call.kernel, pipeline, bind_group, x: call.x, y: call.y })
+    }
+
+    fn pop(&self, scope: wgpu::ErrorScopeGuard, kernel: &str) -> Result<()> {
+        match pollster::block_on(scope.pop()) {
+            None => Ok(()),
+            Some(error) => {
+                let words = error.to_string();
+                let words = words.split_whitespace().collect::<Vec<_>>().join(" ");
+                Err(self.error("make a pipeline", format!("kernel {kernel}: {words}")))
+            }
+        }
+    }
+
+    fn pipeline(&self, pipelines: &Pipelines, call: &Call) -> Result<Pipeline> {
+        let constants: Vec<_> =
+            call.constants.iter().map(|&(name, value)| (name, value.to_bits())).collect();
+        let key = (call.kernel, constants);
+        let lock = || pipelines.made.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+        if let Some(pipeline) = lock().get(&key) {
+            return Ok(pipeline.clone());
+        }
+        let pipeline = self.compile(call)?;
+        lock().insert(key, pipeline.clone());
+        Ok(pipeline)
+    }
+
+    fn compile(&self, call: &Call) -> Result<Pipeline> {
+        let name = call.kernel.name;
+        let entries: Vec<_> = call
+            .kernel
+            .bindings()
+            .iter()
+            .map(|binding| wgpu::BindGroupLayoutEntry {
+                binding: binding.number,
+                visibility: wgpu::ShaderStages::COMPUTE,
+                ty: wgpu::BindingType::Buffer {
+                    ty: match binding.access {
+                        Access::Uniform => wgpu::BufferBindingType::Uniform,
+                        Access::Read => wgpu::BufferBindingType::Storage { read_only: true },
+                        Access::Write => wgpu::BufferBindingType::Storage { read_only: false },
+                    },
+                    has_dynamic_offset: false,
+                    min_binding_size: None,
+                },
+                count: None,
+            })
+            .collect();
+        let scope = self.device.push_error_scope(wgpu::ErrorFilter::Validation);
+        let layout = self.device.create_bind_group_layout(&wgpu::BindGroupLayoutDescriptor {
+            label: Some(name),
+            entries: &entries,
+        });
+        let pipeline_layout = self.device.create_pipeline_layout(&wgpu::PipelineLayoutDescriptor {
+            label: Some(name),
+            bind_group_layouts: &[Some(&layout)],
+            immediate_size: 0,
+        });
+        let module = self.device.create_shader_module(wgpu::ShaderModuleDescriptor {
+            label: Some(name),
+            source: wgpu::ShaderSource::Wgsl(call.kernel.wgsl().into()),
+        });
+        let pipeline = self.device.create_compute_pipeline(&wgpu::ComputePipelineDescriptor {
+            label: Some(name),
+            layout: Some(&pipeline_layout),
+            module: &module,
+            entry_point: Some("main"),
+            compilation_options: wgpu::PipelineCompilationOptions {
+                constants: &call.constants,
+                ..Default::default()
+            },
+            cache: None,
+        });
+        self.pop(scope, name)?;
+        self.check("make a pipeline")?;
+        Ok(Pipeline { pipeline, layout })
+    }
+
+    /// The uniform buffer of [`PassParams`].
+    pub fn params_buffer(&self) -> wgpu::Buffer {
+        self.device.create_buffer(&wgpu::BufferDescriptor {
+            label: Some("pass"),
+            size: size_of::<PassParams>() as u64,
+            usage: wgpu::BufferUsages::UNIFORM | wgpu::BufferUsages::COPY_DST,
+            mapped_at_creation: false,
+        })
+    }
+}

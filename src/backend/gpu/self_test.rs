@@ -1,0 +1,200 @@
+//! The exactness check that a variant must pass on an adapter before it may run a model there.
+
+use cpu_ref::layout::{CHUNK_K, k_chunks};
+
+use super::{Gpu, PassParams, Pipelines, Slice, Variant, kernels, row_offsets};
+use crate::backend::gpu::record::Call;
+use crate::error::{Error, Result};
+use crate::layout::Packed;
+use crate::shape::MatShape;
+
+/// The variants in the order in which they are tried on this adapter.
+///
+/// A packed dot that the driver emulates is slower than the bit-serial kernel; wgpu does not say
+/// which it is. Software rasterisers and Apple GPUs are known to emulate it.
+fn preference(gpu: &Gpu) -> [Variant; 2] {
+    let emulated = gpu.adapter.kind == super::AdapterKind::Software || gpu.adapter.api == "metal";
+    if emulated {
+        [Variant::BitSerial, Variant::PackedDot]
+    } else {
+        [Variant::PackedDot, Variant::BitSerial]
+    }
+}
+
+/// The first variant in order of preference that is exact on this adapter.
+///
+/// # Errors
+/// The last variant's error if none is.
+pub fn choose(gpu: &Gpu) -> Result<Variant> {
+    let [first, second] = preference(gpu);
+    check(gpu, first).map(|()| first).or_else(|_| check(gpu, second).map(|()| second))
+}
+
+/// Rows, columns and tokens of the check: partial tiles, partial chunks, a partial token tile.
+const SHAPE: (usize, usize) = (70, 1000);
+const TOKENS: usize = 5;
+
+/// Runs the variant's kernels on a fixed pseudo-random matrix and compares with the reference.
+///
+/// # Errors
+/// [`Error::SelfTest`] on the first difference.
+pub fn check(gpu: &Gpu, variant: Variant) -> Result<()> {
+    let shape = MatShape::new(SHAPE.0, SHAPE.1)?;
+    let mut random = Random(0x5EED);
+    let trits: Vec<i8> = (0..shape.len()).map(|_| random.below(3) as i8 - 1).collect();
+    let codes: Vec<i8> =
+        (0..TOKENS * shape.k()).map(|_| (random.below(256) as i32 - 128) as i8).collect();
+    let packed = Packed::pack(variant.layout(), shape, &trits);
+    let compare = |kernel: &str, found: &[i32], expected: &[i32]| match found
+        .iter()
+        .zip(expected)
+        .position(|(found, expected)| found != expected)
+    {
+        None => Ok(()),
+        Some(at) => Err(Error::SelfTest {
+            device: format!("gpu:{} {}", gpu.adapter.index, gpu.adapter.name),
+            kernel: kernel.to_owned(),
+            problem: format!("[{at}]: expected {}, found {}", expected[at], found[at]),
+        }),
+    };
+    let first = &codes[..shape.k()];
+    let found = multiply(gpu, variant, &packed, first, 1)?;
+    compare(variant.gemv().name, &found, &cpu_ref::gemv::gemv(&trits, first))?;
+    let found = multiply(gpu, variant, &packed, &codes, TOKENS)?;
+    compare(variant.gemm().name, &found, &cpu_ref::gemm::gemm(&trits, &codes, shape.k()))?;
+    // absmax 127: the codes are the values themselves, ties included.
+    let x: Vec<f32> = (0..shape.k())
+        .map(|k| if k == 7 { -127.0 } else { random.below(500) as f32 / 2.0 - 124.5 })
+        .collect();
+    let expected = cpu_ref::quantize_absmax::quantize_absmax(&x).codes;
+    let found = quantize(gpu, variant, &x, 1)?;
+    let encoded = encode_codes(variant, &expected, shape.k());
+    let as_i32 = |words: &[u32]| words.iter().map(|&word| word as i32).collect::<Vec<_>>();
+    compare("quantize_absmax", &as_i32(&found.codes), &as_i32(&encoded))
+}
+
+/// A small generator for the check's inputs (SplitMix64).
+struct Random(u64);
+
+impl Random {
+    fn below(&mut self, n: u64) -> u64 {
+        self.0 = self.0.wrapping_add(0x9E37_79B9_7F4A_7C15);
+        let mut z = self.0;
+        z = (z ^ z >> 30).wrapping_mul(0xBF58_476D_1CE4_E5B9);
+        z = (z ^ z >> 27).wrapping_mul(0x94D0_49BB_1331_11EB);
+        (z ^ z >> 31) % n
+    }
+}
+
+/// Activation codes `[M, K]` as `quantize_absmax.wgsl` writes them for a variant.
+pub fn encode_codes(variant: Variant, codes: &[i8], k: usize) -> Vec<u32> {
+    let chunks = k_chunks(k);
+    let mut words = Vec::with_capacity(codes.len() / k * chunks * 16);
+    for token in codes.chunks_exact(k) {
+        let mut padded = vec![0i8; chunks * CHUNK_K];
+        padded[..k].copy_from_slice(token);
+        match variant {
+            Variant::PackedDot => words.extend(padded.chunks_exact(4).map(|bytes| {
+                u32::from_le_bytes(std::array::from_fn(|b| (i32::from(bytes[b]) + 128) as u8))
+            })),
+            Variant::BitSerial => {
+                for group in padded.chunks_exact(32) {
+                    for plane in 0..8 {
+                        let bit = |&code: &i8| u32::from(code as u8 >> plane & 1);
+                        words.push(group.iter().enumerate().map(|(i, code)| bit(code) << i).sum());
+                    }
+                }
+            }
+        }
+    }
+    words
+}
+
+/// Runs one kernel and waits for it.
+///
+/// # Errors
+/// [`Error::Gpu`] if the driver refuses or fails.
+pub fn run(gpu: &Gpu, call: &Call, params: PassParams, buffers: &[&Slice]) -> Result<()> {
+    let uniform = gpu.params_buffer();
+    gpu.queue.write_buffer(&uniform, 0, bytemuck::bytes_of(&params));
+    let op = gpu.op(&Pipelines::default(), call, &uniform, buffers)?;
+    let mut encoder = gpu.device.create_command_encoder(&Default::default());
+    let mut pass = encoder.begin_compute_pass(&Default::default());
+    op.record(&mut pass, &params);
+    drop(pass);
+    gpu.queue.submit([encoder.finish()]);
+    gpu.wait("run a kernel")
+}
+
+/// `acc[M, N]` of a packed matrix and int8 codes `[M, K]`: the GEMV kernel for one token, the GEMM
+/// kernel for more.
+///
+/// # Errors
+/// [`Error::Gpu`] if the driver refuses or fails.
+pub fn multiply(
+    gpu: &Gpu,
+    variant: Variant,
+    packed: &Packed,
+    codes: &[i8],
+    n_tokens: usize,
+) -> Result<Vec<i32>> {
+    let shape = packed.shape();
+    let n_pad = kernels::padded_rows(shape.n());
+    let tiles = n_pad / cpu_ref::layout::TILE_ROWS;
+    let w = gpu.upload("w", packed.words())?;
+    let x = gpu.upload("x", &encode_codes(variant, codes, shape.k()))?;
+    let offset = gpu.upload("offset", &row_offsets(packed))?;
+    let sums: Vec<i32> = codes
+        .chunks_exact(shape.k())
+        .map(|token| token.iter().map(|&code| i32::from(code)).sum())
+        .collect();
+    let code_sum = gpu.upload("code_sum", &sums)?;
+    let acc = gpu.storage("acc", n_tokens * n_pad)?;
+    let mut buffers = vec![&w, &x, &offset];
+    if variant.needs_code_sum() {
+        buffers.push(&code_sum);
+    }
+    buffers.push(&acc);
+    let call = if n_tokens == 1 {
+        kernels::gemv(variant, shape, 0, tiles)
+    } else {
+        kernels::gemm(variant, shape, 0, tiles)
+    };
+    let params = PassParams { n_tokens: n_tokens as u32, ..PassParams::default() };
+    run(gpu, &call, params, &buffers)?;
+    let words = gpu.read(&acc, n_tokens * n_pad)?;
+    let rows = words.chunks_exact(n_pad).flat_map(|row| &row[..shape.n()]);
+    Ok(rows.map(|&word| word as i32).collect())
+}
+
+/// What `quantize_absmax.wgsl` writes.
+#[derive(Debug, Clone, PartialEq)]
+pub struct QuantizedWords {
+    /// `[M, 16·KC]`, encoded for the variant.
+    pub codes: Vec<u32>,
+    /// `[M]`.
+    pub act_scale: Vec<f32>,
+    /// `[M]`.
+    pub code_sum: Vec<i32>,
+}
+
+/// Quantises `x[M, K]`.
+///
+/// # Errors
+/// [`Error::Gpu`] if the driver refuses or fails.
+pub fn quantize(gpu: &Gpu, variant: Variant, x: &[f32], n_tokens: usize) -> Result<QuantizedWords> {
+    let k = x.len() / n_tokens;
+    let len_words = n_tokens * k_chunks(k) * 16;
+    let x = gpu.upload("x", x)?;
+    let codes = gpu.storage("codes", len_words)?;
+    let act_scale = gpu.storage("act_scale", n_tokens)?;
+    let code_sum = gpu.storage("code_sum", n_tokens)?;
+    let params = PassParams { n_tokens: n_tokens as u32, ..PassParams::default() };
+    let call = kernels::quantize_absmax(k, variant);
+    run(gpu, &call, params, &[&x, &codes, &act_scale, &code_sum])?;
+    Ok(QuantizedWords {
+        codes: gpu.read(&codes, len_words)?,
+        act_scale: bytemuck::cast_vec(gpu.read(&act_scale, n_tokens)?),
+        code_sum: bytemuck::cast_vec(gpu.read(&code_sum, n_tokens)?),
+    })
+}

@@ -1,0 +1,125 @@
+//! Kernel sources: embedded WGSL, `#import` of shared snippets, and reflection with naga.
+
+use std::fmt::Write as _;
+
+/// One WGSL kernel of `shaders/`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub struct Kernel {
+    /// File name without `.wgsl`.
+    pub name: &'static str,
+    source: &'static str,
+}
+
+macro_rules! kernels {
+    ($($constant:ident = $name:literal,)*) => {
+        $(#[doc = concat!("`shaders/", $name, ".wgsl`.")]
+        pub const $constant: Kernel = Kernel {
+            name: $name,
+            source: include_str!(concat!("../../../shaders/", $name, ".wgsl")),
+        };)*
+        /// Every kernel, in the order of the index in `shaders/README.md`.
+        pub const KERNELS: &[Kernel] = &[$($constant),*];
+    };
+}
+
+kernels! {
+    EMBEDDING = "embedding",
+    RMSNORM = "rmsnorm",
+    QUANTIZE_ABSMAX = "quantize_absmax",
+    GEMV_PLANES = "gemv_planes",
+    GEMV_I2 = "gemv_i2",
+    GEMM_PLANES = "gemm_planes",
+    GEMM_I2 = "gemm_i2",
+    ROPE = "rope",
+    ATTENTION = "attention",
+    GATED_ACTIVATION = "gated_activation",
+    RESIDUAL_ADD = "residual_add",
+    LM_HEAD = "lm_head",
+    ARGMAX = "argmax",
+}
+
+/// The snippets of `shaders/shared/`.
+const SNIPPETS: &[(&str, &str)] = &[
+    ("bitlinear", include_str!("../../../shaders/shared/bitlinear.wgsl")),
+    ("dense", include_str!("../../../shaders/shared/dense.wgsl")),
+    ("ordered", include_str!("../../../shaders/shared/ordered.wgsl")),
+    ("pass", include_str!("../../../shaders/shared/pass.wgsl")),
+    ("reduce_tree", include_str!("../../../shaders/shared/reduce_tree.wgsl")),
+];
+
+impl Kernel {
+    /// The complete WGSL: every `#import NAME` line replaced by that snippet.
+    ///
+    /// # Panics
+    /// If a kernel imports a snippet that does not exist; the shader tests load every kernel.
+    pub fn wgsl(self) -> String {
+        let mut text = String::with_capacity(self.source.len() * 2);
+        for line in self.source.lines() {
+            let Some(name) = line.strip_prefix("#import ") else {
+                writeln!(text, "{line}").expect("a String takes every write");
+                continue;
+            };
+            let snippet = SNIPPETS.iter().find(|(snippet, _)| *snippet == name);
+            let (_, snippet) = snippet.expect("every import names a file of shaders/shared");
+            text.push_str(snippet);
+        }
+        text
+    }
+
+    /// The kernel as naga parses it.
+    ///
+    /// # Panics
+    /// If the embedded source is not WGSL; the shader tests parse every kernel.
+    pub fn module(self) -> naga::Module {
+        naga::front::wgsl::parse_str(&self.wgsl()).expect("the embedded kernels are valid WGSL")
+    }
+
+    /// The bindings of group 0, by binding number: reflected from the shader, so that the host
+    /// cannot disagree with it.
+    pub fn bindings(self) -> Vec<Binding> {
+        let module = self.module();
+        let mut bindings: Vec<_> = module
+            .global_variables
+            .iter()
+            .filter_map(|(_, variable)| {
+                let access = match variable.space {
+                    naga::AddressSpace::Uniform => Access::Uniform,
+                    naga::AddressSpace::Storage { access }
+                        if access.contains(naga::StorageAccess::STORE) =>
+                    {
+                        Access::Write
+                    }
+                    naga::AddressSpace::Storage { .. } => Access::Read,
+                    _ => return None,
+                };
+                let number = variable.binding.as_ref()?.binding;
+                let name = variable.name.clone().unwrap_or_default();
+                Some(Binding { number, name, access })
+            })
+            .collect();
+        bindings.sort_by_key(|binding| binding.number);
+        bindings
+    }
+}
+
+/// One binding of a kernel.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Binding {
+    /// `@binding(N)`.
+    pub number: u32,
+    /// The variable's name.
+    pub name: String,
+    /// How the kernel uses the buffer.
+    pub access: Access,
+}
+
+/// How a kernel uses a buffer.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Access {
+    /// `var<uniform>`.
+    Uniform,
+    /// `var<storage, read>`.
+    Read,
+    /// `var<storage, read_write>`; the kernels only write it.
+    Write,
+}
