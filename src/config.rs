@@ -1,6 +1,26 @@
 //! `config.json` → validated numbers.
+//!
+//! The file decides, never a guess: what it leaves out has the default of the original class where
+//! that is documented and an error otherwise; what it says twice must agree; what this version does
+//! not compute is refused by name.
+
+use serde::Deserialize;
+use serde_json::{Map, Value};
 
 pub use cpu_ref::mlp::Activation;
+
+use crate::error::{Error, Result};
+use crate::format::quoted;
+use crate::shape::MAX_DIMENSION;
+
+/// Most layers.
+const MAX_LAYERS: usize = 1 << 12;
+
+/// Most heads, and values a head.
+const MAX_HEADS: usize = 1 << 16;
+
+/// What `max_position_embeddings` is where the file leaves it out: the default of both classes.
+const DEFAULT_MAX_POSITION_EMBEDDINGS: usize = 2048;
 
 /// The transformer architectures this version runs.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -55,7 +75,58 @@ pub struct ModelConfig {
     pub tie_word_embeddings: bool,
 }
 
+impl Architecture {
+    /// All, in the words of an error message.
+    const NAMES: &str = "BitNetForCausalLM and LlamaForCausalLM";
+
+    /// The class of that name. `BitnetForCausalLM` (1bitLLM) is another architecture than
+    /// `BitNetForCausalLM`.
+    fn from_name(name: &str) -> Option<Self> {
+        match name {
+            "BitNetForCausalLM" => Some(Self::BitNet),
+            "LlamaForCausalLM" => Some(Self::Llama),
+            _ => None,
+        }
+    }
+
+    /// As `architectures` spells it.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::BitNet => "BitNetForCausalLM",
+            Self::Llama => "LlamaForCausalLM",
+        }
+    }
+
+    /// The `model_type` of the class.
+    pub fn model_type(self) -> &'static str {
+        match self {
+            Self::BitNet => "bitnet",
+            Self::Llama => "llama",
+        }
+    }
+
+    /// The default `hidden_act` of the class.
+    fn default_hidden_act(self) -> Activation {
+        match self {
+            Self::BitNet => Activation::Relu2,
+            Self::Llama => Activation::Silu,
+        }
+    }
+}
+
 impl ModelConfig {
+    /// Reads `config.json`; `file` names it in errors.
+    ///
+    /// # Errors
+    /// [`Error::Json`] if it does not parse, [`Error::UnknownArchitecture`],
+    /// [`Error::Config`] for a value that is missing, out of range, unsupported or contradicts
+    /// another.
+    pub fn parse(file: &str, json: &[u8]) -> Result<Self> {
+        let raw: Raw = serde_json::from_slice(json)
+            .map_err(|source| Error::Json { file: file.to_owned(), source })?;
+        raw.check(&File(file))
+    }
+
     /// Query width: `H·D`.
     pub fn query_size(&self) -> usize {
         self.num_attention_heads * self.head_dim
@@ -77,6 +148,316 @@ impl ModelConfig {
             query: self.num_attention_heads,
             kv: self.num_key_value_heads,
             dim: self.head_dim,
+        }
+    }
+}
+
+/// The keys of `config.json` that decide what is computed. A repeated key is an error of serde's.
+#[derive(Deserialize)]
+struct Raw {
+    architectures: Option<Vec<String>>,
+    model_type: Option<String>,
+    quantization_config: Option<RawQuantization>,
+    vocab_size: Option<u64>,
+    hidden_size: Option<u64>,
+    intermediate_size: Option<u64>,
+    num_hidden_layers: Option<u64>,
+    num_attention_heads: Option<u64>,
+    num_key_value_heads: Option<u64>,
+    head_dim: Option<u64>,
+    hidden_act: Option<String>,
+    max_position_embeddings: Option<u64>,
+    rms_norm_eps: Option<f64>,
+    rope_theta: Option<f64>,
+    rope_scaling: Option<Map<String, Value>>,
+    rope_parameters: Option<Map<String, Value>>,
+    partial_rotary_factor: Option<f64>,
+    attention_bias: Option<bool>,
+    mlp_bias: Option<bool>,
+    tie_word_embeddings: Option<bool>,
+}
+
+#[derive(Deserialize)]
+struct RawQuantization {
+    quant_method: Option<String>,
+    linear_class: Option<String>,
+    quantization_mode: Option<String>,
+    use_rms_norm: Option<bool>,
+    modules_to_not_convert: Option<Vec<String>>,
+}
+
+/// The file's name, for errors.
+struct File<'a>(&'a str);
+
+impl File<'_> {
+    fn error(
+        &self,
+        key: &'static str,
+        expected: impl Into<String>,
+        found: impl Into<String>,
+    ) -> Error {
+        Error::Config {
+            file: self.0.to_owned(),
+            key,
+            expected: expected.into(),
+            found: found.into(),
+        }
+    }
+
+    /// A dimension that the file must give, 1 to `max`.
+    fn dimension(&self, key: &'static str, value: Option<u64>, max: usize) -> Result<usize> {
+        let expected = || format!("1 to {max}");
+        let value = value.ok_or_else(|| self.error(key, expected(), "nothing"))?;
+        match usize::try_from(value) {
+            Ok(size) if (1..=max).contains(&size) => Ok(size),
+            _ => Err(self.error(key, expected(), value.to_string())),
+        }
+    }
+
+    /// A number that is finite and positive as f32.
+    fn positive(&self, key: &'static str, value: Option<f64>) -> Result<f32> {
+        const EXPECTED: &str = "a positive number";
+        let value = value.ok_or_else(|| self.error(key, EXPECTED, "nothing"))?;
+        let narrowed = value as f32;
+        if narrowed.is_finite() && narrowed > 0.0 {
+            Ok(narrowed)
+        } else {
+            Err(self.error(key, EXPECTED, value.to_string()))
+        }
+    }
+
+    fn must_be_false(&self, key: &'static str, value: Option<bool>) -> Result<()> {
+        match value {
+            Some(true) => Err(self.error(key, "false", "true")),
+            Some(false) | None => Ok(()),
+        }
+    }
+}
+
+impl Raw {
+    fn check(self, file: &File<'_>) -> Result<ModelConfig> {
+        let architecture = self.architecture(file)?;
+        let weight_form = match &self.quantization_config {
+            Some(quantization) => quantization.weight_form(file)?,
+            None => {
+                let expected = "a BitNet quantization (this version runs ternary weights only)";
+                return Err(file.error("quantization_config", expected, "nothing"));
+            }
+        };
+        let hidden_size = file.dimension("hidden_size", self.hidden_size, MAX_DIMENSION)?;
+        let num_attention_heads =
+            file.dimension("num_attention_heads", self.num_attention_heads, MAX_HEADS)?;
+        let num_key_value_heads = file.dimension(
+            "num_key_value_heads",
+            self.num_key_value_heads.or(self.num_attention_heads),
+            num_attention_heads,
+        )?;
+        if !num_attention_heads.is_multiple_of(num_key_value_heads) {
+            return Err(file.error(
+                "num_key_value_heads",
+                format!("a divisor of num_attention_heads = {num_attention_heads}"),
+                num_key_value_heads.to_string(),
+            ));
+        }
+        let config = ModelConfig {
+            architecture,
+            weight_form,
+            vocab_size: file.dimension("vocab_size", self.vocab_size, MAX_DIMENSION)?,
+            hidden_size,
+            intermediate_size: file.dimension(
+                "intermediate_size",
+                self.intermediate_size,
+                MAX_DIMENSION,
+            )?,
+            num_hidden_layers: file.dimension(
+                "num_hidden_layers",
+                self.num_hidden_layers,
+                MAX_LAYERS,
+            )?,
+            num_attention_heads,
+            num_key_value_heads,
+            head_dim: self.head_dim(file, architecture, hidden_size, num_attention_heads)?,
+            hidden_act: match self.hidden_act.as_deref() {
+                None => architecture.default_hidden_act(),
+                Some("relu2") => Activation::Relu2,
+                Some("silu") => Activation::Silu,
+                Some(other) => {
+                    return Err(file.error("hidden_act", "relu2 or silu", quoted(other)));
+                }
+            },
+            max_position_embeddings: match self.max_position_embeddings {
+                None => DEFAULT_MAX_POSITION_EMBEDDINGS,
+                some => file.dimension("max_position_embeddings", some, MAX_DIMENSION)?,
+            },
+            rms_norm_eps: file.positive("rms_norm_eps", self.rms_norm_eps)?,
+            rope_theta: self.rope_theta(file)?,
+            tie_word_embeddings: self.tie_word_embeddings.unwrap_or(false),
+        };
+        file.must_be_false("attention_bias", self.attention_bias)?;
+        file.must_be_false("mlp_bias", self.mlp_bias)?;
+        Ok(config)
+    }
+
+    fn architecture(&self, file: &File<'_>) -> Result<Architecture> {
+        let name = match self.architectures.as_deref() {
+            Some([name]) => name,
+            other => {
+                let found = other.map_or("nothing".to_owned(), |names| format!("{}", names.len()));
+                return Err(file.error("architectures", "one name", found));
+            }
+        };
+        let architecture =
+            Architecture::from_name(name).ok_or_else(|| Error::UnknownArchitecture {
+                file: file.0.to_owned(),
+                found: name.chars().take(80).collect(),
+                expected: Architecture::NAMES,
+            })?;
+        match self.model_type.as_deref() {
+            Some(model_type) if model_type != architecture.model_type() => Err(file.error(
+                "model_type",
+                format!("{:?} for {}", architecture.model_type(), architecture.name()),
+                quoted(model_type),
+            )),
+            _ => Ok(architecture),
+        }
+    }
+
+    /// D: given, or `hidden_size / num_attention_heads`.
+    fn head_dim(
+        &self,
+        file: &File<'_>,
+        architecture: Architecture,
+        hidden_size: usize,
+        num_attention_heads: usize,
+    ) -> Result<usize> {
+        const KEY: &str = "head_dim";
+        let head_dim = match self.head_dim {
+            Some(_) => file.dimension(KEY, self.head_dim, MAX_HEADS)?,
+            None if hidden_size.is_multiple_of(num_attention_heads) => {
+                hidden_size / num_attention_heads
+            }
+            None => {
+                let expected = format!("a divisor of hidden_size = {hidden_size}");
+                let found = num_attention_heads.to_string();
+                return Err(file.error("num_attention_heads", expected, found));
+            }
+        };
+        if !head_dim.is_multiple_of(2) {
+            return Err(file.error(KEY, "an even number", head_dim.to_string()));
+        }
+        // Both factors are at most 2^16, so that the product fits u64 everywhere.
+        let query_size = num_attention_heads as u64 * head_dim as u64;
+        if query_size > MAX_DIMENSION as u64 {
+            let expected = format!("num_attention_heads x head_dim at most {MAX_DIMENSION}");
+            return Err(file.error(KEY, expected, query_size.to_string()));
+        }
+        // The original class gives attn_sub_norm the width of the residual stream.
+        if architecture == Architecture::BitNet && query_size != hidden_size as u64 {
+            let expected = format!("num_attention_heads x head_dim = hidden_size = {hidden_size}");
+            return Err(file.error(KEY, expected, query_size.to_string()));
+        }
+        Ok(head_dim)
+    }
+
+    /// The rotary base, which stands at the top level or in one of two objects; and a refusal of
+    /// everything but plain RoPE.
+    fn rope_theta(&self, file: &File<'_>) -> Result<f32> {
+        let scaling = RopeObject::check(
+            file,
+            self.rope_scaling.as_ref(),
+            ["rope_scaling", "rope_scaling.rope_theta"],
+        )?;
+        let parameters = RopeObject::check(
+            file,
+            self.rope_parameters.as_ref(),
+            ["rope_parameters", "rope_parameters.rope_theta"],
+        )?;
+        if let Some(factor) = self.partial_rotary_factor.filter(|&factor| factor != 1.0) {
+            return Err(file.error("partial_rotary_factor", "1", factor.to_string()));
+        }
+        let mut given = [self.rope_theta.map(|theta| ("rope_theta", theta)), parameters, scaling]
+            .into_iter()
+            .flatten();
+        let (key, theta) = given.next().map_or(("rope_theta", None), |(k, theta)| (k, Some(theta)));
+        if let Some((other, second)) = given.find(|&(_, second)| Some(second) != theta) {
+            let expected = format!("the same as {key} = {}", theta.unwrap_or_default());
+            return Err(file.error(other, expected, second.to_string()));
+        }
+        file.positive(key, theta)
+    }
+}
+
+/// `rope_scaling` or `rope_parameters`.
+struct RopeObject;
+
+impl RopeObject {
+    /// Its `rope_theta`, if it asks for nothing but plain RoPE.
+    fn check(
+        file: &File<'_>,
+        object: Option<&Map<String, Value>>,
+        [key, theta_key]: [&'static str; 2],
+    ) -> Result<Option<(&'static str, f64)>> {
+        let mut theta = None;
+        for (name, value) in object.into_iter().flatten() {
+            let plain = match name.as_str() {
+                "rope_type" | "type" => value == "default",
+                "partial_rotary_factor" => value.as_f64() == Some(1.0),
+                "rope_theta" => {
+                    theta = value.as_f64();
+                    theta.is_some()
+                }
+                _ => false,
+            };
+            if !plain && !value.is_null() {
+                let found = format!("{} {}", quoted(name), quoted(&value.to_string()));
+                return Err(file.error(key, "rope_type default and nothing else", found));
+            }
+        }
+        Ok(theta.map(|theta| (theta_key, theta)))
+    }
+}
+
+impl RawQuantization {
+    fn weight_form(&self, file: &File<'_>) -> Result<WeightForm> {
+        match self.quant_method.as_deref() {
+            Some("bitnet") => {}
+            other => {
+                let found = other.map_or("nothing".to_owned(), quoted);
+                return Err(file.error("quantization_config.quant_method", "\"bitnet\"", found));
+            }
+        }
+        file.must_be_false("quantization_config.use_rms_norm", self.use_rms_norm)?;
+        for module in self.modules_to_not_convert.iter().flatten() {
+            if !matches!(module.as_str(), "lm_head" | "embed_tokens" | "model.embed_tokens") {
+                return Err(file.error(
+                    "quantization_config.modules_to_not_convert",
+                    "only lm_head and embed_tokens (every other matrix is ternary)",
+                    quoted(module),
+                ));
+            }
+        }
+        // The defaults are the ones of the original `BitNetQuantConfig`.
+        let class = self.linear_class.as_deref().unwrap_or("bitlinear");
+        let mode = self.quantization_mode.as_deref().unwrap_or("offline");
+        match (class, mode) {
+            ("bitlinear", "offline") => Ok(WeightForm::PackedDivide),
+            ("autobitlinear", "offline") => Ok(WeightForm::PackedMultiply),
+            ("autobitlinear", "online") => Ok(WeightForm::Online),
+            ("bitlinear", mode) => Err(file.error(
+                "quantization_config.quantization_mode",
+                "\"offline\" with linear_class bitlinear",
+                quoted(mode),
+            )),
+            ("autobitlinear", mode) => Err(file.error(
+                "quantization_config.quantization_mode",
+                "\"offline\" or \"online\"",
+                quoted(mode),
+            )),
+            (class, _) => Err(file.error(
+                "quantization_config.linear_class",
+                "\"bitlinear\" or \"autobitlinear\"",
+                quoted(class),
+            )),
         }
     }
 }

@@ -43,6 +43,34 @@ pub enum Error {
         /// What is inconsistent, in numbers.
         problem: String,
     },
+    /// The index of a sharded checkpoint names a file outside its directory.
+    #[error("{file}: expected the name of a file in the same directory, found {found}")]
+    ShardName {
+        /// The index.
+        file: String,
+        /// The name in the index.
+        found: String,
+    },
+    /// Two shards hold a tensor of the same name.
+    #[error("{file}: tensor {tensor} is also in {other}")]
+    DuplicateTensor {
+        /// The shard read last.
+        file: String,
+        /// The tensor's name.
+        tensor: String,
+        /// The shard read before.
+        other: String,
+    },
+    /// The checkpoint holds a tensor that would change the computation, but not in this model.
+    #[error("{file}: tensor {tensor} was not expected: {reason}")]
+    UnexpectedTensor {
+        /// The checkpoint or shard.
+        file: String,
+        /// The tensor's name.
+        tensor: String,
+        /// Why the model cannot have it.
+        reason: &'static str,
+    },
     /// The checkpoint lacks a tensor that the configuration requires.
     #[error("{file}: tensor {tensor} is missing{}", hint.map(|hint| format!(" ({hint})")).unwrap_or_default())]
     MissingTensor {

@@ -3,6 +3,7 @@
 #![deny(missing_docs)]
 
 pub mod backend;
+mod checkpoint;
 pub mod config;
 pub mod error;
 pub mod format;
@@ -11,6 +12,8 @@ pub mod layout;
 pub mod model;
 pub mod sampler;
 pub mod shape;
+pub mod synthetic;
+pub mod tensor_names;
 pub mod tokenizer;
 pub mod weights;
 

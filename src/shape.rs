@@ -4,7 +4,7 @@ use crate::error::{Error, Result};
 
 /// Most rows, columns or tokens that any dimension may have; keeps every product within u64 and
 /// every index within u32.
-const MAX_DIMENSION: usize = 1 << 24;
+pub(crate) const MAX_DIMENSION: usize = 1 << 24;
 
 /// The shape of a matrix `[N, K]`: N output features (rows), K input features (columns).
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]

@@ -1,9 +1,18 @@
 //! Named tensors → typed weights, with every shape and scale checked here.
 
+use cpu_ref::ternarize_absmean::ABSMEAN_FLOOR;
+use rayon::prelude::*;
+
+pub use crate::checkpoint::{Checkpoint, MemorySummary};
 use crate::config::ModelConfig;
 use crate::error::{Error, Result};
-use crate::format::{Dtype, TensorView};
+use crate::format::TensorView;
+use crate::format::float::{Float, bf16_to_f32, f16_to_f32, first_non_finite};
 use crate::shape::MatShape;
+use crate::tensor_names::{
+    ATTN_SUB_NORM, DOWN_PROJ, FFN_SUB_NORM, GATE_PROJ, INPUT_LAYERNORM, K_PROJ, Linear, Norm,
+    O_PROJ, POST_ATTENTION_LAYERNORM, Q_PROJ, UP_PROJ, V_PROJ,
+};
 
 /// A ternary matrix as its file stores it; rows are decoded on demand, so that loading never holds
 /// an unpacked matrix.
@@ -18,9 +27,11 @@ enum Rows {
     /// `w + 1` of row `q·ceil(N/4) + r`.
     HfPacked(TensorView),
     /// Master weights `[N, K]` and `1/m`.
-    Master { tensor: TensorView, inv_scale: f32 },
+    Master { tensor: TensorView, float: Float, inv_scale: f32 },
     /// Plain trits `[N, K]`.
     Trits(Vec<i8>),
+    /// Random trits, a function of the row.
+    Synthetic { seed: u64 },
 }
 
 impl TernaryMatrix {
@@ -33,20 +44,54 @@ impl TernaryMatrix {
         Self { shape, scale, rows: Rows::Trits(trits) }
     }
 
-    /// Writes row `n`'s trits into `out[K]`.
-    ///
-    /// # Errors
-    /// If the file holds a code that is no trit.
+    /// A matrix of random trits that take no memory.
+    pub(crate) fn synthetic(shape: MatShape, seed: u64, scale: f32) -> Self {
+        Self { shape, scale, rows: Rows::Synthetic { seed } }
+    }
+
+    /// A matrix in the "bitnet" packing of Hugging Face, U8 `[ceil(N/4), K]`, and the scale that
+    /// multiplies it. The values are checked as rows are decoded.
     ///
     /// # Panics
-    /// If `n` is not below N or `out` is not K long.
-    pub fn row(&self, n: usize, out: &mut [i8]) -> Result<()> {
-        let k = self.shape.k();
-        match &self.rows {
-            Rows::Trits(trits) => out.copy_from_slice(&trits[n * k..][..k]),
-            _ => todo!(),
-        }
-        Ok(())
+    /// If the tensor's length does not match the shape.
+    pub(crate) fn from_hf_packed(shape: MatShape, tensor: TensorView, scale: f32) -> Self {
+        assert_eq!(tensor.bytes.len(), shape.n().div_ceil(4) * shape.k());
+        Self { shape, scale, rows: Rows::HfPacked(tensor) }
+    }
+
+    /// A matrix from master weights `[N, K]`, ternarised by absmean: one scale
+    /// `m = max(mean(|W|), 1e-5)` for the whole matrix, `t = clamp(round(w·(1/m)), −1, +1)`.
+    ///
+    /// The mean is summed in f64, in chunks of fixed size and order, so that it does not depend on
+    /// the number of threads.
+    ///
+    /// # Errors
+    /// [`Error::TensorValue`] for NaN or infinity.
+    ///
+    /// # Panics
+    /// If the tensor's length does not match the shape.
+    pub(crate) fn from_master(shape: MatShape, tensor: TensorView, float: Float) -> Result<Self> {
+        assert_eq!(tensor.bytes.len(), shape.len() * float.len_bytes());
+        let row_bytes = shape.k() * float.len_bytes();
+        let row_sums: Vec<f64> = tensor
+            .bytes
+            .par_chunks_exact(row_bytes)
+            .enumerate()
+            .map_init(
+                || vec![0.0; shape.k()],
+                |row, (n, bytes)| {
+                    float.decode(bytes, row);
+                    match first_non_finite(row) {
+                        Some(k) => Err(value_error(&tensor, "finite weights", row[k], n, k)),
+                        None => Ok(sum_of_magnitudes(row)),
+                    }
+                },
+            )
+            .collect::<Result<_>>()?;
+        let mean = (row_sums.iter().sum::<f64>() / shape.len() as f64) as f32;
+        let scale = mean.max(ABSMEAN_FLOOR);
+        let rows = Rows::Master { tensor, float, inv_scale: 1.0 / scale };
+        Ok(Self { shape, scale, rows })
     }
 
     /// `[N, K]`.
@@ -58,30 +103,114 @@ impl TernaryMatrix {
     pub fn scale(&self) -> f32 {
         self.scale
     }
+
+    /// Decodes row `n` into `out[K]`.
+    ///
+    /// # Errors
+    /// [`Error::TensorValue`] for the code 3, which stands for no weight.
+    ///
+    /// # Panics
+    /// If `n` is not below N or `out` is not K long.
+    pub fn row(&self, n: usize, out: &mut [i8]) -> Result<()> {
+        let k = self.shape.k();
+        assert!(n < self.shape.n() && out.len() == k);
+        match &self.rows {
+            Rows::HfPacked(tensor) => {
+                let packed_rows = self.shape.n().div_ceil(4);
+                let (quarter, packed_row) = (n / packed_rows, n % packed_rows);
+                let bytes = &tensor.bytes[packed_row * k..][..k];
+                let valid = match quarter {
+                    0 => decode_quarter::<0>(bytes, out),
+                    1 => decode_quarter::<1>(bytes, out),
+                    2 => decode_quarter::<2>(bytes, out),
+                    _ => decode_quarter::<3>(bytes, out),
+                };
+                if valid {
+                    return Ok(());
+                }
+                let column = out.iter().position(|&trit| trit == 2).unwrap_or_default();
+                Err(value_error(tensor, "codes 0, 1 and 2", 3, n, column))
+            }
+            Rows::Master { tensor, float, inv_scale } => {
+                let size = float.len_bytes();
+                let mut part = [0.0; 256];
+                let row = &tensor.bytes[n * k * size..][..k * size];
+                for (bytes, out) in row.chunks(part.len() * size).zip(out.chunks_mut(part.len())) {
+                    let part = &mut part[..out.len()];
+                    float.decode(bytes, part);
+                    for (&weight, out) in part.iter().zip(out) {
+                        *out = ternarize(weight, *inv_scale);
+                    }
+                }
+                Ok(())
+            }
+            Rows::Trits(trits) => {
+                out.copy_from_slice(&trits[n * k..][..k]);
+                Ok(())
+            }
+            Rows::Synthetic { seed } => {
+                crate::synthetic::trits(*seed, n, out);
+                Ok(())
+            }
+        }
+    }
+}
+
+/// Field `QUARTER` of each byte, less one; false if one of them is code 3 (which becomes 2).
+fn decode_quarter<const QUARTER: usize>(bytes: &[u8], out: &mut [i8]) -> bool {
+    let mut invalid = 0;
+    for (&byte, out) in bytes.iter().zip(out) {
+        let code = (byte >> (2 * QUARTER)) & 3;
+        // Bit 0 is set where both bits of the code are.
+        invalid |= code & (code >> 1);
+        *out = code as i8 - 1;
+    }
+    invalid == 0
+}
+
+/// `cpu_ref::ternarize_absmean::ternarize` for a finite weight, as two comparisons: half to even
+/// takes ±½ to 0, and everything beyond is clamped to ±1.
+fn ternarize(weight: f32, inv_scale: f32) -> i8 {
+    let scaled = weight * inv_scale;
+    i8::from(scaled > 0.5) - i8::from(scaled < -0.5)
+}
+
+/// `Σ|w|` in f64, in eight lanes.
+fn sum_of_magnitudes(weights: &[f32]) -> f64 {
+    let (groups, rest) = weights.as_chunks::<8>();
+    let mut lanes = [0.0; 8];
+    for group in groups {
+        for (lane, weight) in lanes.iter_mut().zip(group) {
+            *lane += f64::from(weight.abs());
+        }
+    }
+    lanes.iter().sum::<f64>() + rest.iter().map(|weight| f64::from(weight.abs())).sum::<f64>()
+}
+
+fn value_error(
+    tensor: &TensorView,
+    expected: &'static str,
+    found: impl std::fmt::Display,
+    row: usize,
+    column: usize,
+) -> Error {
+    Error::TensorValue {
+        file: tensor.file.clone(),
+        tensor: tensor.name.clone(),
+        expected,
+        found: format!("{found} at row {row}, column {column}"),
+    }
 }
 
 /// A full-precision matrix `[N, K]`: the embedding table or an untied LM head.
+#[derive(Debug, Clone, PartialEq)]
 pub struct DenseMatrix {
     shape: MatShape,
     data: DenseData,
 }
 
-impl DenseMatrix {
-    /// Writes row `n` into `out[K]`.
-    pub fn row(&self, n: usize, out: &mut [f32]) {
-        todo!()
-    }
-    /// x
-    pub fn data(&self) -> &DenseData {
-        &self.data
-    }
-    /// x
-    pub fn shape(&self) -> MatShape {
-        self.shape
-    }
-}
-
-/// The elements of a [`DenseMatrix`], in the precision of the file.
+/// The elements of a [`DenseMatrix`], row-major, in the precision of the file.
+#[derive(Debug, Clone, PartialEq)]
 pub enum DenseData {
     /// bfloat16 bit patterns.
     Bf16(Vec<u16>),
@@ -89,6 +218,66 @@ pub enum DenseData {
     F16(Vec<u16>),
     /// IEEE single.
     F32(Vec<f32>),
+}
+
+impl DenseData {
+    /// Elements.
+    pub fn len(&self) -> usize {
+        match self {
+            Self::Bf16(bits) | Self::F16(bits) => bits.len(),
+            Self::F32(values) => values.len(),
+        }
+    }
+
+    /// Whether there are none.
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+}
+
+impl DenseMatrix {
+    /// A matrix of finite elements.
+    ///
+    /// # Panics
+    /// If the length does not match the shape.
+    pub fn new(shape: MatShape, data: DenseData) -> Self {
+        assert_eq!(data.len(), shape.len());
+        Self { shape, data }
+    }
+
+    /// `[N, K]`.
+    pub fn shape(&self) -> MatShape {
+        self.shape
+    }
+
+    /// The elements `[N, K]`.
+    pub fn data(&self) -> &DenseData {
+        &self.data
+    }
+
+    /// The elements `[N, K]`, to keep.
+    pub fn into_data(self) -> DenseData {
+        self.data
+    }
+
+    /// Row `n` as f32, into `out[K]`.
+    ///
+    /// # Panics
+    /// If `n` is not below N or `out` is not K long.
+    pub fn row(&self, n: usize, out: &mut [f32]) {
+        let k = self.shape.k();
+        assert!(n < self.shape.n() && out.len() == k);
+        let range = n * k..(n + 1) * k;
+        match &self.data {
+            DenseData::Bf16(bits) => {
+                out.iter_mut().zip(&bits[range]).for_each(|(out, &bits)| *out = bf16_to_f32(bits));
+            }
+            DenseData::F16(bits) => {
+                out.iter_mut().zip(&bits[range]).for_each(|(out, &bits)| *out = f16_to_f32(bits));
+            }
+            DenseData::F32(values) => out.copy_from_slice(&values[range]),
+        }
+    }
 }
 
 /// The weights of one layer.
@@ -115,6 +304,33 @@ pub struct LayerWeights {
     pub ffn_sub_norm: Option<Vec<f32>>,
     /// `[hidden, intermediate]`.
     pub down_proj: TernaryMatrix,
+}
+
+impl LayerWeights {
+    /// The ternary matrices with their names, in the order of the forward pass.
+    pub fn linears(&self) -> [(Linear, &TernaryMatrix); 7] {
+        [
+            (Q_PROJ, &self.q_proj),
+            (K_PROJ, &self.k_proj),
+            (V_PROJ, &self.v_proj),
+            (O_PROJ, &self.o_proj),
+            (GATE_PROJ, &self.gate_proj),
+            (UP_PROJ, &self.up_proj),
+            (DOWN_PROJ, &self.down_proj),
+        ]
+    }
+
+    /// The RMSNorm weights with their names, in the order of the forward pass.
+    pub fn norms(&self) -> impl Iterator<Item = (Norm, &[f32])> {
+        [
+            (INPUT_LAYERNORM, Some(&self.input_layernorm)),
+            (ATTN_SUB_NORM, self.attn_sub_norm.as_ref()),
+            (POST_ATTENTION_LAYERNORM, Some(&self.post_attention_layernorm)),
+            (FFN_SUB_NORM, self.ffn_sub_norm.as_ref()),
+        ]
+        .into_iter()
+        .filter_map(|(norm, weights)| weights.map(|weights| (norm, weights.as_slice())))
+    }
 }
 
 /// Where a backend gets a model's weights from: a checkpoint, or a test's random model.

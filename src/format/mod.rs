@@ -1,8 +1,13 @@
 //! Files → named tensors: checked and borrowed. Knows no transformer.
 
+mod files;
+pub mod float;
+mod mapped;
+mod safetensors;
+
 use std::sync::Arc;
 
-use crate::error::{Error, Result};
+pub use files::ModelFiles;
 
 /// Element types that checkpoints in scope use.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -17,11 +22,39 @@ pub enum Dtype {
     F32,
 }
 
-/// The bytes of a tensor: mapped from a file for as long as the view lives, or embedded.
+impl Dtype {
+    /// The type of that safetensors name; `None` for one that no checkpoint in scope uses.
+    pub fn from_name(name: &str) -> Option<Self> {
+        [Self::U8, Self::Bf16, Self::F16, Self::F32].into_iter().find(|dtype| dtype.name() == name)
+    }
+
+    /// As safetensors spells it.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::U8 => "U8",
+            Self::Bf16 => "BF16",
+            Self::F16 => "F16",
+            Self::F32 => "F32",
+        }
+    }
+
+    /// Bytes an element.
+    pub fn len_bytes(self) -> usize {
+        match self {
+            Self::U8 => 1,
+            Self::Bf16 | Self::F16 => 2,
+            Self::F32 => 4,
+        }
+    }
+}
+
+/// The bytes of a tensor or file: mapped for as long as the value lives, read, or embedded.
 #[derive(Clone)]
 pub enum Bytes {
     /// A mapped range of a file.
     Mapped(Arc<memmap2::Mmap>),
+    /// Read into memory.
+    Owned(Arc<[u8]>),
     /// Part of the program.
     Static(&'static [u8]),
 }
@@ -32,9 +65,27 @@ impl std::ops::Deref for Bytes {
     fn deref(&self) -> &[u8] {
         match self {
             Self::Mapped(map) => map,
+            Self::Owned(bytes) => bytes,
             Self::Static(bytes) => bytes,
         }
     }
+}
+
+/// What a header says of a tensor; its bytes lie inside the file.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct TensorInfo {
+    /// The tensor's name.
+    pub name: String,
+    /// Element type as the file spells it; it need not be a [`Dtype`].
+    pub dtype: String,
+    /// Row-major shape, last axis contiguous.
+    pub shape: Vec<usize>,
+    /// Length of the elements.
+    pub len_bytes: u64,
+    /// Where the elements begin in their file.
+    offset: u64,
+    /// Index of the file in [`ModelFiles`].
+    shard: usize,
 }
 
 /// One tensor: name, element type, shape and bytes, whose length matches.
@@ -50,4 +101,14 @@ pub struct TensorView {
     pub shape: Vec<usize>,
     /// The elements, little-endian; may be unaligned.
     pub bytes: Bytes,
+}
+
+/// Text from a file as an error message shows it: on one line, of bounded length.
+pub(crate) fn quoted(text: &str) -> String {
+    const MAX_CHARS: usize = 80;
+    let mut shown: String = text.chars().take(MAX_CHARS).collect();
+    if shown.len() < text.len() {
+        shown.push('…');
+    }
+    format!("{shown:?}")
 }

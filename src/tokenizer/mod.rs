@@ -142,9 +142,9 @@ mod tests {
     use super::*;
 
     pub(super) const TOKENIZER: &[u8] =
-        include_bytes!("../../tests/golden/tokenizer/tokenizer.json");
+        include_bytes!("../../tests/golden/bitnet-a-packed/tokenizer.json");
     pub(super) const CONFIG: &[u8] =
-        include_bytes!("../../tests/golden/tokenizer/tokenizer_config.json");
+        include_bytes!("../../tests/golden/bitnet-a-packed/tokenizer_config.json");
     const TOKENS: &[u8] = include_bytes!("../../tests/golden/expected/tokens.json");
 
     pub(super) fn source(bytes: &[u8]) -> Source<'_> {

@@ -17,6 +17,16 @@ impl Slice {
         self.size
     }
 
+    /// Words `first..first + len_words` of this slice.
+    ///
+    /// # Panics
+    /// If they are not inside it.
+    pub fn words(&self, first: usize, len_words: usize) -> Self {
+        let (offset, size) = (first as u64 * 4, len_words as u64 * 4);
+        assert!(offset + size <= self.size, "{first} + {len_words} words of {}", self.size / 4);
+        Self { buffer: self.buffer.clone(), offset: self.offset + offset, size }
+    }
+
     pub(crate) fn binding(&self) -> wgpu::BindingResource<'_> {
         wgpu::BindingResource::Buffer(wgpu::BufferBinding {
             buffer: &self.buffer,

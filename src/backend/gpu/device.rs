@@ -101,6 +101,7 @@ pub struct Gpu {
     pub adapter: AdapterDescription,
     pub(crate) device: wgpu::Device,
     pub(crate) queue: wgpu::Queue,
+    max_binding: u64,
     /// The first error that no call returned: validation outside a scope, or a lost device.
     failure: Arc<Mutex<Option<String>>>,
 }
@@ -170,7 +171,9 @@ impl Gpu {
                 note(&slot, format!("device lost: {}", one_line(&message)));
             }
         });
-        Ok(Self { adapter: description, device, queue, failure })
+        let limits = device.limits();
+        let max_binding = limits.max_storage_buffer_binding_size.min(limits.max_buffer_size);
+        Ok(Self { adapter: description, device, queue, max_binding, failure })
     }
 
     /// The error of this device for a failed operation.
@@ -192,10 +195,16 @@ impl Gpu {
         self.check(operation)
     }
 
-    /// Largest buffer and largest storage binding, in bytes.
-    pub(crate) fn max_binding(&self) -> u64 {
-        let limits = self.device.limits();
-        limits.max_storage_buffer_binding_size.min(limits.max_buffer_size)
+    /// Bytes of the largest storage binding; larger matrices are sharded by rows.
+    pub fn max_binding(&self) -> u64 {
+        self.max_binding
+    }
+
+    /// Shards matrices as if the adapter's bindings were no larger than this.
+    #[must_use]
+    pub fn with_max_binding(mut self, len_bytes: u64) -> Self {
+        self.max_binding = self.max_binding.min(len_bytes);
+        self
     }
 }
 

@@ -39,8 +39,9 @@ impl Gpu {
             let _ = sender.send(result);
         });
         self.wait(OPERATION)?;
+        // Another thread's poll may still be on its way to the callback.
         receiver
-            .try_recv()
+            .recv()
             .map_err(|_| self.error(OPERATION, "the buffer was not mapped"))?
             .map_err(|source| self.error(OPERATION, source.to_string()))?;
         let result = {

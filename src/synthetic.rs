@@ -1,0 +1,267 @@
+//! Models of random weights: real shapes for tests and benches, without a download.
+//!
+//! Every weight is a function of (seed, tensor, row), so that nothing large is held and two
+//! programs agree on the same model.
+
+use rayon::prelude::*;
+
+use crate::config::{Activation, Architecture, ModelConfig, WeightForm};
+use crate::error::Result;
+use crate::format::float::{bf16_to_f32, f32_to_bf16};
+use crate::shape::MatShape;
+use crate::tensor_names::{
+    ATTN_SUB_NORM, DOWN_PROJ, FFN_SUB_NORM, GATE_PROJ, INPUT_LAYERNORM, K_PROJ, Linear, Norm,
+    O_PROJ, POST_ATTENTION_LAYERNORM, Q_PROJ, UP_PROJ, V_PROJ,
+};
+use crate::weights::{DenseData, DenseMatrix, LayerWeights, TernaryMatrix, WeightSource};
+
+/// Standard deviation of the embedding's elements.
+const EMBEDDING_STD: f32 = 0.02;
+
+/// The dimensions of BitNet b1.58 2B4T.
+pub fn bitnet_2b4t() -> ModelConfig {
+    ModelConfig {
+        architecture: Architecture::BitNet,
+        weight_form: WeightForm::PackedMultiply,
+        vocab_size: 128_256,
+        hidden_size: 2560,
+        intermediate_size: 6912,
+        num_hidden_layers: 30,
+        num_attention_heads: 20,
+        num_key_value_heads: 5,
+        head_dim: 128,
+        hidden_act: Activation::Relu2,
+        max_position_embeddings: 4096,
+        rms_norm_eps: 1e-5,
+        rope_theta: 500_000.0,
+        tie_word_embeddings: true,
+    }
+}
+
+/// A BitNet-shaped model that runs in a moment: awkward sizes, no multiples of a tile.
+pub fn tiny_bitnet() -> ModelConfig {
+    ModelConfig {
+        vocab_size: 301,
+        hidden_size: 120,
+        intermediate_size: 204,
+        num_hidden_layers: 3,
+        num_attention_heads: 6,
+        num_key_value_heads: 2,
+        head_dim: 20,
+        max_position_embeddings: 512,
+        ..bitnet_2b4t()
+    }
+}
+
+/// A Llama-shaped model that runs in a moment: untied head, scales that divide.
+pub fn tiny_llama() -> ModelConfig {
+    ModelConfig {
+        architecture: Architecture::Llama,
+        weight_form: WeightForm::PackedDivide,
+        hidden_act: Activation::Silu,
+        head_dim: 32,
+        tie_word_embeddings: false,
+        ..tiny_bitnet()
+    }
+}
+
+/// A model of random weights: trits uniform over {−1, 0, +1}, matrix scales that keep the variance
+/// (`√(3/2K)`), norms around 1, embeddings of standard deviation 0.02; all as bf16 stores them.
+#[derive(Debug, Clone)]
+pub struct SyntheticModel {
+    config: ModelConfig,
+    seed: u64,
+}
+
+impl SyntheticModel {
+    /// The model of these dimensions and this seed.
+    pub fn new(config: ModelConfig, seed: u64) -> Self {
+        Self { config, seed }
+    }
+
+    /// Row `token` of the embedding table, bf16, into `out[hidden]`.
+    pub fn embedding_row(&self, token: usize, out: &mut [u16]) {
+        normal_row(self.table_seed(0), token, out);
+    }
+
+    /// Row `token` of the LM head, bf16, into `out[hidden]`; for untied configurations.
+    pub fn lm_head_row(&self, token: usize, out: &mut [u16]) {
+        normal_row(self.table_seed(1), token, out);
+    }
+
+    /// The scale as a checkpoint of this [`WeightForm`] stores it, bf16, for a matrix of `k`
+    /// columns.
+    pub fn stored_scale(&self, k: usize) -> u16 {
+        let scale = (1.5 / k as f32).sqrt();
+        f32_to_bf16(match self.config.weight_form {
+            WeightForm::PackedDivide => 1.0 / scale,
+            WeightForm::PackedMultiply | WeightForm::Online => scale,
+        })
+    }
+
+    fn table_seed(&self, table: u64) -> u64 {
+        hash(self.seed, u64::MAX - table)
+    }
+
+    fn table(&self, row: impl Fn(usize, &mut [u16]) + Sync) -> Result<DenseMatrix> {
+        let shape = MatShape::new(self.config.vocab_size, self.config.hidden_size)?;
+        let mut bits = vec![0; shape.len()];
+        bits.par_chunks_exact_mut(shape.k()).enumerate().for_each(|(n, out)| row(n, out));
+        Ok(DenseMatrix::new(shape, DenseData::Bf16(bits)))
+    }
+
+    fn matrix(&self, layer: usize, linear: &Linear) -> Result<TernaryMatrix> {
+        let (n, k) = (linear.shape)(&self.config);
+        let stored = bf16_to_f32(self.stored_scale(k));
+        let scale = match self.config.weight_form {
+            WeightForm::PackedDivide => 1.0 / stored,
+            WeightForm::PackedMultiply | WeightForm::Online => stored,
+        };
+        let seed = hash_name(hash(self.seed, layer as u64), linear.path);
+        Ok(TernaryMatrix::synthetic(MatShape::new(n, k)?, seed, scale))
+    }
+
+    fn norm(&self, layer: usize, norm: &Norm) -> Vec<f32> {
+        let seed = hash_name(hash(self.seed, layer as u64), norm.path);
+        norm_weights(seed, (norm.len)(&self.config))
+    }
+}
+
+impl WeightSource for SyntheticModel {
+    fn config(&self) -> &ModelConfig {
+        &self.config
+    }
+
+    fn embedding(&self) -> Result<DenseMatrix> {
+        self.table(|n, out| self.embedding_row(n, out))
+    }
+
+    fn lm_head(&self) -> Result<Option<DenseMatrix>> {
+        if self.config.tie_word_embeddings {
+            return Ok(None);
+        }
+        self.table(|n, out| self.lm_head_row(n, out)).map(Some)
+    }
+
+    fn final_norm(&self) -> Result<Vec<f32>> {
+        Ok(norm_weights(self.table_seed(2), self.config.hidden_size))
+    }
+
+    fn layer(&self, index: usize) -> Result<LayerWeights> {
+        let has_sub_norms = self.config.has_sub_norms();
+        let sub_norm = |norm| has_sub_norms.then(|| self.norm(index, norm));
+        Ok(LayerWeights {
+            input_layernorm: self.norm(index, &INPUT_LAYERNORM),
+            q_proj: self.matrix(index, &Q_PROJ)?,
+            k_proj: self.matrix(index, &K_PROJ)?,
+            v_proj: self.matrix(index, &V_PROJ)?,
+            attn_sub_norm: sub_norm(&ATTN_SUB_NORM),
+            o_proj: self.matrix(index, &O_PROJ)?,
+            post_attention_layernorm: self.norm(index, &POST_ATTENTION_LAYERNORM),
+            gate_proj: self.matrix(index, &GATE_PROJ)?,
+            up_proj: self.matrix(index, &UP_PROJ)?,
+            ffn_sub_norm: sub_norm(&FFN_SUB_NORM),
+            down_proj: self.matrix(index, &DOWN_PROJ)?,
+        })
+    }
+}
+
+/// Row `n` of a random ternary matrix.
+pub(crate) fn trits(seed: u64, n: usize, out: &mut [i8]) {
+    let row = hash(seed, n as u64);
+    for (i, group) in out.chunks_mut(8).enumerate() {
+        for (trit, byte) in group.iter_mut().zip(hash(row, i as u64).to_le_bytes()) {
+            // 86, 85 and 85 of 256 values.
+            *trit = ((u16::from(byte) * 3) >> 8) as i8 - 1;
+        }
+    }
+}
+
+/// Row `n` of a table of nearly normal numbers: the sum of four uniform ones.
+fn normal_row(seed: u64, n: usize, out: &mut [u16]) {
+    // Each uniform one spans 2^16 and has variance 2^32/12.
+    const SUM_STD: f32 = 37_837.2;
+    let row = hash(seed, n as u64);
+    for (k, bits) in out.iter_mut().enumerate() {
+        let random = hash(row, k as u64);
+        let sum: u64 = (0..4).map(|i| (random >> (16 * i)) & 0xffff).sum();
+        let centred = sum as f32 - 2.0 * 65_535.0;
+        *bits = f32_to_bf16(centred * (EMBEDDING_STD / SUM_STD));
+    }
+}
+
+/// RMSNorm weights, 0.75 to 1.25.
+fn norm_weights(seed: u64, len: usize) -> Vec<f32> {
+    let weight = |i| {
+        let uniform = (hash(seed, i as u64) >> 40) as f32 / (1u64 << 24) as f32;
+        bf16_to_f32(f32_to_bf16(0.75 + 0.5 * uniform))
+    };
+    (0..len).map(weight).collect()
+}
+
+/// SplitMix64's output function of a counter, started at a seed.
+fn hash(seed: u64, counter: u64) -> u64 {
+    let mut x = seed.wrapping_add((counter.wrapping_add(1)).wrapping_mul(0x9e37_79b9_7f4a_7c15));
+    x = (x ^ (x >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+    x = (x ^ (x >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+    x ^ (x >> 31)
+}
+
+fn hash_name(seed: u64, name: &str) -> u64 {
+    name.bytes().fold(seed, |seed, byte| hash(seed, u64::from(byte)))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn trits_are_uniform_and_depend_on_everything() {
+        let row = |seed, n| {
+            let mut out = vec![0; 3001];
+            trits(seed, n, &mut out);
+            out
+        };
+        let first = row(1, 0);
+        for trit in [-1, 0, 1] {
+            let count = first.iter().filter(|&&found| found == trit).count();
+            assert!((900..1100).contains(&count), "{trit}: {count} of 3001");
+        }
+        assert_eq!(first, row(1, 0));
+        assert_ne!(first, row(1, 1));
+        assert_ne!(first, row(2, 0));
+    }
+
+    #[test]
+    fn tables_have_the_stated_deviation() {
+        let model = SyntheticModel::new(tiny_llama(), 5);
+        let embedding = model.embedding().unwrap();
+        let mut row = vec![0.0; embedding.shape().k()];
+        let mut sum = 0.0;
+        for n in 0..embedding.shape().n() {
+            embedding.row(n, &mut row);
+            sum += row.iter().map(|x| x * x).sum::<f32>();
+        }
+        let std = (sum / embedding.shape().len() as f32).sqrt();
+        assert!((std - EMBEDDING_STD).abs() < 0.001, "{std}");
+        assert_ne!(model.lm_head().unwrap(), Some(embedding));
+    }
+
+    #[test]
+    fn layers_have_the_shapes_of_the_configuration() {
+        for config in [tiny_bitnet(), tiny_llama(), bitnet_2b4t()] {
+            let model = SyntheticModel::new(config.clone(), 7);
+            let layer = model.layer(1).unwrap();
+            for (linear, matrix) in layer.linears() {
+                let (n, k) = (linear.shape)(&config);
+                assert_eq!(matrix.shape(), MatShape::new(n, k).unwrap());
+                assert!((matrix.scale() - (1.5 / k as f32).sqrt()).abs() < 0.01 * matrix.scale());
+            }
+            assert_eq!(layer.norms().count(), crate::tensor_names::norms(&config).count());
+            for (norm, weights) in layer.norms() {
+                assert_eq!(weights.len(), (norm.len)(&config));
+                assert!(weights.iter().all(|weight| (0.75..=1.25).contains(weight)));
+            }
+        }
+    }
+}

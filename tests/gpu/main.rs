@@ -1,0 +1,50 @@
+//! Tests that need a GPU adapter: they run the shipped WGSL on whatever adapter is there.
+//!
+//! Every test runs twice: on a device limited to WebGPU's defaults without optional features, and on
+//! one with all that the adapter offers. Without an adapter each test is reported as ignored, by
+//! name; with `STERNA_REQUIRE_GPU=1` that is a failure.
+
+mod kernels;
+mod util;
+
+use std::process::ExitCode;
+use std::sync::Arc;
+
+use libtest_mimic::{Arguments, Failed, Trial};
+use sterna::backend::gpu::{Capabilities, Gpu};
+
+/// A test: its name and body.
+type Case = (String, Box<dyn Fn(&Gpu) -> Result<(), Failed> + Send>);
+
+fn main() -> ExitCode {
+    let arguments = Arguments::from_args();
+    let mut trials = Vec::new();
+    for (label, capabilities) in
+        [("webgpu-default", Capabilities::WebGpuDefault), ("adapter", Capabilities::Adapter)]
+    {
+        let gpu = Gpu::open(None, capabilities).map(Arc::new);
+        if label == "adapter" {
+            match &gpu {
+                Ok(gpu) => eprintln!("adapter: {}", gpu.adapter),
+                Err(error) => eprintln!("no adapter: {error}"),
+            }
+        }
+        trials.extend(kernels::cases().into_iter().map(|(name, case)| {
+            let name = format!("{label}::{name}");
+            match &gpu {
+                Ok(gpu) => {
+                    let gpu = Arc::clone(gpu);
+                    Trial::test(name, move || case(&gpu))
+                }
+                Err(_) => Trial::test(name, || Ok(())).with_ignored_flag(true),
+            }
+        }));
+        if let Err(error) = gpu
+            && std::env::var_os("STERNA_REQUIRE_GPU").is_some_and(|value| value == "1")
+        {
+            let problem = error.to_string();
+            trials.push(Trial::test(format!("{label}::adapter"), move || Err(problem.into())));
+        }
+    }
+    libtest_mimic::run(&arguments, trials).exit_code()
+}

@@ -1,0 +1,125 @@
+//! Random inputs, guarded outputs and comparisons that say what differs.
+
+use libtest_mimic::Failed;
+use sterna::backend::gpu::{Call, Gpu, PassParams, Slice, self_test};
+
+/// SplitMix64.
+pub struct Random(u64);
+
+impl Random {
+    pub fn new(seed: u64) -> Self {
+        Self(seed)
+    }
+
+    pub fn next(&mut self) -> u64 {
+        self.0 = self.0.wrapping_add(0x9E37_79B9_7F4A_7C15);
+        let mut z = self.0;
+        z = (z ^ z >> 30).wrapping_mul(0xBF58_476D_1CE4_E5B9);
+        z = (z ^ z >> 27).wrapping_mul(0x94D0_49BB_1331_11EB);
+        z ^ z >> 31
+    }
+
+    pub fn below(&mut self, n: usize) -> usize {
+        (self.next() % n as u64) as usize
+    }
+
+    /// Uniform in −1..1.
+    pub fn unit(&mut self) -> f32 {
+        (self.next() >> 40) as f32 / (1 << 23) as f32 - 1.0
+    }
+
+    pub fn floats(&mut self, len: usize, magnitude: f32) -> Vec<f32> {
+        (0..len).map(|_| self.unit() * magnitude).collect()
+    }
+
+    pub fn trits(&mut self, len: usize) -> Vec<i8> {
+        (0..len).map(|_| self.below(3) as i8 - 1).collect()
+    }
+
+    pub fn codes(&mut self, len: usize) -> Vec<i8> {
+        (0..len).map(|_| (self.below(256) as i32 - 128) as i8).collect()
+    }
+}
+
+/// Words before and after an output: a multiple of every adapter's offset alignment.
+const GUARD_WORDS: usize = 64;
+const GUARD: u32 = 0xDEAD_BEEF;
+
+/// Runs a kernel with guard words around every output and fails if one is touched.
+pub fn run_guarded(
+    gpu: &Gpu,
+    call: &Call,
+    params: PassParams,
+    inputs: &[&Slice],
+    output_words: &[usize],
+) -> Result<Vec<Vec<u32>>, Failed> {
+    let name = call.kernel.name;
+    let mut guarded = Vec::new();
+    for &len in output_words {
+        let padded = len.next_multiple_of(GUARD_WORDS);
+        guarded.push((len, gpu.upload(name, &vec![GUARD; padded + 2 * GUARD_WORDS])?));
+    }
+    let outputs: Vec<_> = guarded.iter().map(|(len, all)| all.words(GUARD_WORDS, *len)).collect();
+    let buffers: Vec<_> = inputs.iter().copied().chain(&outputs).collect();
+    self_test::run(gpu, call, params, &buffers)?;
+    let mut results = Vec::new();
+    for (len, all) in &guarded {
+        let words = gpu.read(all, all.len_bytes() as usize / 4)?;
+        let (before, rest) = words.split_at(GUARD_WORDS);
+        let (result, after) = rest.split_at(*len);
+        if before.iter().chain(after).any(|&word| word != GUARD) {
+            return Err(format!("{name}: wrote outside its output").into());
+        }
+        results.push(result.to_vec());
+    }
+    Ok(results)
+}
+
+pub fn as_f32(words: &[u32]) -> Vec<f32> {
+    words.iter().map(|&word| f32::from_bits(word)).collect()
+}
+
+pub fn as_i32(words: &[u32]) -> Vec<i32> {
+    words.iter().map(|&word| word as i32).collect()
+}
+
+/// Fails on the first integer that differs.
+pub fn same<T: PartialEq + std::fmt::Debug>(
+    what: &str,
+    found: &[T],
+    expected: &[T],
+) -> Result<(), Failed> {
+    if found.len() != expected.len() {
+        return Err(format!("{what}: {} values, expected {}", found.len(), expected.len()).into());
+    }
+    match found.iter().zip(expected).position(|(found, expected)| found != expected) {
+        None => Ok(()),
+        Some(at) => {
+            let (found, expected) = (&found[at], &expected[at]);
+            Err(format!("{what}: [{at}]: found {found:?}, expected {expected:?}").into())
+        }
+    }
+}
+
+/// Fails on the first float that is further than `bound(index)` from what is expected.
+pub fn close(
+    what: &str,
+    found: &[f32],
+    expected: &[f32],
+    bound: impl Fn(usize) -> f32,
+) -> Result<(), Failed> {
+    if found.len() != expected.len() {
+        return Err(format!("{what}: {} values, expected {}", found.len(), expected.len()).into());
+    }
+    for (at, (&found, &expected)) in found.iter().zip(expected).enumerate() {
+        let both_nan = found.is_nan() && expected.is_nan();
+        let within = found == expected || (found - expected).abs() <= bound(at);
+        if !both_nan && !within {
+            let bound = bound(at);
+            return Err(
+                format!("{what}: [{at}]: found {found}, expected {expected} ± {bound}").into()
+            );
+        }
+    }
+    Ok(())
+}

@@ -1,0 +1,436 @@
+//! The shipped WGSL, without an adapter: validation under WebGPU's default limits, translation for
+//! every native API, the house rules, and the proof that the baseline GEMV only adds.
+
+use std::collections::{BTreeSet, HashSet};
+
+use naga::back::{self, PipelineConstants};
+use naga::valid::{Capabilities, ModuleInfo, ValidationFlags, Validator};
+use naga::{
+    AddressSpace, BinaryOperator, Expression, Function, GlobalVariable, Handle, MathFunction,
+    Module, Scalar, ScalarKind, Statement, StorageAccess, TypeInner,
+};
+use sterna::backend::gpu::PassParams;
+use sterna::backend::gpu::shader::{self, Access, KERNELS, Kernel};
+
+/// WebGPU's default limits that a shader can exceed by itself.
+const MAX_STORAGE_BUFFERS: usize = 8;
+const MAX_WORKGROUP_BYTES: u32 = 16 * 1024;
+const MAX_INVOCATIONS: u32 = 256;
+
+/// Validates without any optional capability; `unpack2x16float` is part of WebGPU, but naga lists
+/// it apart for old OpenGL.
+fn validate(kernel: Kernel, module: &Module) -> ModuleInfo {
+    Validator::new(ValidationFlags::all(), Capabilities::SHADER_FLOAT16_IN_FLOAT32)
+        .validate(module)
+        .unwrap_or_else(|error| panic!("{}: {}", kernel.name, error.emit_to_string(&kernel.wgsl())))
+}
+
+/// A module with its override constants at their defaults.
+fn specialised(kernel: Kernel) -> (Module, ModuleInfo) {
+    let module = kernel.module();
+    let info = validate(kernel, &module);
+    let entry = Some((naga::ShaderStage::Compute, "main"));
+    let constants = PipelineConstants::default();
+    let (module, info) =
+        back::pipeline_constants::process_overrides(&module, &info, entry, &constants)
+            .unwrap_or_else(|error| panic!("{}: {error}", kernel.name));
+    (module.into_owned(), info.into_owned())
+}
+
+#[test]
+fn every_kernel_is_valid_within_the_default_limits() {
+    for &kernel in KERNELS {
+        let (module, _) = specialised(kernel);
+        let entry = &module.entry_points[0];
+        assert_eq!(
+            (module.entry_points.len(), entry.name.as_str()),
+            (1, "main"),
+            "{}",
+            kernel.name
+        );
+        let invocations: u32 = entry.workgroup_size.iter().product();
+        assert!(invocations <= MAX_INVOCATIONS, "{}: {invocations} invocations", kernel.name);
+        let layouter = {
+            let mut layouter = naga::proc::Layouter::default();
+            layouter.update(module.to_ctx()).expect("a valid module has layouts");
+            layouter
+        };
+        let workgroup_bytes: u32 = module
+            .global_variables
+            .iter()
+            .filter(|(_, variable)| variable.space == AddressSpace::WorkGroup)
+            .map(|(_, variable)| layouter[variable.ty].size)
+            .sum();
+        assert!(workgroup_bytes <= MAX_WORKGROUP_BYTES, "{}: {workgroup_bytes} bytes", kernel.name);
+    }
+}
+
+#[test]
+fn every_kernel_translates_to_every_native_api() {
+    for &kernel in KERNELS {
+        let (module, info) = specialised(kernel);
+        let name = kernel.name;
+        let fail =
+            |api: &str, error: &dyn std::fmt::Display| -> ! { panic!("{name}: {api}: {error}") };
+
+        let spirv = back::spv::write_vec(&module, &info, &back::spv::Options::default(), None)
+            .unwrap_or_else(|error| fail("SPIR-V", &error));
+        assert_eq!(spirv[0], 0x0723_0203, "{name}: SPIR-V magic");
+
+        let options = back::msl::Options { lang_version: (2, 1), ..Default::default() };
+        let (msl, _) = back::msl::write_string(
+            &module,
+            &info,
+            &options,
+            &back::msl::PipelineOptions::default(),
+        )
+        .unwrap_or_else(|error| fail("MSL", &error));
+        assert!(msl.contains("kernel void"), "{name}: MSL has a kernel");
+
+        let options = back::hlsl::Options {
+            shader_model: back::hlsl::ShaderModel::V6_0,
+            ..Default::default()
+        };
+        let pipeline_options = back::hlsl::PipelineOptions::default();
+        let mut hlsl = String::new();
+        back::hlsl::Writer::new(&mut hlsl, &options, &pipeline_options)
+            .write(&module, &info, None)
+            .unwrap_or_else(|error| fail("HLSL", &error));
+        assert!(hlsl.contains("[numthreads("), "{name}: HLSL has an entry point");
+
+        let options = back::glsl::Options {
+            version: back::glsl::Version::new_gles(310),
+            ..Default::default()
+        };
+        let pipeline_options = back::glsl::PipelineOptions {
+            shader_stage: naga::ShaderStage::Compute,
+            entry_point: "main".to_owned(),
+            multiview: None,
+        };
+        let policies = naga::proc::BoundsCheckPolicies::default();
+        let mut glsl = String::new();
+        back::glsl::Writer::new(&mut glsl, &module, &info, &options, &pipeline_options, policies)
+            .unwrap_or_else(|error| fail("GLSL", &error))
+            .write()
+            .unwrap_or_else(|error| fail("GLSL", &error));
+        assert!(glsl.contains("local_size_x"), "{name}: GLSL has a workgroup");
+    }
+}
+
+#[test]
+fn kernels_follow_the_house_rules() {
+    for &kernel in KERNELS {
+        let name = kernel.name;
+        let source = kernel.wgsl();
+        assert!(source.starts_with(&format!("// {name}: ")), "{name}: the header names the kernel");
+        assert!(source.contains("Twin: cpu-ref/src/"), "{name}: the header names its twin");
+        for word in ["enable ", "subgroup", "atomic"] {
+            let code = source.lines().filter(|line| !line.trim_start().starts_with("//"));
+            assert!(!code.clone().any(|line| line.contains(word)), "{name}: {word}");
+        }
+        // Without an override, wgpu's Vulkan backend ignores part of the pipeline options.
+        assert!(kernel.module().overrides.iter().next().is_some(), "{name}: no override");
+
+        let bindings = kernel.bindings();
+        let numbers: Vec<_> = bindings.iter().map(|binding| binding.number).collect();
+        assert_eq!(numbers, (0..bindings.len() as u32).collect::<Vec<_>>(), "{name}");
+        let order = |access| match access {
+            Access::Uniform => 0,
+            Access::Read => 1,
+            Access::Write => 2,
+        };
+        assert!(bindings.is_sorted_by_key(|b| order(b.access)), "{name}: pass, inputs, outputs");
+        assert!(bindings.len() - 1 <= MAX_STORAGE_BUFFERS, "{name}: storage buffers");
+        for binding in &bindings {
+            let row = format!("| {} | {} ", binding.number, binding.name.trim_end_matches('_'));
+            assert!(source.contains(row.trim_end()), "{name}: the header lists {}", binding.name);
+        }
+        let index = include_str!("../../shaders/README.md");
+        assert!(index.contains(&format!("`{name}`")), "{name}: missing in shaders/README.md");
+    }
+}
+
+#[test]
+fn the_pass_uniform_has_the_same_offsets_in_rust() {
+    let expected = [
+        ("n_tokens", std::mem::offset_of!(PassParams, n_tokens)),
+        ("start", std::mem::offset_of!(PassParams, start)),
+        ("first_logit_row", std::mem::offset_of!(PassParams, first_logit_row)),
+        ("n_logit_rows", std::mem::offset_of!(PassParams, n_logit_rows)),
+    ];
+    for &kernel in KERNELS {
+        let module = kernel.module();
+        let uniform =
+            module.global_variables.iter().find(|(_, v)| v.space == AddressSpace::Uniform);
+        let (_, uniform) = uniform.expect("every kernel has the pass uniform");
+        let TypeInner::Struct { members, span } = &module.types[uniform.ty].inner else {
+            panic!("{}: the uniform is a struct", kernel.name)
+        };
+        let found: Vec<_> = members
+            .iter()
+            .map(|member| (member.name.as_deref().unwrap_or_default(), member.offset as usize))
+            .collect();
+        assert_eq!(found, expected, "{}", kernel.name);
+        assert_eq!(*span as usize, size_of::<PassParams>(), "{}", kernel.name);
+    }
+}
+
+/// Calls `visit` on every statement of a block, nested ones included.
+fn walk<'m>(block: &'m naga::Block, visit: &mut dyn FnMut(&'m Statement)) {
+    for statement in block.iter() {
+        visit(statement);
+        match statement {
+            Statement::Block(inner) => walk(inner, visit),
+            Statement::If { accept, reject, .. } => {
+                walk(accept, visit);
+                walk(reject, visit);
+            }
+            Statement::Loop { body, continuing, .. } => {
+                walk(body, visit);
+                walk(continuing, visit);
+            }
+            Statement::Switch { cases, .. } => {
+                cases.iter().for_each(|case| walk(&case.body, visit))
+            }
+            _ => {}
+        }
+    }
+}
+
+/// The variable that a pointer expression points into.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+enum Root {
+    Global(Handle<GlobalVariable>),
+    Local(Handle<naga::LocalVariable>),
+}
+
+fn root(function: &Function, pointer: Handle<Expression>) -> Root {
+    match function.expressions[pointer] {
+        Expression::Access { base, .. } | Expression::AccessIndex { base, .. } => {
+            root(function, base)
+        }
+        Expression::GlobalVariable(global) => Root::Global(global),
+        Expression::LocalVariable(local) => Root::Local(local),
+        ref other => panic!("not a pointer to a variable: {other:?}"),
+    }
+}
+
+#[test]
+fn no_kernel_reads_what_it_writes() {
+    for &kernel in KERNELS {
+        let module = kernel.module();
+        let functions = module.functions.iter().map(|(_, function)| function);
+        for function in functions.chain(module.entry_points.iter().map(|entry| &entry.function)) {
+            for (_, expression) in function.expressions.iter() {
+                let Expression::Load { pointer } = *expression else { continue };
+                let Root::Global(global) = root(function, pointer) else { continue };
+                let writable = matches!(module.global_variables[global].space,
+                    AddressSpace::Storage { access } if access.contains(StorageAccess::STORE));
+                let variable = &module.global_variables[global].name;
+                assert!(!writable, "{}: reads its output {variable:?}", kernel.name);
+            }
+        }
+    }
+}
+
+/// Everything that a value is computed with, followed through variables, workgroup memory and
+/// calls; the indices of loads and stores are addressing, not part of the value.
+struct ValueFlow<'m> {
+    module: &'m Module,
+    seen: HashSet<(Option<Handle<Function>>, Handle<Expression>)>,
+    seen_roots: HashSet<(Option<Handle<Function>>, Root)>,
+    operators: BTreeSet<String>,
+}
+
+/// `None` is the entry point.
+type FunctionId = Option<Handle<Function>>;
+
+impl<'m> ValueFlow<'m> {
+    /// The operators on the way to every store into the global named `output`.
+    fn operators_into(module: &'m Module, output: &str) -> BTreeSet<String> {
+        let mut flow = Self {
+            module,
+            seen: HashSet::new(),
+            seen_roots: HashSet::new(),
+            operators: BTreeSet::new(),
+        };
+        let global =
+            module.global_variables.iter().find(|(_, v)| v.name.as_deref() == Some(output));
+        let (global, _) = global.expect("the output is a global");
+        flow.follow_stores(None, Root::Global(global));
+        flow.operators
+    }
+
+    fn function(&self, id: FunctionId) -> &'m Function {
+        match id {
+            Some(handle) => &self.module.functions[handle],
+            None => &self.module.entry_points[0].function,
+        }
+    }
+
+    fn all_functions(&self) -> Vec<FunctionId> {
+        self.module.functions.iter().map(|(handle, _)| Some(handle)).chain([None]).collect()
+    }
+
+    /// Follows every value stored into a variable: in `id` for a local one, everywhere for a global.
+    fn follow_stores(&mut self, id: FunctionId, target: Root) {
+        let (scope, key) = match target {
+            Root::Local(_) => (vec![id], id),
+            Root::Global(_) => (self.all_functions(), None),
+        };
+        if !self.seen_roots.insert((key, target)) {
+            return;
+        }
+        for id in scope {
+            let function = self.function(id);
+            let mut values = Vec::new();
+            walk(&function.body, &mut |statement| match *statement {
+                Statement::Store { pointer, value } if root(function, pointer) == target => {
+                    values.push(value);
+                }
+                _ => {}
+            });
+            if let Root::Local(local) = target {
+                values.extend(function.local_variables[local].init);
+            }
+            for value in values {
+                self.follow(id, value);
+            }
+        }
+    }
+
+    fn follow(&mut self, id: FunctionId, handle: Handle<Expression>) {
+        if !self.seen.insert((id, handle)) {
+            return;
+        }
+        let function = self.function(id);
+        match function.expressions[handle] {
+            Expression::Binary { op, left, right } => {
+                self.operators.insert(format!("{op:?}"));
+                self.follow(id, left);
+                self.follow(id, right);
+            }
+            Expression::Unary { op, expr } => {
+                self.operators.insert(format!("{op:?}"));
+                self.follow(id, expr);
+            }
+            Expression::Math { fun, arg, arg1, arg2, arg3 } => {
+                self.operators.insert(format!("{fun:?}"));
+                for arg in [Some(arg), arg1, arg2, arg3].into_iter().flatten() {
+                    self.follow(id, arg);
+                }
+            }
+            Expression::Select { condition, accept, reject } => {
+                for value in [condition, accept, reject] {
+                    self.follow(id, value);
+                }
+            }
+            Expression::As { expr, .. } => self.follow(id, expr),
+            Expression::Splat { value, .. } => self.follow(id, value),
+            Expression::Swizzle { vector, .. } => self.follow(id, vector),
+            Expression::Compose { ref components, .. } => {
+                for &component in components {
+                    self.follow(id, component);
+                }
+            }
+            Expression::Access { base, .. } | Expression::AccessIndex { base, .. } => {
+                self.follow(id, base);
+            }
+            Expression::Load { pointer } => {
+                let target = root(function, pointer);
+                let is_input = matches!(target, Root::Global(global)
+                    if self.module.global_variables[global].space != AddressSpace::WorkGroup);
+                if !is_input {
+                    self.follow_stores(id, target);
+                }
+            }
+            Expression::FunctionArgument(index) if id.is_some() => self.follow_arguments(id, index),
+            Expression::CallResult(callee) => {
+                let mut results = Vec::new();
+                walk(&self.function(Some(callee)).body, &mut |statement| {
+                    if let Statement::Return { value: Some(value) } = *statement {
+                        results.push(value);
+                    }
+                });
+                for result in results {
+                    self.follow(Some(callee), result);
+                }
+            }
+            Expression::Literal(_)
+            | Expression::Constant(_)
+            | Expression::Override(_)
+            | Expression::ZeroValue(_)
+            | Expression::FunctionArgument(_) => {}
+            ref other => panic!("an expression this proof does not know: {other:?}"),
+        }
+    }
+
+    /// Follows what every caller passes for an argument.
+    fn follow_arguments(&mut self, callee: FunctionId, index: u32) {
+        for id in self.all_functions() {
+            let mut passed = Vec::new();
+            walk(&self.function(id).body, &mut |statement| match statement {
+                Statement::Call { function, arguments, .. } if Some(*function) == callee => {
+                    passed.push(arguments[index as usize]);
+                }
+                _ => {}
+            });
+            for argument in passed {
+                self.follow(id, argument);
+            }
+        }
+    }
+}
+
+/// Whether a module's accumulation path is free of multiplications and dot products.
+fn adds_only(module: &Module) -> Result<(), BTreeSet<String>> {
+    let allowed: BTreeSet<String> = [
+        format!("{:?}", BinaryOperator::Add),
+        format!("{:?}", BinaryOperator::Subtract),
+        format!("{:?}", BinaryOperator::And),
+        format!("{:?}", BinaryOperator::ExclusiveOr),
+        format!("{:?}", BinaryOperator::ShiftLeft),
+        format!("{:?}", MathFunction::CountOneBits),
+    ]
+    .into();
+    let found = ValueFlow::operators_into(module, "acc");
+    let forbidden: BTreeSet<String> = found.difference(&allowed).cloned().collect();
+    // The proof is worth something only if it has seen the inner loop.
+    assert!(forbidden.contains("Dot4U8Packed") || found.contains("CountOneBits"), "{found:?}");
+    if forbidden.is_empty() { Ok(()) } else { Err(forbidden) }
+}
+
+#[test]
+fn the_baseline_gemv_and_gemm_only_add() {
+    for kernel in [shader::GEMV_PLANES, shader::GEMM_PLANES] {
+        assert_eq!(adds_only(&kernel.module()), Ok(()), "{}", kernel.name);
+    }
+}
+
+#[test]
+fn the_proof_objects_to_a_multiplication() {
+    for kernel in [shader::GEMV_I2, shader::GEMM_I2] {
+        let forbidden = adds_only(&kernel.module()).expect_err("a packed dot multiplies");
+        assert!(forbidden.contains("Dot4U8Packed"), "{}: {forbidden:?}", kernel.name);
+    }
+    // The same kernel with its final shift written as a product.
+    let source = shader::GEMV_PLANES.wgsl();
+    let mutated = source.replace("low << vec4(0u, 1u, 2u, 3u)", "low * vec4(1u, 2u, 4u, 8u)");
+    assert_ne!(source, mutated);
+    let module = naga::front::wgsl::parse_str(&mutated).expect("the mutant is valid WGSL");
+    assert_eq!(adds_only(&module), Err(["Multiply".to_owned()].into()));
+}
+
+#[test]
+fn the_accumulators_are_integers() {
+    for kernel in [shader::GEMV_PLANES, shader::GEMM_PLANES, shader::GEMV_I2, shader::GEMM_I2] {
+        let module = kernel.module();
+        let acc = module.global_variables.iter().find(|(_, v)| v.name.as_deref() == Some("acc"));
+        let TypeInner::Array { base, .. } = module.types[acc.expect("acc is a global").1.ty].inner
+        else {
+            panic!("{}: acc is an array", kernel.name)
+        };
+        let scalar = module.types[base].inner.scalar();
+        assert_eq!(scalar, Some(Scalar { kind: ScalarKind::Sint, width: 4 }), "{}", kernel.name);
+    }
+}
