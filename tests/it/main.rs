@@ -2,6 +2,9 @@
 
 mod backends;
 mod checkpoint;
+#[cfg(feature = "cli")]
+mod cli;
+mod generate;
 #[path = "../common/golden.rs"]
 mod golden;
 mod model;
