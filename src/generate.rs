@@ -94,6 +94,16 @@ impl Model {
         Ok(Self { label, transformer, tokenizer, chat, stop_ids })
     }
 
+    /// A text as tokens of a checkpoint's own tokenizer, without loading its weights.
+    ///
+    /// # Errors
+    /// If there is no `tokenizer.json`, or it does not fit the model.
+    pub fn encode(checkpoint: &Checkpoint, text: &str) -> Result<Vec<u32>> {
+        let tokenizer = SideFile::required(checkpoint.files(), "tokenizer.json")?;
+        let vocab_size = checkpoint.config().vocab_size;
+        Tokenizer::from_json(tokenizer.source(), vocab_size)?.encode(text, true)
+    }
+
     /// The directory, or the name of the built-in model.
     pub fn label(&self) -> &str {
         &self.label

@@ -312,6 +312,14 @@ pub fn devices() -> Result<Vec<AvailableDevice>> {
     Ok(devices)
 }
 
+/// The device that [`Device::Auto`] stands for on this machine.
+pub fn resolve_auto() -> Device {
+    match auto_adapter(&gpu::adapters()) {
+        Some(index) => Device::Gpu(Some(index)),
+        None => Device::Cpu,
+    }
+}
+
 /// The adapter that `auto` takes: the first discrete, else the first integrated GPU.
 fn auto_adapter(adapters: &[gpu::AdapterDescription]) -> Option<usize> {
     let hardware = |adapter: &&gpu::AdapterDescription| {
@@ -337,13 +345,7 @@ pub fn load(
         Device::Gpu(index) => {
             Ok(Box::new(gpu::GpuBackend::load(source, open(index)?, None, options, progress)?))
         }
-        Device::Auto => {
-            let device = match auto_adapter(&gpu::adapters()) {
-                Some(index) => Device::Gpu(Some(index)),
-                None => Device::Cpu,
-            };
-            load(source, device, options, progress)
-        }
+        Device::Auto => load(source, resolve_auto(), options, progress),
         Device::Cpu => Ok(Box::new(SimdBackend::load(source, options, progress)?)),
     }
 }

@@ -5,6 +5,7 @@ mod inspect;
 mod logits;
 mod progress;
 mod run;
+mod verify;
 
 use std::io::{self, Write};
 use std::path::{Path, PathBuf};
@@ -37,6 +38,7 @@ enum Command {
     Devices(devices::Arguments),
     Inspect(inspect::Arguments),
     Logits(logits::Arguments),
+    Verify(verify::Arguments),
 }
 
 /// Runs the command.
@@ -46,6 +48,7 @@ pub(crate) fn run(arguments: Arguments) -> Result<()> {
         Command::Devices(arguments) => devices::run(&arguments),
         Command::Inspect(arguments) => inspect::run(&arguments),
         Command::Logits(arguments) => logits::run(&arguments),
+        Command::Verify(arguments) => verify::run(&arguments),
     }
 }
 

@@ -66,7 +66,7 @@ impl Level {
     }
 
     /// For people.
-    fn title(self) -> &'static str {
+    pub fn title(self) -> &'static str {
         match self {
             Self::Avx512Vnni => "AVX-512 VNNI",
             Self::Avx2 => "AVX2",
