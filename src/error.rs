@@ -246,6 +246,14 @@ pub enum Error {
         /// First wrong index, with both values.
         problem: String,
     },
+    /// The environment or the caller asks for CPU kernels that this machine does not run.
+    #[error("STERNA_CPU: expected one of {expected}, found {found:?}")]
+    CpuLevel {
+        /// The levels that this machine runs.
+        expected: String,
+        /// The level asked for.
+        found: String,
+    },
     /// The worker threads could not be started.
     #[error("cannot start {threads} worker threads: {problem}")]
     Threads {

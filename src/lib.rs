@@ -32,6 +32,7 @@ pub mod tokenizer;
 pub mod weights;
 
 pub use backend::{Device, LoadOptions};
+pub use checkpoint::Checkpoint;
 pub use error::{Error, Result};
 pub use generate::{GenerateOptions, Generation, Model, Piece};
 pub use model::Transformer;

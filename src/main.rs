@@ -65,7 +65,8 @@ fn usage(error: &clap::Error) -> ExitCode {
             let problem = text.split("\nUsage:").next().unwrap_or(&text);
             let problem = problem.split("\nFor more information").next().unwrap_or(problem);
             let problem = problem.strip_prefix("error: ").unwrap_or(problem);
-            fail(&format!("{}; see --help", problem.trim()));
+            let parts: Vec<&str> = problem.trim().split("\n\n").collect();
+            fail(&format!("{}; see --help", parts.join("; ")));
             ExitCode::from(USAGE)
         }
     }

@@ -2,12 +2,14 @@
 
 pub mod gpu;
 pub mod reference;
+pub mod simd;
 
 use crate::config::ModelConfig;
 use crate::error::{Error, Result};
 use crate::weights::WeightSource;
 
 use reference::Reference;
+use simd::SimdBackend;
 
 /// The tokens of one forward pass and what is wanted of it.
 #[derive(Debug, Clone, Copy)]
@@ -342,7 +344,7 @@ pub fn load(
             };
             load(source, device, options, progress)
         }
-        Device::Cpu => Ok(Box::new(Reference::load(source, options, progress)?)),
+        Device::Cpu => Ok(Box::new(SimdBackend::load(source, options, progress)?)),
     }
 }
 

@@ -4,7 +4,10 @@
 //! one with all that the adapter offers. Without an adapter each test is reported as ignored, by
 //! name; with `STERNA_REQUIRE_GPU=1` that is a failure.
 
+#[path = "../common/golden.rs"]
+mod golden;
 mod kernels;
+mod model;
 mod util;
 
 use std::process::ExitCode;
@@ -29,7 +32,8 @@ fn main() -> ExitCode {
                 Err(error) => eprintln!("no adapter: {error}"),
             }
         }
-        trials.extend(kernels::cases().into_iter().map(|(name, case)| {
+        let cases = kernels::cases().into_iter().chain(model::cases(capabilities));
+        trials.extend(cases.map(|(name, case)| {
             let name = format!("{label}::{name}");
             match &gpu {
                 Ok(gpu) => {

@@ -1,7 +1,13 @@
 //! The integration tests that need no GPU: one binary, one module an area.
 
+mod backends;
 mod checkpoint;
 #[cfg(feature = "cli")]
 mod cli;
 mod generate;
+#[path = "../common/golden.rs"]
+mod golden;
+mod model;
 mod shaders;
+mod simd;
+mod util;

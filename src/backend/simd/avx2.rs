@@ -1,0 +1,152 @@
+//! AVX2: `vpmaddubsw` multiplies 32 unsigned codes by 32 activations and adds pairs into 16 i16
+//! lanes.
+//!
+//! ```text
+//! for each tile row n, chunk c, field j: acc[n] += Σ_b code[n,c,b,j] · x[64c + 16j + b]
+//! ```
+//!
+//! 1. A register holds two rows × 16 bytes (a *pair*); the 16 activations of a field are broadcast
+//!    to its two 128-bit lanes, so the horizontal sum at the end is within a lane.
+//! 2. Sums stay in i16 for [`FLUSH_CHUNKS`] chunks, then widen to i32.
+//! 3. GEMV sums 8 pairs at once, GEMM 4 pairs × 2 tokens: eight i16 accumulators, which is what 16
+//!    registers hold beside the activations.
+#![expect(unsafe_code, reason = "loads, and entry into target features")]
+
+use std::arch::x86_64::*;
+
+use cpu_ref::layout::{CHUNK_K, TILE_ROWS};
+
+use super::{Activations, CHUNK_WORDS, Level, impl_kernels};
+
+/// The AVX2 level; exists only on a machine that has it.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Avx2(());
+
+impl Avx2 {
+    /// Whether this machine has AVX2.
+    pub(super) fn is_available() -> bool {
+        is_x86_feature_detected!("avx2")
+    }
+
+    /// The level's token; `None` if this machine does not run it.
+    pub(super) fn new() -> Option<Self> {
+        Self::is_available().then_some(Self(()))
+    }
+}
+
+impl_kernels!(Avx2, Level::Avx2, #[target_feature(enable = "avx2")]);
+
+/// Words of a pair: two rows × 16 bytes, one register.
+const PAIR_WORDS: usize = 8;
+/// Pairs of a chunk.
+const PAIRS: usize = CHUNK_WORDS / PAIR_WORDS;
+
+/// Chunks whose sums fit i16: a lane gets two products of a code ≤ 2 and an activation in
+/// −128..=127 from each of four fields, so a chunk adds −2048..=2032, and 16 chunks at most
+/// −32,768..=32,512.
+const FLUSH_CHUNKS: usize = 16;
+const _: () = assert!(FLUSH_CHUNKS * 4 * 2 * 2 * 128 <= 1 << 15);
+const _: () = assert!(FLUSH_CHUNKS * 4 * 2 * 2 * 127 < 1 << 15);
+
+/// One tile: `acc[M][32]`.
+#[target_feature(enable = "avx2")]
+fn gemm_tile(tile: &[[u32; CHUNK_WORDS]], x: Activations<'_>, acc: &mut [[i32; TILE_ROWS]]) {
+    for (group, acc) in acc.chunks_mut(2).enumerate() {
+        let m = 2 * group;
+        match acc.len() {
+            2 => tokens_tile::<2, 4>(tile, x, m, acc),
+            _ => tokens_tile::<1, 8>(tile, x, m, acc),
+        }
+    }
+}
+
+/// One tile and tokens `m..m + T`, P pairs a pass; `acc` holds T tokens.
+#[target_feature(enable = "avx2")]
+fn tokens_tile<const T: usize, const P: usize>(
+    tile: &[[u32; CHUNK_WORDS]],
+    x: Activations<'_>,
+    m: usize,
+    acc: &mut [[i32; TILE_ROWS]],
+) {
+    for pass in 0..PAIRS / P {
+        let mut sums = [[_mm256_setzero_si256(); P]; T];
+        for (block, chunks) in tile.chunks(FLUSH_CHUNKS).enumerate() {
+            let mut tokens = [x.token(m); T];
+            for (t, token) in tokens.iter_mut().enumerate() {
+                *token = &x.token(m + t)[block * FLUSH_CHUNKS..][..chunks.len()];
+            }
+            let mut short = [[_mm256_setzero_si256(); P]; T];
+            for (c, chunk) in chunks.iter().enumerate() {
+                let pairs: &[[u32; PAIR_WORDS]; P] = chunk.as_chunks().0[pass * P..]
+                    .first_chunk()
+                    .expect("P divides the pairs of a chunk");
+                accumulate::<0, 0, T, P>(&mut short, pairs, &tokens, c);
+                accumulate::<1, 2, T, P>(&mut short, pairs, &tokens, c);
+                accumulate::<2, 4, T, P>(&mut short, pairs, &tokens, c);
+                accumulate::<3, 6, T, P>(&mut short, pairs, &tokens, c);
+            }
+            for t in 0..T {
+                for p in 0..P {
+                    let wide = _mm256_madd_epi16(short[t][p], _mm256_set1_epi16(1));
+                    sums[t][p] = _mm256_add_epi32(sums[t][p], wide);
+                }
+            }
+        }
+        for (t, acc) in acc.iter_mut().enumerate() {
+            let code_sum = x.scales[m + t].code_sum;
+            let rows = &mut acc.as_chunks_mut::<2>().0[pass * P..][..P];
+            for (rows, &sum) in rows.iter_mut().zip(&sums[t]) {
+                *rows = row_sums(sum).map(|sum| sum - code_sum);
+            }
+        }
+    }
+}
+
+/// Adds field FIELD (at bit SHIFT) of P pairs for T tokens of chunk `c`.
+#[inline]
+#[target_feature(enable = "avx2")]
+fn accumulate<const FIELD: usize, const SHIFT: i32, const T: usize, const P: usize>(
+    short: &mut [[__m256i; P]; T],
+    pairs: &[[u32; PAIR_WORDS]; P],
+    tokens: &[&[[i8; CHUNK_K]]; T],
+    c: usize,
+) {
+    let mut x = [_mm256_setzero_si256(); T];
+    for t in 0..T {
+        x[t] = field::<FIELD>(&tokens[t][c]);
+    }
+    for p in 0..P {
+        let v = _mm256_srli_epi16::<SHIFT>(load(&pairs[p]));
+        let codes = _mm256_and_si256(v, _mm256_set1_epi8(0x03));
+        for t in 0..T {
+            short[t][p] = _mm256_add_epi16(short[t][p], _mm256_maddubs_epi16(codes, x[t]));
+        }
+    }
+}
+
+/// The sums of the two 128-bit lanes: one a row.
+#[inline]
+#[target_feature(enable = "avx2")]
+fn row_sums(lanes: __m256i) -> [i32; 2] {
+    let mut out = [[0i32; 4]; 2];
+    // SAFETY: `out` has 32 bytes to write, and the store needs no alignment.
+    unsafe { _mm256_storeu_si256(out.as_mut_ptr().cast(), lanes) };
+    out.map(|lane| lane.iter().sum())
+}
+
+/// The 16 activations of a field, in both 128-bit lanes.
+#[inline]
+#[target_feature(enable = "avx2")]
+fn field<const FIELD: usize>(x: &[i8; CHUNK_K]) -> __m256i {
+    let codes = &x.as_chunks::<16>().0[FIELD];
+    // SAFETY: `codes` has 16 bytes to read, and the load needs no alignment.
+    _mm256_broadcastsi128_si256(unsafe { _mm_loadu_si128(codes.as_ptr().cast()) })
+}
+
+/// Two rows' pieces.
+#[inline]
+#[target_feature(enable = "avx2")]
+fn load(pair: &[u32; PAIR_WORDS]) -> __m256i {
+    // SAFETY: `pair` has 32 bytes to read, and the load needs no alignment.
+    unsafe { _mm256_loadu_si256(pair.as_ptr().cast()) }
+}

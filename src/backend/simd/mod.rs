@@ -1,0 +1,378 @@
+//! The SIMD CPU backend: kernels for several instruction sets, chosen at run time, and the backend
+//! that runs a model on them.
+//!
+//! Ternary matrices are in the layout I2 (`cpu_ref::layout::i2`): tiles of 32 rows, chunks of 64
+//! columns, 16 bytes a row and chunk. A byte holds four unsigned codes `w + 1`, and the multiply-add
+//! instructions of every instruction set take them as they are against signed activations:
+//! `Σ w·x = Σ (w + 1)·x − Σ x`. Field `j` of the 16 bytes stands for 16 consecutive `k`, so a load
+//! of 16 activations meets a masked, shifted load of weights with nothing to rearrange.
+//!
+//! This module is the only home of `unsafe` in the crate.
+
+#[cfg(target_arch = "x86_64")]
+mod avx2;
+#[cfg(target_arch = "x86_64")]
+mod avx512;
+mod cpu;
+#[cfg(target_arch = "aarch64")]
+mod neon;
+mod pool;
+mod portable;
+mod scalar;
+
+use cpu_ref::layout::{CHUNK_K, PIECE_WORDS, TILE_ROWS};
+use cpu_ref::mlp::Activation;
+
+use crate::error::{Error, Result};
+
+pub use cpu::SimdBackend;
+pub use portable::TokenScale;
+
+/// Words of one chunk of a tile: 32 rows × 16 bytes.
+const CHUNK_WORDS: usize = TILE_ROWS * PIECE_WORDS;
+
+/// The environment variable that forces a [`Level`].
+const LEVEL_VARIABLE: &str = "STERNA_CPU";
+
+/// The instruction sets there are kernels for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Level {
+    /// x86-64 with AVX-512 F, BW, DQ, VL and VNNI.
+    Avx512Vnni,
+    /// x86-64 with AVX2.
+    Avx2,
+    /// AArch64 with the dot-product extension.
+    NeonDotprod,
+    /// AArch64 without it.
+    Neon,
+    /// Whatever the compiler makes of plain loops.
+    Scalar,
+}
+
+impl Level {
+    /// All levels, best first.
+    pub const ALL: [Self; 5] =
+        [Self::Avx512Vnni, Self::Avx2, Self::NeonDotprod, Self::Neon, Self::Scalar];
+
+    /// As the environment variable `STERNA_CPU` takes it.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Avx512Vnni => "avx512vnni",
+            Self::Avx2 => "avx2",
+            Self::NeonDotprod => "neon-dotprod",
+            Self::Neon => "neon",
+            Self::Scalar => "scalar",
+        }
+    }
+
+    /// For people.
+    fn title(self) -> &'static str {
+        match self {
+            Self::Avx512Vnni => "AVX-512 VNNI",
+            Self::Avx2 => "AVX2",
+            Self::NeonDotprod => "NEON dot product",
+            Self::Neon => "NEON",
+            Self::Scalar => "scalar",
+        }
+    }
+
+    /// The levels that this machine runs, best first.
+    pub fn available() -> impl Iterator<Item = Self> {
+        Self::ALL.into_iter().filter(|level| level.kernels().is_some())
+    }
+
+    /// The level that `STERNA_CPU` names, or else the best of this machine.
+    ///
+    /// # Errors
+    /// [`Error::CpuLevel`] if the variable names no level, or one that this machine does not run.
+    pub fn detect() -> Result<Self> {
+        let Some(found) = std::env::var_os(LEVEL_VARIABLE) else {
+            return Ok(Self::available().next().unwrap_or(Self::Scalar));
+        };
+        let known = Self::available().find(|level| *level.name() == *found);
+        known.ok_or_else(|| Self::unavailable(&found.to_string_lossy()))
+    }
+
+    fn unavailable(found: &str) -> Error {
+        let names: Vec<_> = Self::available().map(Self::name).collect();
+        Error::CpuLevel { expected: names.join(", "), found: found.to_owned() }
+    }
+
+    /// The level's kernels, or an error that names the levels of this machine.
+    fn require(self) -> Result<Box<dyn Kernels>> {
+        self.kernels().ok_or_else(|| Self::unavailable(self.name()))
+    }
+
+    /// The level's kernels; `None` if this machine does not run them.
+    pub fn kernels(self) -> Option<Box<dyn Kernels>> {
+        match self {
+            #[cfg(target_arch = "x86_64")]
+            Self::Avx512Vnni => Some(Box::new(avx512::Avx512Vnni::new()?)),
+            #[cfg(target_arch = "x86_64")]
+            Self::Avx2 => Some(Box::new(avx2::Avx2::new()?)),
+            #[cfg(target_arch = "aarch64")]
+            Self::NeonDotprod => Some(Box::new(neon::NeonDotprod::new()?)),
+            #[cfg(target_arch = "aarch64")]
+            Self::Neon => Some(Box::new(neon::Neon::new()?)),
+            Self::Scalar => Some(Box::new(scalar::Scalar::new()?)),
+            _ => None,
+        }
+    }
+}
+
+/// M tokens' int8 activations, K padded to whole chunks with zeros.
+#[derive(Debug, Clone, Copy)]
+pub struct Activations<'a> {
+    codes: &'a [i8],
+    scales: &'a [TokenScale],
+    chunks: usize,
+}
+
+impl<'a> Activations<'a> {
+    /// `codes[M, 64·chunks]` with one scale a token.
+    ///
+    /// # Panics
+    /// If the lengths do not match, or there is no token.
+    pub fn new(codes: &'a [i8], scales: &'a [TokenScale], chunks: usize) -> Self {
+        assert!(!scales.is_empty() && chunks > 0, "no activations");
+        assert_eq!(codes.len(), scales.len() * chunks * CHUNK_K, "codes are [M, 64·chunks]");
+        Self { codes, scales, chunks }
+    }
+
+    /// M.
+    pub fn n_tokens(&self) -> usize {
+        self.scales.len()
+    }
+
+    /// Token `m` in chunks.
+    fn token(&self, m: usize) -> &'a [[i8; CHUNK_K]] {
+        &self.codes.as_chunks().0[m * self.chunks..][..self.chunks]
+    }
+}
+
+/// Some rows of a full-precision table `[.., K]`, in the precision of the file.
+#[derive(Debug, Clone, Copy)]
+pub enum TableRows<'a> {
+    /// bfloat16 bit patterns.
+    Bf16(&'a [u16]),
+    /// IEEE half bit patterns.
+    F16(&'a [u16]),
+    /// IEEE single.
+    F32(&'a [f32]),
+}
+
+impl TableRows<'_> {
+    /// Rows `start..end` of `[.., k]`, as far as there are.
+    fn rows(self, k: usize, start: usize, end: usize) -> Self {
+        let range = start * k..(end * k).min(self.len());
+        match self {
+            Self::Bf16(rows) => Self::Bf16(&rows[range]),
+            Self::F16(rows) => Self::F16(&rows[range]),
+            Self::F32(rows) => Self::F32(&rows[range]),
+        }
+    }
+
+    /// Elements.
+    fn len(&self) -> usize {
+        match self {
+            Self::Bf16(rows) | Self::F16(rows) => rows.len(),
+            Self::F32(rows) => rows.len(),
+        }
+    }
+}
+
+/// One head's keys or values in a KV cache `[S, G·D]`: position `s` at `data[s·stride..][..D]`.
+#[derive(Debug, Clone, Copy)]
+pub struct CacheHead<'a> {
+    /// Keys, from the head's first value.
+    pub keys: &'a [f32],
+    /// Values, from the head's first value.
+    pub values: &'a [f32],
+    /// Distance of two positions: `G·D`.
+    pub stride: usize,
+    /// Positions.
+    pub len: usize,
+}
+
+/// The kernels of one [`Level`]: each a twin of the `cpu_ref` function of its name.
+///
+/// Lengths that do not match the stated shapes panic, as in `cpu_ref`. Integer results are equal to
+/// the twin's; the bounds of the others stand beside the portable kernels, and all levels return
+/// the same bits.
+pub trait Kernels: Send + Sync {
+    /// Which level.
+    fn level(&self) -> Level;
+
+    /// `acc[n,m] = Σ_k w[n,k]·x[m,k]` for whole tiles of packed weights
+    /// `words[tiles][chunks][32][4]`, into `acc[tiles][M][32]`. GEMV for M = 1.
+    fn gemm(&self, words: &[u32], x: Activations<'_>, acc: &mut [i32]);
+
+    /// One token `x[K]` → `codes[≥ K]`, zero past K.
+    fn quantize_absmax(&self, x: &[f32], codes: &mut [i8]) -> TokenScale;
+
+    /// `rmsnorm` where there is a weight `[K]`, then `quantize_absmax`.
+    fn norm_quantize(
+        &self,
+        x: &[f32],
+        weight: Option<&[f32]>,
+        eps: f32,
+        codes: &mut [i8],
+    ) -> TokenScale;
+
+    /// `y[K]` from `x[K]` and `weight[K]`.
+    fn rmsnorm(&self, x: &[f32], weight: &[f32], eps: f32, y: &mut [f32]);
+
+    /// `y[N]` of token `m` of M from `acc[tiles][M][32]` and `weight_scale[N]`.
+    fn dequantize(
+        &self,
+        acc: &[i32],
+        token: (usize, usize),
+        weight_scale: &[f32],
+        act_scale: f32,
+        y: &mut [f32],
+    );
+
+    /// `hidden[i] += y[i]`.
+    fn residual_add(&self, hidden: &mut [f32], y: &[f32]);
+
+    /// Rotates every head of `heads[.., D]` in place by `cos[D/2]` and `sin[D/2]`.
+    fn rope(&self, heads: &mut [f32], cos: &[f32], sin: &[f32]);
+
+    /// `z[i] = act(gate[i])·up[i]`.
+    fn gated_activation(&self, gate: &[f32], up: &[f32], activation: Activation, z: &mut [f32]);
+
+    /// One query head `q[D]` over a head of the cache, into `out[D]`.
+    fn attend_head(&self, q: &[f32], cache: CacheHead<'_>, out: &mut [f32]);
+
+    /// Logits of at most `32·tiles` table rows for M tokens `x[M,K]`, into `logits[tiles][M][32]`.
+    fn lm_head(&self, rows: TableRows<'_>, x: &[f32], k: usize, logits: &mut [f32]);
+
+    /// The first of the largest logits; `None` if there is none or one is NaN.
+    fn argmax(&self, logits: &[f32]) -> Option<usize>;
+}
+
+/// Panics unless the three shapes of [`Kernels::gemm`] agree; returns the tiles.
+fn check_gemm(words: &[u32], x: &Activations<'_>, acc: &[i32]) -> usize {
+    let tile_words = x.chunks * CHUNK_WORDS;
+    let tiles = words.len() / tile_words;
+    assert_eq!(words.len(), tiles * tile_words, "words are [tiles, chunks, 32, 4]");
+    assert_eq!(acc.len(), tiles * x.n_tokens() * TILE_ROWS, "acc is [tiles, M, 32]");
+    tiles
+}
+
+/// Implements [`Kernels`] for a level: its own `gemm`, and the portable kernels compiled with its
+/// target features. The type's existence must prove that the machine has the features.
+macro_rules! impl_kernels {
+    ($isa:ty, $level:expr $(, #[$features:meta])?) => {
+        impl super::Kernels for $isa {
+            fn level(&self) -> super::Level {
+                $level
+            }
+
+            fn gemm(
+                &self,
+                words: &[u32],
+                x: super::Activations<'_>,
+                acc: &mut [i32],
+            ) {
+                let tiles = super::check_gemm(words, &x, acc);
+                let tile_words = words.len() / tiles.max(1);
+                let tile_acc = x.n_tokens() * cpu_ref::layout::TILE_ROWS;
+                for (tile, acc) in
+                    words.chunks_exact(tile_words.max(1)).zip(acc.chunks_exact_mut(tile_acc))
+                {
+                    #[allow(unused_unsafe, reason = "as for the portable kernels")]
+                    // SAFETY: `self` exists only where the features are available.
+                    unsafe {
+                        gemm_tile(tile.as_chunks().0, x, acc.as_chunks_mut().0);
+                    }
+                }
+            }
+
+            impl_kernels!(@portable $(#[$features])?
+                fn quantize_absmax(x: &[f32], codes: &mut [i8])
+                    -> super::TokenScale
+                    where x.len() <= codes.len()
+                    => super::portable::norm_quantize(x, None, 0.0, codes);
+                fn norm_quantize(x: &[f32], weight: Option<&[f32]>, eps: f32, codes: &mut [i8])
+                    -> super::TokenScale
+                    where x.len() <= codes.len() && weight.is_none_or(|w| w.len() == x.len())
+                    => super::portable::norm_quantize(x, weight, eps, codes);
+                fn rmsnorm(x: &[f32], weight: &[f32], eps: f32, y: &mut [f32]) -> ()
+                    where x.len() == weight.len() && x.len() == y.len()
+                    => super::portable::rmsnorm(x, weight, eps, y);
+                fn dequantize(acc: &[i32], token: (usize, usize), weight_scale: &[f32],
+                    act_scale: f32, y: &mut [f32]) -> ()
+                    where token.0 < token.1
+                        && acc.len() == y.len().div_ceil(cpu_ref::layout::TILE_ROWS)
+                            * cpu_ref::layout::TILE_ROWS * token.1
+                        && weight_scale.len() == y.len()
+                    => super::portable::dequantize(
+                        acc, token, weight_scale, act_scale, y);
+                fn residual_add(hidden: &mut [f32], y: &[f32]) -> ()
+                    where hidden.len() == y.len()
+                    => super::portable::residual_add(hidden, y);
+                fn rope(heads: &mut [f32], cos: &[f32], sin: &[f32]) -> ()
+                    where cos.len() == sin.len() && !cos.is_empty()
+                        && heads.len().is_multiple_of(2 * cos.len())
+                    => super::portable::rope(heads, cos, sin);
+                fn gated_activation(gate: &[f32], up: &[f32],
+                    activation: cpu_ref::mlp::Activation, z: &mut [f32]) -> ()
+                    where gate.len() == up.len() && gate.len() == z.len()
+                    => super::portable::gated_activation(gate, up, activation, z);
+                fn attend_head(q: &[f32], cache: super::CacheHead<'_>,
+                    out: &mut [f32]) -> ()
+                    where cache.len > 0 && q.len() == out.len() && q.len() <= cache.stride
+                        && cache.keys.len() == cache.values.len()
+                        && cache.keys.len() >= (cache.len - 1) * cache.stride + q.len()
+                    => super::portable::attend_head(q, cache, out);
+                fn lm_head(rows: super::TableRows<'_>, x: &[f32], k: usize,
+                    logits: &mut [f32]) -> ()
+                    where k > 0 && x.len().is_multiple_of(k) && rows.len().is_multiple_of(k)
+                        && logits.len() == (rows.len() / k)
+                            .next_multiple_of(cpu_ref::layout::TILE_ROWS) * (x.len() / k)
+                    => super::portable::lm_head(rows, x, k, logits);
+                fn argmax(logits: &[f32]) -> Option<usize>
+                    where true
+                    => super::portable::argmax(logits);
+            );
+        }
+    };
+    (@portable $(#[$features:meta])? $(
+        fn $name:ident($($argument:ident: $type:ty),*) -> $result:ty
+            where $shapes:expr
+            => $body:expr;
+    )*) => {
+        impl_kernels!(@each [$(#[$features])?] $(
+            fn $name($($argument: $type),*) -> $result where $shapes => $body;
+        )*);
+    };
+    (@each $features:tt $(
+        fn $name:ident($($argument:ident: $type:ty),*) -> $result:ty
+            where $shapes:expr
+            => $body:expr;
+    )*) => {
+        $(impl_kernels!(@one $features
+            fn $name($($argument: $type),*) -> $result where $shapes => $body;
+        );)*
+    };
+    (@one [$(#[$features:meta])?]
+        fn $name:ident($($argument:ident: $type:ty),*) -> $result:ty
+            where $shapes:expr
+            => $body:expr;
+    ) => {
+        fn $name(&self, $($argument: $type),*) -> $result {
+            $(#[$features])?
+            fn with_features($($argument: $type),*) -> $result {
+                $body
+            }
+            assert!($shapes, concat!(stringify!($name), ": the shapes do not match"));
+            #[allow(unused_unsafe, reason = "a level without features has nothing to promise")]
+            // SAFETY: `self` exists only where the features are available.
+            unsafe {
+                with_features($($argument),*)
+            }
+        }
+    };
+}
+use impl_kernels;

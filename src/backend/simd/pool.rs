@@ -1,0 +1,366 @@
+//! The worker threads: one job at a time, split into pieces that idle threads take.
+//!
+//! A decode step has some 150 short parallel phases, so a phase must cost about a microsecond:
+//! workers spin for a while after a job before they sleep, and nothing is allocated. The caller
+//! works too and waits only for workers that have begun, so a thread that the system has not
+//! scheduled delays nobody.
+#![expect(unsafe_code, reason = "lends borrowed closures and disjoint slices to threads")]
+
+use std::cell::UnsafeCell;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering::SeqCst};
+use std::thread::JoinHandle;
+
+use crate::error::{Error, Result};
+
+/// Turns of the wait loop before a worker sleeps: some 100 µs, longer than any pause within a pass.
+const SPINS: u32 = 4000;
+
+/// Cost below which a piece is not worth taking, in the unit of [`Split::cost`]: some 2 µs.
+const MIN_PIECE_COST: usize = 32 << 10;
+
+/// Pieces a thread takes if all are equally fast.
+const PIECES_PER_THREAD: usize = 8;
+
+type Job<'a> = dyn Fn() + Sync + 'a;
+
+/// A fixed set of threads, the caller being one of them.
+pub(super) struct Pool {
+    shared: Arc<Shared>,
+    workers: Vec<JoinHandle<()>>,
+}
+
+struct Shared {
+    /// The job, while `open`.
+    job: UnsafeCell<Option<*const Job<'static>>>,
+    /// Whether a worker that is `active` may read `job`.
+    open: AtomicBool,
+    /// Workers that look at `open` or run the job.
+    active: AtomicUsize,
+    /// Jobs so far.
+    epoch: AtomicUsize,
+    panicked: AtomicBool,
+    stop: AtomicBool,
+    /// Which workers are, or are about to be, parked.
+    sleeping: Vec<AtomicBool>,
+}
+
+// SAFETY: the pointer in `job` is written by the pool's owner only while `open` is false and no
+// worker that saw it true is active (`Pool::run`), and it points to a `Sync` closure.
+unsafe impl Sync for Shared {}
+// SAFETY: as above; nothing in it belongs to a thread.
+unsafe impl Send for Shared {}
+
+/// How a slice is cut: into chunks of `len` elements, each costing about `cost` (bytes of weights,
+/// or operations in registers' worth).
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Split {
+    pub(super) len: usize,
+    pub(super) cost: usize,
+}
+
+impl Pool {
+    /// A pool of `threads` threads, the caller included.
+    ///
+    /// # Errors
+    /// [`Error::Threads`] if the system refuses one, or none are asked for.
+    pub(super) fn new(threads: usize) -> Result<Self> {
+        let fail = |problem: String| Error::Threads { threads, problem };
+        if threads == 0 {
+            return Err(fail("at least one is needed".to_owned()));
+        }
+        let shared = Arc::new(Shared {
+            job: UnsafeCell::new(None),
+            open: AtomicBool::new(false),
+            active: AtomicUsize::new(0),
+            epoch: AtomicUsize::new(0),
+            panicked: AtomicBool::new(false),
+            stop: AtomicBool::new(false),
+            sleeping: (1..threads).map(|_| AtomicBool::new(false)).collect(),
+        });
+        // The pool stops the workers it has if a later one cannot be started.
+        let mut pool = Self { shared, workers: Vec::with_capacity(threads - 1) };
+        for index in 0..threads - 1 {
+            let shared = Arc::clone(&pool.shared);
+            let worker = std::thread::Builder::new()
+                .name(format!("sterna-cpu-{}", index + 1))
+                .spawn(move || shared.work(index))
+                .map_err(|error| fail(error.to_string()))?;
+            pool.workers.push(worker);
+        }
+        Ok(pool)
+    }
+
+    /// Threads, the caller included.
+    pub(super) fn threads(&self) -> usize {
+        self.workers.len() + 1
+    }
+
+    /// Calls `f(first_chunk, stripe)` until the stripes have covered `data`, whose length is a
+    /// multiple of the chunk's, once; on several threads if it is worth it.
+    pub(super) fn stripes<T: Send>(
+        &mut self,
+        data: &mut [T],
+        split: Split,
+        f: impl Fn(usize, &mut [T]) + Sync,
+    ) {
+        let mut nothing = [(); 0];
+        self.stripes2(data, split, &mut nothing, 0, |first, stripe, _| f(first, stripe));
+    }
+
+    /// [`Pool::stripes`] over two slices cut into equally many chunks, the other's of `other_len`
+    /// elements.
+    pub(super) fn stripes2<T: Send, U: Send>(
+        &mut self,
+        data: &mut [T],
+        split: Split,
+        other: &mut [U],
+        other_len: usize,
+        f: impl Fn(usize, &mut [T], &mut [U]) + Sync,
+    ) {
+        let chunks = data.len() / split.len;
+        assert_eq!(data.len(), chunks * split.len, "a whole number of chunks");
+        assert_eq!(other.len(), chunks * other_len, "as many chunks as the first slice");
+        let smallest = MIN_PIECE_COST.div_ceil(split.cost.max(1));
+        let piece = chunks.div_ceil(self.threads() * PIECES_PER_THREAD).max(smallest);
+        if self.workers.is_empty() || chunks <= piece {
+            if chunks > 0 {
+                f(0, data, other);
+            }
+            return;
+        }
+        let (data, other) = (Base(data.as_mut_ptr()), Base(other.as_mut_ptr()));
+        let next = AtomicUsize::new(0);
+        self.run(&|| {
+            loop {
+                let first = next.fetch_add(piece, SeqCst);
+                if first >= chunks {
+                    break;
+                }
+                let n = piece.min(chunks - first);
+                // SAFETY: chunks first..first + n lie within the slice, which is borrowed mutably
+                // for this call and whose elements are Send; no other piece overlaps them, because
+                // the counter hands out each chunk once.
+                let stripe = unsafe { data.stripe(first * split.len, n * split.len) };
+                // SAFETY: the same.
+                let other = unsafe { other.stripe(first * other_len, n * other_len) };
+                f(first, stripe, other);
+            }
+        });
+    }
+
+    /// Runs `job` on the caller and on every worker that comes in time; returns when all that
+    /// began have ended.
+    fn run(&mut self, job: &Job<'_>) {
+        let shared = &*self.shared;
+        let job_pointer: *const Job<'_> = job;
+        // SAFETY: erases the lifetime only. No worker reads the pointer after `close` has been
+        // dropped, which is before `job`'s borrow ends.
+        let job_pointer =
+            unsafe { std::mem::transmute::<*const Job<'_>, *const Job<'static>>(job_pointer) };
+        // SAFETY: `open` is false and the last run waited for the workers that had seen it true,
+        // so nobody reads the cell; `&mut self` keeps other writers out.
+        unsafe { *shared.job.get() = Some(job_pointer) };
+        let close = Close(shared);
+        shared.open.store(true, SeqCst);
+        shared.epoch.fetch_add(1, SeqCst);
+        for (worker, sleeping) in self.workers.iter().zip(&shared.sleeping) {
+            if sleeping.load(SeqCst) {
+                worker.thread().unpark();
+            }
+        }
+        job();
+        drop(close);
+        assert!(!shared.panicked.swap(false, SeqCst), "a worker thread panicked");
+    }
+}
+
+impl Drop for Pool {
+    fn drop(&mut self) {
+        self.shared.stop.store(true, SeqCst);
+        for worker in self.workers.drain(..) {
+            worker.thread().unpark();
+            // A worker catches its job's panics, and that job's caller has reported them.
+            let _ = worker.join();
+        }
+    }
+}
+
+impl Shared {
+    /// The life of worker `index`.
+    fn work(&self, index: usize) {
+        let mut seen = 0;
+        while self.wait(index, &mut seen) {
+            let active = Active::enter(self);
+            // Having announced itself, the worker may use the job if it is open: the owner closes
+            // it first and then waits for `active` to become 0.
+            if self.open.load(SeqCst) {
+                // SAFETY: `open` was set after the cell was written, and the owner neither writes
+                // it nor lets the job's borrow end while this worker is active.
+                let job = unsafe { (*self.job.get()).map(|job| &*job) };
+                let result = catch_unwind(AssertUnwindSafe(|| job.map(|job| job())));
+                if result.is_err() {
+                    self.panicked.store(true, SeqCst);
+                }
+            }
+            drop(active);
+        }
+    }
+
+    /// Waits for an epoch other than `seen`; false if the pool is to end.
+    fn wait(&self, index: usize, seen: &mut usize) -> bool {
+        let mut spins = 0;
+        loop {
+            if self.stop.load(SeqCst) {
+                return false;
+            }
+            let epoch = self.epoch.load(SeqCst);
+            if epoch != *seen {
+                *seen = epoch;
+                return true;
+            }
+            if spins < SPINS {
+                spins += 1;
+                std::hint::spin_loop();
+                continue;
+            }
+            // Announce first, then look again: whoever changes the epoch after that look sees the
+            // announcement and unparks.
+            self.sleeping[index].store(true, SeqCst);
+            if self.epoch.load(SeqCst) == *seen && !self.stop.load(SeqCst) {
+                std::thread::park();
+            }
+            self.sleeping[index].store(false, SeqCst);
+        }
+    }
+}
+
+/// A worker's presence, until dropped.
+struct Active<'a>(&'a Shared);
+
+impl<'a> Active<'a> {
+    fn enter(shared: &'a Shared) -> Self {
+        shared.active.fetch_add(1, SeqCst);
+        Self(shared)
+    }
+}
+
+impl Drop for Active<'_> {
+    fn drop(&mut self) {
+        self.0.active.fetch_sub(1, SeqCst);
+    }
+}
+
+/// Closes the job and waits for those that run it, also when the caller's share panics.
+struct Close<'a>(&'a Shared);
+
+impl Drop for Close<'_> {
+    fn drop(&mut self) {
+        self.0.open.store(false, SeqCst);
+        let mut spins = 0;
+        while self.0.active.load(SeqCst) != 0 {
+            if spins < SPINS {
+                spins += 1;
+                std::hint::spin_loop();
+            } else {
+                std::thread::yield_now();
+            }
+        }
+    }
+}
+
+/// The start of a slice that threads take pieces of.
+struct Base<T>(*mut T);
+
+// SAFETY: hands out disjoint pieces of a slice whose elements may go to other threads.
+unsafe impl<T: Send> Sync for Base<T> {}
+
+impl<T> Base<T> {
+    /// Elements `start..start + len`.
+    ///
+    /// # Safety
+    /// They must lie within the slice that `self` was made from, which must be borrowed mutably
+    /// meanwhile, and no other live stripe may overlap them.
+    #[expect(clippy::mut_from_ref, reason = "the caller promises that stripes are disjoint")]
+    unsafe fn stripe(&self, start: usize, len: usize) -> &mut [T] {
+        // SAFETY: promised by the caller.
+        unsafe { std::slice::from_raw_parts_mut(self.0.add(start), len) }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Every chunk a piece of its own.
+    const DEAR: usize = MIN_PIECE_COST;
+
+    #[test]
+    fn every_chunk_is_visited_once() {
+        for threads in [1, 2, 5] {
+            let mut pool = Pool::new(threads).unwrap();
+            for chunks in [0, 1, 2, 7, 1000] {
+                let (mut data, mut other) = (vec![0usize; chunks * 3], vec![0usize; chunks]);
+                for round in 0..20 {
+                    let split = Split { len: 3, cost: DEAR };
+                    pool.stripes2(&mut data, split, &mut other, 1, |first, data, other| {
+                        for (i, other) in other.iter_mut().enumerate() {
+                            *other += first + i;
+                        }
+                        for (i, value) in data.iter_mut().enumerate() {
+                            *value += 3 * first + i;
+                        }
+                    });
+                    assert!(data.iter().enumerate().all(|(i, &v)| v == (round + 1) * i));
+                    assert!(other.iter().enumerate().all(|(i, &v)| v == (round + 1) * i));
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn small_work_stays_on_the_caller() {
+        let mut pool = Pool::new(4).unwrap();
+        let caller = std::thread::current().id();
+        let split = Split { len: 1, cost: 1 };
+        pool.stripes(&mut [0; 100], split, |first, stripe| {
+            assert_eq!((first, stripe.len()), (0, 100));
+            assert_eq!(std::thread::current().id(), caller);
+        });
+    }
+
+    #[test]
+    fn workers_wake_from_sleep() {
+        let mut pool = Pool::new(2).unwrap();
+        for _ in 0..3 {
+            std::thread::sleep(std::time::Duration::from_millis(20));
+            let both = std::sync::Barrier::new(2);
+            // Returns only if two threads take a chunk each.
+            pool.stripes(&mut [0; 2], Split { len: 1, cost: DEAR }, |_, _| {
+                both.wait();
+            });
+        }
+    }
+
+    #[test]
+    fn a_panic_reaches_the_caller_and_the_pool_survives() {
+        let mut pool = Pool::new(3).unwrap();
+        for _ in 0..10 {
+            let result = catch_unwind(AssertUnwindSafe(|| {
+                pool.stripes(&mut [0; 64], Split { len: 1, cost: DEAR }, |first, _| {
+                    assert!(first != 33, "on purpose");
+                });
+            }));
+            assert!(result.is_err());
+            let mut data = [0; 64];
+            pool.stripes(&mut data, Split { len: 1, cost: DEAR }, |_, stripe| stripe.fill(1));
+            assert_eq!(data, [1; 64]);
+        }
+    }
+
+    #[test]
+    fn no_threads_is_an_error() {
+        assert!(matches!(Pool::new(0), Err(Error::Threads { threads: 0, .. })));
+    }
+}

@@ -1,0 +1,300 @@
+//! The kernels that need no intrinsics: loops over fixed lanes, compiled once per level.
+//!
+//! Every function is `inline(always)`, so that it takes the vector width of the
+//! `#[target_feature]` function it is called from. Sums run in a fixed number of lanes that are
+//! added in a fixed tree, and Rust never contracts `a·b + c`: **all levels return the same bits**,
+//! whatever the machine and the number of threads.
+
+use cpu_ref::attention::inv_sqrt_dim;
+use cpu_ref::exp::{EXP_MAX, EXP_MIN};
+use cpu_ref::layout::TILE_ROWS;
+use cpu_ref::mlp::Activation;
+use cpu_ref::quantize_absmax::ABSMAX_FLOOR;
+use cpu_ref::reduce::{DOT_LANES, KEY_LANES, NORM_LANES, tree_sum};
+
+use super::{CacheHead, TableRows};
+
+/// Lanes of a logit's sum: two 512-bit registers, so that two additions are always in flight.
+pub(super) const HEAD_LANES: usize = 32;
+
+/// Adding and subtracting 1.5·2²³ rounds |x| ≤ 2²² to the nearest integer, ties to even, and
+/// leaves the integer in the low bits of the sum.
+const ROUND: f32 = 12_582_912.0;
+
+/// One token's scale and code sum, as [`quantize_absmax`] leaves them.
+#[derive(Debug, Clone, Copy, PartialEq, Default)]
+pub struct TokenScale {
+    /// `max(absmax, 1e-5) / 127`: multiplies a code back to a real value.
+    pub act_scale: f32,
+    /// `Σ codes`: what the unsigned weight codes `w + 1` have added too much.
+    pub code_sum: i32,
+}
+
+/// `Σ widen(row[k])·x[k]` in the order of `cpu_ref::reduce`: lane `k % L`, then the tree.
+///
+/// Bound against the exact sum: `(K/L + log₂L + 1)·2⁻²⁴·Σ|row[k]·x[k]|`: one rounding a product,
+/// one an addition in the lane, and the tree.
+#[inline(always)]
+pub(super) fn dot<const L: usize, T: Copy>(row: &[T], x: &[f32], widen: impl Fn(T) -> f32) -> f32 {
+    let (row_groups, row_tail) = row.as_chunks::<L>();
+    let (x_groups, x_tail) = x.as_chunks::<L>();
+    let mut lanes = [0.0f32; L];
+    for (row, x) in row_groups.iter().zip(x_groups) {
+        for i in 0..L {
+            lanes[i] += widen(row[i]) * x[i];
+        }
+    }
+    for ((lane, &a), &b) in lanes.iter_mut().zip(row_tail).zip(x_tail) {
+        *lane += widen(a) * b;
+    }
+    tree_sum(lanes)
+}
+
+/// bfloat16 → f32, exact.
+#[inline(always)]
+fn widen_bf16(bits: u16) -> f32 {
+    f32::from_bits(u32::from(bits) << 16)
+}
+
+/// IEEE half → f32, exact, without a branch: the exponent is rebased by a multiplication, which
+/// also normalises subnormals; infinity and NaN get the full exponent back.
+#[inline(always)]
+fn widen_f16(bits: u16) -> f32 {
+    const REBASE: f32 = f32::from_bits((127 + 127 - 15) << 23);
+    let magnitude = u32::from(bits & 0x7fff);
+    let special = if magnitude >= 0x7c00 { 0x7f80_0000 } else { 0 };
+    let value = f32::from_bits(magnitude << 13) * REBASE;
+    f32::from_bits(value.to_bits() | special | u32::from(bits & 0x8000) << 16)
+}
+
+/// `1/√(mean(x²) + eps)`, exactly as `cpu_ref::rmsnorm` computes it.
+#[inline(always)]
+pub(super) fn inv_rms(x: &[f32], eps: f32) -> f32 {
+    let sum = dot::<NORM_LANES, f32>(x, x, |value| value);
+    1.0 / (sum / x.len() as f32 + eps).sqrt()
+}
+
+/// Twin of `cpu_ref::rmsnorm`, exact.
+#[inline(always)]
+pub(super) fn rmsnorm(x: &[f32], weight: &[f32], eps: f32, y: &mut [f32]) {
+    let r = inv_rms(x, eps);
+    for ((y, &value), &w) in y.iter_mut().zip(x).zip(weight) {
+        *y = w * (value * r);
+    }
+}
+
+/// Twin of `cpu_ref::quantize_absmax`, exact: codes and scale are equal. Codes past the values are
+/// zero, as the padding of K requires.
+#[inline(always)]
+pub(super) fn quantize_absmax(
+    values: impl Iterator<Item = f32> + Clone,
+    codes: &mut [i8],
+    len: usize,
+) -> TokenScale {
+    // |x| as bits orders like the number, with NaN above infinity: NaN survives the maximum.
+    let absmax_bits = values.clone().fold(0, |max, value| value.abs().to_bits().max(max));
+    let absmax = f32::from_bits(absmax_bits);
+    let absmax = if absmax < ABSMAX_FLOOR { ABSMAX_FLOOR } else { absmax };
+    let act_scale = absmax / 127.0;
+    let (codes, padding) = codes.split_at_mut(len);
+    padding.fill(0);
+    if !absmax.is_finite() {
+        // x·(127/∞) is 0 or NaN, and a NaN converts to 0.
+        codes.fill(0);
+        return TokenScale { act_scale, code_sum: 0 };
+    }
+    let inv_act_scale = 127.0 / absmax;
+    // |x·inv_act_scale| ≤ 127·(1 + 2⁻²³)²: within the range of ROUND, and no clamp can act.
+    for (code, value) in codes.iter_mut().zip(values) {
+        *code = (value * inv_act_scale + ROUND).to_bits() as i8;
+    }
+    TokenScale { act_scale, code_sum: codes.iter().map(|&code| i32::from(code)).sum() }
+}
+
+/// [`rmsnorm`] (where there is a weight), then [`quantize_absmax`], without storing the norm.
+#[inline(always)]
+pub(super) fn norm_quantize(
+    x: &[f32],
+    weight: Option<&[f32]>,
+    eps: f32,
+    codes: &mut [i8],
+) -> TokenScale {
+    match weight {
+        Some(weight) => {
+            let r = inv_rms(x, eps);
+            let normed = x.iter().zip(weight).map(move |(&value, &w)| w * (value * r));
+            quantize_absmax(normed, codes, x.len())
+        }
+        None => quantize_absmax(x.iter().copied(), codes, x.len()),
+    }
+}
+
+/// Twin of `cpu_ref::gemv::dequantize` for token `m` of `acc[tile][M][32]`, exact:
+/// `y[n] = f32(acc[n]) · (weight_scale[n] · act_scale)`.
+#[inline(always)]
+pub(super) fn dequantize(
+    acc: &[i32],
+    (m, n_tokens): (usize, usize),
+    weight_scale: &[f32],
+    act_scale: f32,
+    y: &mut [f32],
+) {
+    let tiles = acc.chunks_exact(n_tokens * TILE_ROWS).map(|tile| &tile[m * TILE_ROWS..]);
+    let rows = y.chunks_mut(TILE_ROWS).zip(weight_scale.chunks(TILE_ROWS));
+    for (tile, (y, scale)) in tiles.zip(rows) {
+        for ((y, &sum), &scale) in y.iter_mut().zip(tile).zip(scale) {
+            *y = sum as f32 * (scale * act_scale);
+        }
+    }
+}
+
+/// Twin of `cpu_ref::residual::residual_add`, exact: `hidden[i] += y[i]`.
+#[inline(always)]
+pub(super) fn residual_add(hidden: &mut [f32], y: &[f32]) {
+    for (hidden, &y) in hidden.iter_mut().zip(y) {
+        *hidden += y;
+    }
+}
+
+/// Twin of `cpu_ref::rope::rotate`, exact, for each head of `heads[.., D]`.
+#[inline(always)]
+pub(super) fn rope(heads: &mut [f32], cos: &[f32], sin: &[f32]) {
+    let half = cos.len();
+    for head in heads.chunks_exact_mut(2 * half) {
+        let (low, high) = head.split_at_mut(half);
+        for (((low, high), &cos), &sin) in low.iter_mut().zip(high).zip(cos).zip(sin) {
+            let (a, b) = (*low, *high);
+            *low = a * cos - b * sin;
+            *high = b * cos + a * sin;
+        }
+    }
+}
+
+/// Twin of `cpu_ref::mlp::gated_activation`, exact.
+#[inline(always)]
+pub(super) fn gated_activation(gate: &[f32], up: &[f32], activation: Activation, z: &mut [f32]) {
+    let gate_up = gate.iter().zip(up);
+    match activation {
+        Activation::Relu2 => {
+            for (z, (&gate, &up)) in z.iter_mut().zip(gate_up) {
+                *z = Activation::Relu2.apply(gate) * up;
+            }
+        }
+        Activation::Silu => {
+            for (z, (&gate, &up)) in z.iter_mut().zip(gate_up) {
+                *z = gate / (1.0 + exp(-gate)) * up;
+            }
+        }
+    }
+}
+
+/// `cpu_ref::exp::exp`, bit for bit, without a branch: the result is chosen at the end, and
+/// rounding to an integer is an addition.
+#[inline(always)]
+pub(super) fn exp(x: f32) -> f32 {
+    let below = x < EXP_MIN;
+    let x = if x > EXP_MAX { EXP_MAX } else { x };
+    let t = x * std::f32::consts::LOG2_E;
+    let n = (t + 0.5).floor();
+    let f = t - n;
+    let mut p = 1.525_273_4e-5;
+    for coefficient in
+        [1.540_353e-4, 1.333_355_8e-3, 9.618_129e-3, 5.550_411e-2, 2.402_265e-1, 6.931_472e-1, 1.0]
+    {
+        p = p * f + coefficient;
+    }
+    // n is an integer of at most 8 bits, or meaningless where the result is not used.
+    let exponent = ((n + ROUND).to_bits() as i32).wrapping_sub(ROUND.to_bits() as i32);
+    let value = p * f32::from_bits((exponent.wrapping_add(127) as u32) << 23);
+    if below { 0.0 } else { value }
+}
+
+/// Twin of `cpu_ref::attention` for one query head, exact: `out = softmax(q·Kᵀ/√D)·V` by online
+/// softmax over blocks of 128 positions, so that no more scores than a block's are stored.
+#[inline(always)]
+pub(super) fn attend_head(q: &[f32], cache: CacheHead<'_>, out: &mut [f32]) {
+    let CacheHead { keys, values, stride, len } = cache;
+    let dim = q.len();
+    let inv_sqrt_dim = inv_sqrt_dim(dim);
+    let (mut running_max, mut total) = (f32::MIN, 0.0f32);
+    out.fill(0.0);
+    for start in (0..len).step_by(KEY_LANES) {
+        let positions = KEY_LANES.min(len - start);
+        let mut weights = [0.0f32; KEY_LANES];
+        let mut new_max = running_max;
+        for (i, weight) in weights[..positions].iter_mut().enumerate() {
+            let key = &keys[(start + i) * stride..][..dim];
+            let score = dot::<DOT_LANES, f32>(q, key, |value| value) * inv_sqrt_dim;
+            // A NaN stays: no comparison with it is true.
+            new_max = if new_max > score || new_max.is_nan() { new_max } else { score };
+            *weight = score;
+        }
+        for weight in &mut weights[..positions] {
+            *weight = exp(*weight - new_max);
+        }
+        let decay = exp(running_max - new_max);
+        total = total * decay + tree_sum(weights);
+        for out in out.iter_mut() {
+            *out *= decay;
+        }
+        let (groups, tail) = weights[..positions].as_chunks::<4>();
+        for (group, w) in groups.iter().enumerate() {
+            // Four positions a pass over `out`, added in order.
+            let at = start + 4 * group;
+            let [a, b, c, d] = [0, 1, 2, 3].map(|i| &values[(at + i) * stride..][..dim]);
+            for i in 0..dim {
+                out[i] = (((out[i] + w[0] * a[i]) + w[1] * b[i]) + w[2] * c[i]) + w[3] * d[i];
+            }
+        }
+        for (i, &w) in tail.iter().enumerate() {
+            let at = start + 4 * groups.len() + i;
+            for (out, &value) in out.iter_mut().zip(&values[at * stride..][..dim]) {
+                *out += w * value;
+            }
+        }
+        running_max = new_max;
+    }
+    for out in out.iter_mut() {
+        *out /= total;
+    }
+}
+
+/// Twin of `cpu_ref::lm_head` for a stripe of rows and M tokens `x[M,K]`, into
+/// `logits[tile][M][32]`; rows that are not there stay as they are. Bound: that of [`dot`].
+#[inline(always)]
+pub(super) fn lm_head(table: TableRows<'_>, x: &[f32], k: usize, logits: &mut [f32]) {
+    match table {
+        TableRows::Bf16(table) => lm_head_rows(table, x, k, logits, widen_bf16),
+        TableRows::F16(table) => lm_head_rows(table, x, k, logits, widen_f16),
+        TableRows::F32(table) => lm_head_rows(table, x, k, logits, |value| value),
+    }
+}
+
+#[inline(always)]
+fn lm_head_rows<T: Copy>(
+    table: &[T],
+    x: &[f32],
+    k: usize,
+    logits: &mut [f32],
+    widen: impl Fn(T) -> f32 + Copy,
+) {
+    let n_tokens = x.len() / k;
+    for (n, row) in table.chunks_exact(k).enumerate() {
+        let tile = &mut logits[n / TILE_ROWS * n_tokens * TILE_ROWS..];
+        for (m, x) in x.chunks_exact(k).enumerate() {
+            tile[m * TILE_ROWS + n % TILE_ROWS] = dot::<HEAD_LANES, T>(row, x, widen);
+        }
+    }
+}
+
+/// Twin of `cpu_ref::argmax`, exact: the first of the largest logits, `None` if one is NaN.
+#[inline(always)]
+pub(super) fn argmax(logits: &[f32]) -> Option<usize> {
+    let mut max = f32::NEG_INFINITY;
+    let mut nan = false;
+    for &logit in logits {
+        nan |= logit.is_nan();
+        max = if logit > max { logit } else { max };
+    }
+    if nan { None } else { logits.iter().position(|&logit| logit == max) }
+}

@@ -1,0 +1,49 @@
+//! The level without intrinsics: every machine runs it.
+#![expect(unsafe_code, reason = "shares the macro of the levels that have target features")]
+
+use cpu_ref::layout::{CHUNK_K, TILE_ROWS};
+
+use super::{Activations, CHUNK_WORDS, Level, impl_kernels};
+
+/// The scalar level.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Scalar(());
+
+impl Scalar {
+    /// Always available.
+    pub(super) fn is_available() -> bool {
+        true
+    }
+
+    /// The level's token.
+    pub(super) fn new() -> Option<Self> {
+        Self::is_available().then_some(Self(()))
+    }
+}
+
+impl_kernels!(Scalar, Level::Scalar);
+
+/// One tile: `acc[M][32]`.
+fn gemm_tile(tile: &[[u32; CHUNK_WORDS]], x: Activations<'_>, acc: &mut [[i32; TILE_ROWS]]) {
+    for (m, acc) in acc.iter_mut().enumerate() {
+        acc.fill(-x.scales[m].code_sum);
+        for (chunk, x) in tile.iter().zip(x.token(m)) {
+            for (acc, piece) in acc.iter_mut().zip(chunk.as_chunks().0) {
+                *acc += piece_dot(*piece, x);
+            }
+        }
+    }
+}
+
+/// `Σ (w + 1)·x` of one piece: 16 lanes, one a byte, that sum the four fields in i16
+/// (|sum| ≤ 4·2·128).
+fn piece_dot(piece: [u32; 4], x: &[i8; CHUNK_K]) -> i32 {
+    let mut lanes = [0i16; 16];
+    let bytes = piece.map(u32::to_le_bytes);
+    for (b, (lane, byte)) in lanes.iter_mut().zip(bytes.as_flattened()).enumerate() {
+        for field in 0..4 {
+            *lane += i16::from(byte >> (2 * field) & 3) * i16::from(x[16 * field + b]);
+        }
+    }
+    lanes.iter().map(|&lane| i32::from(lane)).sum()
+}

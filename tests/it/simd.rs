@@ -1,0 +1,407 @@
+//! The SIMD kernels against their twins in `cpu_ref`: equal, except the logits, which stay within the
+//! bound that stands beside the kernel and have the same bits on every level. One test a kernel and
+//! level.
+
+use cpu_ref::layout::{CHUNK_K, TILE_ROWS, k_chunks};
+use cpu_ref::mlp::Activation;
+use sterna::backend::simd::{Activations, CacheHead, Kernels, Level, TableRows, TokenScale};
+use sterna::format::float::{bf16_to_f32, f16_to_f32, f32_to_bf16};
+use sterna::layout::{Layout, Packed};
+use sterna::shape::MatShape;
+
+use crate::util::{Random, assert_close, assert_same, first_difference, guarded};
+
+/// One test a level of this architecture, by name; a level that this machine lacks says so.
+macro_rules! on_every_level {
+    ($($test:ident)*) => {$(
+        mod $test {
+            use super::*;
+
+            on_every_level!(@level $test
+                #[cfg(target_arch = "x86_64")] avx512vnni = Avx512Vnni,
+                #[cfg(target_arch = "x86_64")] avx2 = Avx2,
+                #[cfg(target_arch = "aarch64")] neon_dotprod = NeonDotprod,
+                #[cfg(target_arch = "aarch64")] neon = Neon,
+                #[cfg(all())] scalar = Scalar,
+            );
+        }
+    )*};
+    (@level $test:ident $(#[$cfg:meta] $name:ident = $level:ident,)*) => {$(
+        #[test]
+        #[$cfg]
+        fn $name() {
+            match Level::$level.kernels() {
+                Some(kernels) => super::$test(kernels.as_ref()),
+                None => skipped(Level::$level),
+            }
+        }
+    )*};
+}
+
+on_every_level! {
+    gemm_edges
+    gemm_extremes
+    gemm_random
+    gemm_notices_a_wrong_weight
+    quantize_absmax
+    norm_and_quantize
+    elementwise
+    attention
+    lm_head
+    argmax
+}
+
+#[expect(clippy::print_stderr, reason = "a skipped test says so")]
+fn skipped(level: Level) {
+    eprintln!("skipped: this machine does not run {}", level.name());
+}
+
+/// Token codes padded to whole chunks, with their sums.
+fn pad(x: &[i8], k: usize) -> (Vec<i8>, Vec<TokenScale>) {
+    let padded = k_chunks(k) * CHUNK_K;
+    let mut codes = vec![0; x.len() / k * padded];
+    for (padded, token) in codes.chunks_exact_mut(padded).zip(x.chunks_exact(k)) {
+        padded[..k].copy_from_slice(token);
+    }
+    let scale = |token: &[i8]| TokenScale {
+        act_scale: 1.0,
+        code_sum: token.iter().map(|&code| i32::from(code)).sum(),
+    };
+    (codes, x.chunks_exact(k).map(scale).collect())
+}
+
+/// The kernel's `[M, N]`, with everything around its output guarded.
+fn run_gemm(kernels: &dyn Kernels, packed: &Packed, x: &[i8]) -> Vec<i32> {
+    let (n, k) = (packed.shape().n(), packed.shape().k());
+    let (codes, scales) = pad(x, k);
+    let m = scales.len();
+    let x = Activations::new(&codes, &scales, k_chunks(k));
+    let tiles = n.div_ceil(TILE_ROWS);
+    let acc = guarded("gemm", tiles * m * TILE_ROWS, i32::MIN, |acc| {
+        kernels.gemm(packed.words(), x, acc);
+    });
+    let at = |token, row| acc[(row / TILE_ROWS * m + token) * TILE_ROWS + row % TILE_ROWS];
+    // Padding rows are rows of zeros.
+    for token in 0..m {
+        assert!((n..tiles * TILE_ROWS).all(|row| at(token, row) == 0), "padding rows");
+    }
+    (0..m).flat_map(|token| (0..n).map(move |row| (token, row))).map(|(t, r)| at(t, r)).collect()
+}
+
+fn check_gemm(kernels: &dyn Kernels, (n, k, m): (usize, usize, usize), seed: u64) {
+    let mut random = Random::new(seed);
+    let (w, x) = (random.trits(n * k), random.codes(m * k));
+    let packed = Packed::pack(Layout::I2, MatShape::new(n, k).unwrap(), &w);
+    let expected = cpu_ref::gemm::gemm(&w, &x, k);
+    let found = run_gemm(kernels, &packed, &x);
+    assert_same("gemm", (n, k, m), seed, kernels.level().name(), &expected, &found);
+}
+
+fn gemm_edges(kernels: &dyn Kernels) {
+    for k in [1, 63, 64, 65, 127, 128, 1000, 1024, 1088] {
+        for n in [1, 31, 32, 33, 65] {
+            for m in 1..=9 {
+                check_gemm(kernels, (n, k, m), (k * 100 + n) as u64);
+            }
+        }
+    }
+    for k in [2560, 6912, 23_040] {
+        for m in [1, 2, 3, 5] {
+            check_gemm(kernels, (33, k, m), k as u64);
+        }
+    }
+}
+
+/// The largest sums there can be, in rows long enough to overflow i16 many times.
+fn gemm_extremes(kernels: &dyn Kernels) {
+    for k in [64 * 15, 64 * 16, 64 * 17, 2560, 6912, 23_040] {
+        for weight in [-1, 0, 1] {
+            let shape = MatShape::new(33, k).unwrap();
+            let w = vec![weight; shape.len()];
+            let packed = Packed::pack(Layout::I2, shape, &w);
+            for code in [-128, 127] {
+                for m in [1, 4] {
+                    let x = vec![code; m * k];
+                    let expected = vec![i32::from(weight) * i32::from(code) * k as i32; m * 33];
+                    let found = run_gemm(kernels, &packed, &x);
+                    let variant = kernels.level().name();
+                    assert_same("gemm", (weight, code, k, m), 0, variant, &expected, &found);
+                }
+            }
+        }
+    }
+}
+
+fn gemm_random(kernels: &dyn Kernels) {
+    for seed in 0..60 {
+        let mut random = Random::new(seed);
+        let shape = (1 + random.below(130), 1 + random.below(700), 1 + random.below(12));
+        check_gemm(kernels, shape, seed);
+    }
+}
+
+/// The judge must object to one wrong weight out of many.
+fn gemm_notices_a_wrong_weight(kernels: &dyn Kernels) {
+    let (n, k, seed) = (40, 200, 7);
+    let mut random = Random::new(seed);
+    let mut w = random.trits(n * k);
+    let x = vec![1; k];
+    let expected = cpu_ref::gemm::gemm(&w, &x, k);
+    let (row, column) = (random.below(n), random.below(k));
+    let weight = &mut w[row * k + column];
+    *weight = if *weight == 1 { -1 } else { *weight + 1 };
+    let packed = Packed::pack(Layout::I2, MatShape::new(n, k).unwrap(), &w);
+    let found = run_gemm(kernels, &packed, &x);
+    assert_eq!(first_difference(&expected, &found).map(|(at, ..)| at), Some(row));
+    let result = std::panic::catch_unwind(|| {
+        assert_same("gemm", (n, k), seed, "mutated", &expected, &found);
+    });
+    let message = *result.unwrap_err().downcast::<String>().unwrap();
+    assert!(message.contains(&format!("[{row}]")) && message.contains("seed 7"), "{message}");
+}
+
+fn check_quantize(kernels: &dyn Kernels, x: &[f32], what: &str) {
+    let padded = x.len().next_multiple_of(CHUNK_K);
+    let mut scale = TokenScale::default();
+    let codes = guarded("quantize_absmax", padded, 99, |codes| {
+        scale = kernels.quantize_absmax(x, codes);
+    });
+    let expected = cpu_ref::quantize_absmax::quantize_absmax(x);
+    let variant = kernels.level().name();
+    let shape = (what, x.len());
+    assert_same("quantize_absmax", shape, 0, variant, &expected.codes, &codes[..x.len()]);
+    assert!(codes[x.len()..].iter().all(|&code| code == 0), "{what}: padding");
+    let bits = (expected.act_scale.to_bits(), scale.act_scale.to_bits());
+    let nan = expected.act_scale.is_nan() && scale.act_scale.is_nan();
+    assert!(bits.0 == bits.1 || nan, "{what}: act_scale {:?}, expected {expected:?}", scale);
+    let sum: i32 = expected.codes.iter().map(|&code| i32::from(code)).sum();
+    assert_eq!(scale.code_sum, sum, "{what}");
+}
+
+fn quantize_absmax(kernels: &dyn Kernels) {
+    let mut random = Random::new(3);
+    for len in (1..200).chain([2560, 6912]) {
+        for magnitude in [1e-30, 1e-6, 1.0, 300.0, 1e38] {
+            check_quantize(kernels, &random.floats(len, magnitude), "random");
+        }
+    }
+    // Ties: with absmax 127 the scale is 1.
+    let ties: Vec<f32> = (-127..127).map(|i| i as f32 + 0.5).chain([127.0]).collect();
+    check_quantize(kernels, &ties, "ties");
+    check_quantize(kernels, &[0.0; 70], "zeros");
+    check_quantize(kernels, &[-0.0; 70], "negative zeros");
+    check_quantize(kernels, &[f32::MAX, f32::MIN, 1.0], "largest");
+    check_quantize(kernels, &[f32::from_bits(1); 3], "subnormal");
+    for special in [f32::NAN, -f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {
+        let mut x = random.floats(100, 1.0);
+        x[77] = special;
+        check_quantize(kernels, &x, "not finite");
+    }
+}
+
+fn norm_and_quantize(kernels: &dyn Kernels) {
+    let variant = kernels.level().name();
+    for (seed, len) in [1, 2, 15, 16, 17, 31, 32, 33, 120, 2560, 6912].into_iter().enumerate() {
+        let mut random = Random::new(seed as u64);
+        let (x, weight) = (random.floats(len, 3.0), random.floats(len, 1.0));
+        let expected = cpu_ref::rmsnorm::rmsnorm(&x, &weight, 1e-5);
+        let y = guarded("rmsnorm", len, 7.0, |y| kernels.rmsnorm(&x, &weight, 1e-5, y));
+        assert_same("rmsnorm", len, seed as u64, variant, &expected, &y);
+
+        // The fused kernel quantises exactly what the norm alone gives.
+        let quantized = cpu_ref::quantize_absmax::quantize_absmax(&y);
+        let padded = len.next_multiple_of(CHUNK_K);
+        let mut scale = TokenScale::default();
+        let codes = guarded("norm_quantize", padded, 99, |codes| {
+            scale = kernels.norm_quantize(&x, Some(&weight), 1e-5, codes);
+        });
+        assert_same("norm_quantize", len, 0, variant, &quantized.codes, &codes[..len]);
+        assert_eq!(scale.act_scale, quantized.act_scale);
+    }
+}
+
+fn elementwise(kernels: &dyn Kernels) {
+    let variant = kernels.level().name();
+    for (seed, n) in [1, 5, 31, 32, 33, 64, 100, 3840].into_iter().enumerate() {
+        let mut random = Random::new(seed as u64);
+        let (a, b) = (random.floats(n, 20.0), random.floats(n, 2.0));
+
+        let mut sum = a.clone();
+        kernels.residual_add(&mut sum, &b);
+        let expected = cpu_ref::residual::residual_add(&a, &b);
+        assert_same("residual_add", n, 0, variant, &expected, &sum);
+
+        for activation in [Activation::Relu2, Activation::Silu] {
+            let expected = cpu_ref::mlp::gated_activation(&a, &b, activation);
+            let z = guarded("gated_activation", n, 7.0, |z| {
+                kernels.gated_activation(&a, &b, activation, z);
+            });
+            assert_same("gated_activation", n, 0, variant, &expected, &z);
+        }
+
+        let m = 1 + seed % 3;
+        let acc: Vec<i32> =
+            (0..n.next_multiple_of(TILE_ROWS) * m).map(|_| random.next() as i32 >> 8).collect();
+        for token in 0..m {
+            let plain: Vec<i32> = (0..n)
+                .map(|row| acc[(row / TILE_ROWS * m + token) * TILE_ROWS + row % TILE_ROWS])
+                .collect();
+            let expected = cpu_ref::gemv::dequantize(&plain, &b, 0.37);
+            let y = guarded("dequantize", n, 7.0, |y| {
+                kernels.dequantize(&acc, (token, m), &b, 0.37, y);
+            });
+            assert_same("dequantize", (n, m), 0, variant, &expected, &y);
+        }
+    }
+    for dim in [2, 20, 32, 64, 128] {
+        let inv_freq = cpu_ref::rope::inv_frequencies(10_000.0, dim);
+        let (cos, sin) = cpu_ref::rope::angles(1234, &inv_freq);
+        let mut heads = Random::new(dim as u64).floats(3 * dim, 4.0);
+        let mut expected = heads.clone();
+        for head in expected.chunks_exact_mut(dim) {
+            cpu_ref::rope::rotate(head, &cos, &sin);
+        }
+        kernels.rope(&mut heads, &cos, &sin);
+        assert_same("rope", dim, 0, variant, &expected, &heads);
+    }
+    // Far outside exp's range, and what is no number.
+    let gate = [-1e30, -100.0, -88.0, -87.0, 87.0, 100.0, 1e30, f32::NAN, f32::INFINITY];
+    let expected = cpu_ref::mlp::gated_activation(&gate, &[1.0; 9], Activation::Silu);
+    let mut z = [0.0; 9];
+    kernels.gated_activation(&gate, &[1.0; 9], Activation::Silu, &mut z);
+    let bits = |values: &[f32]| values.iter().map(|value| value.to_bits()).collect::<Vec<_>>();
+    assert_same("gated_activation", "extremes", 0, variant, &bits(&expected), &bits(&z));
+}
+
+/// The values for which every level must give the same bits: those of the scalar level.
+fn same_bits(
+    kernels: &dyn Kernels,
+    what: &str,
+    run: impl Fn(&dyn Kernels) -> Vec<f32>,
+) -> Vec<f32> {
+    let scalar = Level::Scalar.kernels().expect("runs everywhere");
+    let bits = |values: &[f32]| values.iter().map(|value| value.to_bits()).collect::<Vec<_>>();
+    let (expected, found) = (run(scalar.as_ref()), run(kernels));
+    let variant = kernels.level().name();
+    assert_same(what, "bits of the scalar level", 0, variant, &bits(&expected), &bits(&found));
+    found
+}
+
+fn attention(kernels: &dyn Kernels) {
+    for (seed, (positions, dim)) in
+        [(1, 20), (2, 32), (31, 64), (32, 128), (33, 128), (67, 96), (300, 128), (1000, 2)]
+            .into_iter()
+            .enumerate()
+    {
+        let mut random = Random::new(seed as u64);
+        let heads = cpu_ref::attention::Heads { query: 4, kv: 2, dim };
+        let q = random.floats(4 * dim, 3.0);
+        let keys = random.floats(positions * 2 * dim, 2.0);
+        let values = random.floats(positions * 2 * dim, 5.0);
+        let expected = cpu_ref::attention::attention(&q, &keys, &values, heads);
+        let found = same_bits(kernels, "attention", |kernels| {
+            guarded("attention", 4 * dim, 7.0, |out| {
+                for (head, out) in out.chunks_exact_mut(dim).enumerate() {
+                    let at = head / 2 * dim;
+                    let (keys, values) = (&keys[at..], &values[at..]);
+                    let cache = CacheHead { keys, values, stride: 2 * dim, len: positions };
+                    kernels.attend_head(&q[head * dim..][..dim], cache, out);
+                }
+            })
+        });
+        let shape = (positions, dim);
+        assert_same("attention", shape, seed as u64, kernels.level().name(), &expected, &found);
+    }
+    // A NaN score must not vanish in the maximum.
+    let mut out = [0.0; 4];
+    let keys = [f32::NAN; 8];
+    let cache = CacheHead { keys: &keys, values: &[1.0; 8], stride: 4, len: 2 };
+    kernels.attend_head(&[1.0; 4], cache, &mut out);
+    assert!(out.iter().all(|value| value.is_nan()));
+}
+
+fn lm_head(kernels: &dyn Kernels) {
+    for (seed, (vocab, k, m)) in
+        [(1, 1, 1), (33, 20, 1), (100, 31, 2), (64, 32, 3), (65, 120, 9), (40, 2560, 2)]
+            .into_iter()
+            .enumerate()
+    {
+        let mut random = Random::new(seed as u64);
+        let x = random.floats(m * k, 2.0);
+        let f32_table = random.floats(vocab * k, 0.5);
+        let bf16_table: Vec<u16> = f32_table.iter().map(|&value| f32_to_bf16(value)).collect();
+        // Every half is a value: subnormals too, but no infinity or NaN.
+        let f16_table: Vec<u16> = (0..vocab * k).map(|_| random.next() as u16 & 0xbbff).collect();
+        for (rows, table) in [
+            (TableRows::F32(&f32_table), f32_table.clone()),
+            (TableRows::Bf16(&bf16_table), bf16_table.iter().map(|&v| bf16_to_f32(v)).collect()),
+            (TableRows::F16(&f16_table), f16_table.iter().map(|&v| f16_to_f32(v)).collect()),
+        ] {
+            let tiled = same_bits(kernels, "lm_head", |kernels| {
+                let len = vocab.next_multiple_of(TILE_ROWS) * m;
+                guarded("lm_head", len, 7.0, |out| kernels.lm_head(rows, &x, k, out))
+            });
+            for (token, x) in x.chunks_exact(k).enumerate() {
+                let expected = cpu_ref::lm_head::lm_head(&table, x);
+                let at = |v: usize| tiled[(v / TILE_ROWS * m + token) * TILE_ROWS + v % TILE_ROWS];
+                let found: Vec<f32> = (0..vocab).map(at).collect();
+                let magnitude = |v: usize| -> f64 {
+                    let row = &table[v * k..][..k];
+                    row.iter().zip(x).map(|(&a, &b)| f64::from(a * b).abs()).sum()
+                };
+                let bound =
+                    |v: usize| (k as f64 / 32.0 + 8.0) * 2f64.powi(-24) * magnitude(v) + 1e-38;
+                let variant = kernels.level().name();
+                let pair = (&expected[..], &found[..]);
+                assert_close("lm_head", (vocab, k, m), seed as u64, variant, pair, bound);
+            }
+        }
+    }
+    // Infinities and NaNs of either half type arrive.
+    for (rows, expected) in [
+        (TableRows::F16(&[0x7c00, 0xfc00, 0x7e01][..]), [f32::INFINITY, f32::NEG_INFINITY]),
+        (TableRows::Bf16(&[0x7f80, 0xff80, 0x7fc1][..]), [f32::INFINITY, f32::NEG_INFINITY]),
+    ] {
+        let mut logits = [0.0; TILE_ROWS];
+        kernels.lm_head(rows, &[1.0], 1, &mut logits);
+        assert_eq!(logits[..2], expected);
+        assert!(logits[2].is_nan());
+    }
+}
+
+fn argmax(kernels: &dyn Kernels) {
+    let mut random = Random::new(5);
+    for len in [1, 2, 31, 32, 33, 1000, 4097] {
+        for _ in 0..20 {
+            let mut logits = random.floats(len, 5.0);
+            assert_eq!(kernels.argmax(&logits), cpu_ref::argmax::argmax(&logits));
+            // Equal maxima: the first wins.
+            for _ in 0..3 {
+                logits[random.below(len)] = 9.0;
+            }
+            assert_eq!(kernels.argmax(&logits), cpu_ref::argmax::argmax(&logits));
+            logits[random.below(len)] = f32::NAN;
+            assert_eq!(kernels.argmax(&logits), None);
+        }
+    }
+    assert_eq!(kernels.argmax(&[]), None);
+    assert_eq!(kernels.argmax(&[f32::NEG_INFINITY; 40]), Some(0));
+    assert_eq!(kernels.argmax(&[-0.0, 0.0]), Some(0));
+}
+
+#[test]
+fn a_scalar_level_is_always_there() {
+    assert_eq!(Level::available().last(), Some(Level::Scalar));
+    for level in Level::available() {
+        assert_eq!(level.kernels().map(|kernels| kernels.level()), Some(level));
+    }
+}
+
+#[test]
+#[should_panic(expected = "acc is [tiles, M, 32]")]
+fn a_short_output_is_refused() {
+    let packed = Packed::pack(Layout::I2, MatShape::new(1, 1).unwrap(), &[1]);
+    let scales = [TokenScale { act_scale: 1.0, code_sum: 0 }];
+    let x = Activations::new(&[0; 64], &scales, 1);
+    Level::Scalar.kernels().unwrap().gemm(packed.words(), x, &mut [0; 31]);
+}
