@@ -33,7 +33,7 @@ fn main() -> ExitCode {
         Ok(Ok(())) => ExitCode::SUCCESS,
         Ok(Err(error)) if is_broken_pipe(&error) => ExitCode::SUCCESS,
         Ok(Err(error)) => {
-            fail(&format!("{error:#}"));
+            fail(&explain(&error));
             let is_usage = matches!(
                 error.downcast_ref(),
                 Some(sterna::Error::Sampling { .. } | sterna::Error::UnknownDevice { .. })
@@ -70,6 +70,20 @@ fn usage(error: &clap::Error) -> ExitCode {
             ExitCode::from(USAGE)
         }
     }
+}
+
+/// The error and its causes; most of the library's errors quote their cause already.
+fn explain(error: &anyhow::Error) -> String {
+    let mut text = String::new();
+    for cause in error.chain().map(ToString::to_string) {
+        if text.is_empty() {
+            text = cause;
+        } else if !text.contains(&cause) {
+            text.push_str(": ");
+            text.push_str(&cause);
+        }
+    }
+    text
 }
 
 /// Prints the one line of a failure, whatever is in it.
