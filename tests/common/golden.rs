@@ -139,11 +139,11 @@ pub fn check_greedy(model: &str, transformer: &mut Transformer) -> Result<(), St
     Ok(())
 }
 
+/// A ternary linear layer on one token, as a backend computes it.
+pub type BitLinear<'a> = &'a dyn Fn(&TernaryMatrix, &[f32]) -> Result<Vec<f32>, String>;
+
 /// Every matrix of layer 0 on its recorded input, within 1e-5 of its largest output.
-pub fn check_io(
-    model: &str,
-    bitlinear: &dyn Fn(&TernaryMatrix, &[f32]) -> Result<Vec<f32>, String>,
-) -> Result<(), String> {
+pub fn check_io(model: &str, bitlinear: BitLinear<'_>) -> Result<(), String> {
     let expected = Expected::of(model);
     let layer = checkpoint(model).layer(0).map_err(|error| error.to_string())?;
     let mut checked = 0;

@@ -8,15 +8,15 @@ use sterna::backend::gpu::{Gpu, PassParams, row_offsets, self_test};
 use sterna::layout::Packed;
 use sterna::shape::MatShape;
 
-use crate::Case;
 use crate::util::{Random, as_f32, as_i32, close, run_guarded, same};
+use crate::{Body, Case};
 
 /// f32 machine epsilon: the relative error of one correctly rounded operation is half of it.
 const EPS: f32 = f32::EPSILON;
 
 pub fn cases() -> Vec<Case> {
     let mut cases: Vec<Case> = Vec::new();
-    let mut add = |name: String, case: Box<dyn Fn(&Gpu) -> Result<(), Failed> + Send>| {
+    let mut add = |name: String, case: Body| {
         cases.push((name, case));
     };
     for variant in Variant::ALL {

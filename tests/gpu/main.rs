@@ -16,9 +16,13 @@ use std::sync::Arc;
 use libtest_mimic::{Arguments, Failed, Trial};
 use sterna::backend::gpu::{Capabilities, Gpu};
 
-/// A test: its name and body.
-type Case = (String, Box<dyn Fn(&Gpu) -> Result<(), Failed> + Send>);
+/// A test on an open device.
+type Body = Box<dyn Fn(&Gpu) -> Result<(), Failed> + Send>;
 
+/// A test: its name and body.
+type Case = (String, Body);
+
+#[expect(clippy::print_stderr, reason = "the report names the adapter that was tested")]
 fn main() -> ExitCode {
     let arguments = Arguments::from_args();
     let mut trials = Vec::new();

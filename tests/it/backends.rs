@@ -33,8 +33,11 @@ fn tokens(model: &SyntheticModel, len: usize, seed: u64) -> Vec<u32> {
     (0..len).map(|_| random.below(model.config().vocab_size) as u32).collect()
 }
 
+/// A step's result: which step, which layer, its values.
+type Seen = (Tap, usize, Vec<f32>);
+
 /// Every step's result, in order.
-fn taps(transformer: &mut Transformer, tokens: &[u32]) -> (Vec<(Tap, usize, Vec<f32>)>, Vec<f32>) {
+fn taps(transformer: &mut Transformer, tokens: &[u32]) -> (Vec<Seen>, Vec<f32>) {
     let mut seen = Vec::new();
     let output = transformer
         .feed_tapped(tokens, Want::AllLogits, &mut |tap, layer, values| {
