@@ -5,12 +5,13 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use crate::backend::{Device, LoadOptions, OnProgress, Output, Want};
+use crate::checkpoint::Checkpoint;
 use crate::error::{Error, Result};
 use crate::format::{Bytes, ModelFiles};
 use crate::model::Transformer;
 use crate::sampler::{Sampler, Sampling};
 use crate::tokenizer::{ChatTemplate, DecodeStream, Message, Source, Tokenizer, stop_ids};
-use crate::weights::{Checkpoint, WeightSource};
+use crate::weights::WeightSource;
 
 /// A model that speaks: transformer, tokenizer, chat template and stop tokens.
 pub struct Model {

@@ -33,7 +33,7 @@ fn main() -> ExitCode {
         Ok(Ok(())) => ExitCode::SUCCESS,
         Ok(Err(error)) if is_broken_pipe(&error) => ExitCode::SUCCESS,
         Ok(Err(error)) => {
-            fail(&format!("{error:#}"));
+            fail(&explain(&error));
             let is_usage = matches!(
                 error.downcast_ref(),
                 Some(sterna::Error::Sampling { .. } | sterna::Error::UnknownDevice { .. })
@@ -65,10 +65,25 @@ fn usage(error: &clap::Error) -> ExitCode {
             let problem = text.split("\nUsage:").next().unwrap_or(&text);
             let problem = problem.split("\nFor more information").next().unwrap_or(problem);
             let problem = problem.strip_prefix("error: ").unwrap_or(problem);
-            fail(&format!("{}; see --help", problem.trim()));
+            let parts: Vec<&str> = problem.trim().split("\n\n").collect();
+            fail(&format!("{}; see --help", parts.join("; ")));
             ExitCode::from(USAGE)
         }
     }
+}
+
+/// The error and its causes; most of the library's errors quote their cause already.
+fn explain(error: &anyhow::Error) -> String {
+    let mut text = String::new();
+    for cause in error.chain().map(ToString::to_string) {
+        if text.is_empty() {
+            text = cause;
+        } else if !text.contains(&cause) {
+            text.push_str(": ");
+            text.push_str(&cause);
+        }
+    }
+    text
 }
 
 /// Prints the one line of a failure, whatever is in it.

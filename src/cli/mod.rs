@@ -14,8 +14,8 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use anyhow::{Context, Result};
 use clap::{Args, Parser, Subcommand};
+use sterna::Checkpoint;
 use sterna::backend::{Device, LoadOptions};
-use sterna::weights::Checkpoint;
 
 /// Runs ternary language models (BitNet b1.58 and relatives) on any GPU, and on the CPU.
 #[derive(Parser)]
@@ -102,16 +102,16 @@ fn open(model: Option<&Path>) -> Result<Checkpoint> {
 }
 
 /// Prints text on standard output, at once.
-fn print(text: &str) -> io::Result<()> {
+fn print(text: &str) -> Result<()> {
     let mut stdout = io::stdout().lock();
-    stdout.write_all(text.as_bytes())?;
-    stdout.flush()
+    let result = stdout.write_all(text.as_bytes()).and_then(|()| stdout.flush());
+    result.context("writing standard output")
 }
 
 /// Prints a value as one line of JSON on standard output.
 fn print_json(value: &impl serde::Serialize) -> Result<()> {
     let json = serde_json::to_string(value).context("writing JSON")?;
-    Ok(print(&(json + "\n"))?)
+    print(&(json + "\n"))
 }
 
 /// Becomes true when Ctrl-C is pressed; a second press ends the program at once.
