@@ -20,6 +20,7 @@ const USAGE: u8 = 2;
 static PANIC: Mutex<String> = Mutex::new(String::new());
 
 fn main() -> ExitCode {
+    quiet_device_selection();
     let arguments = match cli::Arguments::try_parse() {
         Ok(arguments) => arguments,
         Err(error) => return usage(&error),
@@ -45,6 +46,17 @@ fn main() -> ExitCode {
             fail(&format!("this is a bug in sterna: {problem}"));
             ExitCode::from(FAILED)
         }
+    }
+}
+
+/// Mesa's device-select layer writes to standard error where there is no session of a desktop. It
+/// only reorders adapters, which this program orders itself.
+#[expect(unsafe_code, reason = "setting an environment variable")]
+fn quiet_device_selection() {
+    const LAYER_OFF: &str = "NODEVICE_SELECT";
+    if std::env::var_os("XDG_RUNTIME_DIR").is_none() && std::env::var_os(LAYER_OFF).is_none() {
+        // SAFETY: main has just begun and there is no other thread.
+        unsafe { std::env::set_var(LAYER_OFF, "1") };
     }
 }
 

@@ -299,7 +299,7 @@ pub fn devices() -> Result<Vec<AvailableDevice>> {
     let fallback = if chosen.is_none() { "no hardware GPU" } else { "a hardware GPU comes first" };
     devices.push(AvailableDevice {
         name: "cpu".to_owned(),
-        description: "SIMD".to_owned(),
+        description: simd::description(&LoadOptions::default())?,
         auto: fallback.to_owned(),
         chosen: chosen.is_none(),
     });

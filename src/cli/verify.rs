@@ -132,7 +132,7 @@ impl From<Verification> for Variant {
 /// The devices whose texts are compared: a judge first (the reference, or the CPU for a model that
 /// is too large for it), then those that were asked for.
 fn judged_devices(checkpoint: &Checkpoint, devices: &[Device]) -> Vec<Device> {
-    let weights = checkpoint.memory().ternary as u64 * 4;
+    let weights = checkpoint.memory().ternary * 4;
     let judge = if weights <= REFERENCE_WEIGHTS { Device::Reference } else { Device::Cpu };
     let others = devices.iter().copied().filter(|&device| {
         device != judge && (device != Device::Reference || weights <= REFERENCE_WEIGHTS)

@@ -25,7 +25,7 @@ use cpu_ref::mlp::Activation;
 
 use crate::error::{Error, Result};
 
-pub use cpu::SimdBackend;
+pub use cpu::{SimdBackend, description};
 pub use portable::TokenScale;
 
 /// Words of one chunk of a tile: 32 rows × 16 bytes.
