@@ -151,8 +151,9 @@ class Teller:
         s |= {"A": a, "fox": a_kind, "B": b, "bfox": b_kind, "bgirl": b_kind}
         s |= pronouns("", a_words) | pronouns("b", b_words)
         size = self.draw("size") if not who.startswith("worker") else self.random.choice(["old", "young", "poor", "busy"])
-        trait = self.draw("trait") + " " if self.random.random() < 0.3 and not who.startswith("worker") else ""
-        s["adesc"] = self.random.choice([f"a {trait}{size} {a_kind}", f"a {size} {a_kind}"])
+        s["adesc"] = f"a {size} {a_kind}"
+        if self.random.random() < 0.2 and not who.startswith("worker"):
+            s["adesc"] = f"a {self.draw('trait')} little {a_kind}"
         with_kind = f", {b} the {b_kind}" if who == "animal" else f", {b}"
         s["bintro"] = f"{s['his']} {self.draw('bref')}{with_kind}"
         s["bIntro"] = s["bintro"].capitalize()[0] + s["bintro"][1:]

@@ -3,11 +3,14 @@
 import argparse
 import itertools
 import math
+import os
 import random
 import time
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
 import torch.nn.functional as F
 from tokenizers import Tokenizer
 
@@ -19,8 +22,11 @@ POOL_BATCHES = 32  # stories are sorted by length within a pool of this many bat
 PAD = -100  # a target that does not count
 
 
-def batches(tokenizer: Tokenizer, batch: int, skip: int):
-    """Rows of one story each, BOS first: (ids [B, T], targets [B, T]), T a multiple of 16."""
+def batches(tokenizer: Tokenizer, batch: int, skip: int, worker: int, n_workers: int):
+    """Rows of one story each, BOS first: (ids [B, T], targets [B, T]), T a multiple of 16.
+
+    All workers draw the same stories and each keeps its own rows of a batch.
+    """
     eos = tokenizer.token_to_id(EOS)
     source = itertools.islice(stories(1, held_out=False), skip * batch, None)
     order = random.Random(0)
@@ -29,7 +35,8 @@ def batches(tokenizer: Tokenizer, batch: int, skip: int):
         pool.sort(key=len)
         rows = [pool[i : i + batch] for i in range(0, len(pool), batch)]
         order.shuffle(rows)
-        yield from map(pad, rows)
+        for row in rows:
+            yield pad(row[worker::n_workers])
 
 
 def pad(rows: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -40,10 +47,6 @@ def pad(rows: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:
         ids[i, : len(row) - 1] = torch.tensor(row[:-1])
         targets[i, : len(row) - 1] = torch.tensor(row[1:])
     return ids, targets
-
-
-def loss_of(model: BitNet, ids: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    return F.cross_entropy(model(ids).float(), targets.reshape(-1), ignore_index=PAD)
 
 
 @torch.no_grad()
@@ -70,29 +73,24 @@ def schedule(step: int, n_steps: int, peak: float, warmup: int) -> tuple[float, 
     return p - (p - end) * (step - warmup) / (n_steps - warmup), 0.1 if first else 0.0
 
 
-def main():
-    args = argparse.ArgumentParser(description=__doc__)
-    args.add_argument("model", type=Path, help="folder that holds tokenizer.json")
-    args.add_argument("--checkpoint", type=Path, default=Path("checkpoint.pt"), help="written often; resumed if it exists")
-    args.add_argument("--steps", type=int, required=True)
-    args.add_argument("--batch", type=int, default=8, help="stories a step")
-    args.add_argument("--peak", type=float, default=3e-3, help="highest learning rate")
-    args.add_argument("--warmup", type=int, default=60)
-    args.add_argument("--every", type=int, default=200, help="steps between checkpoints")
-    args.add_argument("--stop", type=int, help="leave after this many steps of the schedule")
-    args.add_argument("--threads", type=int, default=2)
-    args.add_argument("--compile", action="store_true")
-    args = args.parse_args()
+def average_gradients(parameters: list[torch.nn.Parameter], n_workers: int):
+    flat = torch.cat([p.grad.flatten() for p in parameters])
+    dist.all_reduce(flat)
+    flat /= n_workers
+    for p, grad in zip(parameters, flat.split([p.numel() for p in parameters])):
+        p.grad.copy_(grad.view_as(p))
 
-    torch.set_num_threads(args.threads)
+
+def train(worker: int, args: argparse.Namespace):
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", rank=worker, world_size=args.workers)
     torch.manual_seed(0)
     tokenizer = Tokenizer.from_file(str(args.model / "tokenizer.json"))
     model = BitNet(Config())
-    ternary = {m.weight for m in model.modules() if isinstance(m, BitLinear)}
-    groups = [
-        {"params": [p for p in model.parameters() if p in ternary]},
-        {"params": [p for p in model.parameters() if p not in ternary], "weight_decay": 0.0},
-    ]
+    parameters = list(model.parameters())
+    ternary = [m.weight for m in model.modules() if isinstance(m, BitLinear)]
+    others = [p for p in parameters if all(p is not w for w in ternary)]
+    groups = [{"params": ternary}, {"params": others, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1, fused=True)
     step, n_tokens = 0, 0
     if args.checkpoint.exists():
@@ -100,37 +98,60 @@ def main():
         model.load_state_dict(saved["model"])
         optimizer.load_state_dict(saved["optimizer"])
         step, n_tokens = saved["step"], saved["n_tokens"]
-    run = torch.compile(loss_of, dynamic=True) if args.compile else loss_of
+    dist.barrier()
 
-    n_parameters = sum(p.numel() for p in model.parameters())
-    print(f"{n_parameters} parameters, {sum(p.numel() for p in ternary)} of them ternary", flush=True)
+    def say(line: str):
+        if worker == 0:
+            print(line, flush=True)
+
+    say(f"{sum(p.numel() for p in parameters)} parameters, {sum(w.numel() for w in ternary)} of them ternary")
     began, tokens_before, running = time.time(), n_tokens, None
-    for ids, targets in batches(tokenizer, args.batch, step):
+    for ids, targets in batches(tokenizer, args.batch, step, worker, args.workers):
         lr, decay = schedule(step, args.steps, args.peak, args.warmup)
         for group in optimizer.param_groups:
             group["lr"] = lr
         optimizer.param_groups[0]["weight_decay"] = decay
-        loss = run(model, ids, targets)
+        loss = F.cross_entropy(model(ids).float(), targets.reshape(-1), ignore_index=PAD)
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        average_gradients(parameters, args.workers)
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
-        optimizer.zero_grad()
+        optimizer.zero_grad(set_to_none=False)
         step += 1
-        n_tokens += (targets != PAD).sum().item()
-        running = loss.item() if running is None else 0.98 * running + 0.02 * loss.item()
+        counts = torch.tensor([(targets != PAD).sum(), loss.item()], dtype=torch.float64)
+        dist.all_reduce(counts)
+        n_tokens += int(counts[0])
+        mean = counts[1].item() / args.workers
+        running = mean if running is None else 0.98 * running + 0.02 * mean
         done = step == args.steps or step == args.stop
         if step % 20 == 0 or done:
             rate = (n_tokens - tokens_before) / (time.time() - began)
-            print(f"step {step}/{args.steps} tokens {n_tokens} lr {lr:.2e} loss {running:.4f} {rate:.0f} tokens/s", flush=True)
-        if step % args.every == 0 or done:
+            say(f"step {step}/{args.steps} tokens {n_tokens} lr {lr:.2e} loss {running:.4f} {rate:.0f} tokens/s")
+        if worker == 0 and (step % args.every == 0 or done):
             saved = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step, "n_tokens": n_tokens}
             torch.save(saved, args.checkpoint.with_suffix(".new"))
             args.checkpoint.with_suffix(".new").replace(args.checkpoint)
-            held_out = held_out_loss(model, tokenizer, 64)
-            print(f"step {step} held-out loss {held_out:.4f} perplexity {math.exp(held_out):.3f}", flush=True)
+            held_out = held_out_loss(model, tokenizer, args.held_out)
+            say(f"step {step} held-out loss {held_out:.4f} perplexity {math.exp(held_out):.3f}")
         if done:
             break
+    dist.barrier()
+    dist.destroy_process_group()
 
 
 if __name__ == "__main__":
-    main()
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("model", type=Path, help="folder that holds tokenizer.json")
+    parser.add_argument("--checkpoint", type=Path, default=Path("checkpoint.pt"), help="written often; resumed if it exists")
+    parser.add_argument("--steps", type=int, required=True, help="length of the schedule")
+    parser.add_argument("--stop", type=int, help="leave after this step of the schedule")
+    parser.add_argument("--batch", type=int, default=12, help="stories a step")
+    parser.add_argument("--peak", type=float, default=3e-3, help="highest learning rate")
+    parser.add_argument("--warmup", type=int, default=60)
+    parser.add_argument("--every", type=int, default=200, help="steps between checkpoints")
+    parser.add_argument("--held-out", type=int, default=48, help="held-out stories to measure at a checkpoint")
+    parser.add_argument("--workers", type=int, default=2, help="processes of one thread that share a batch")
+    args = parser.parse_args()
+    os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
+    os.environ.setdefault("MASTER_PORT", "29511")
+    mp.spawn(train, (args,), nprocs=args.workers)
