@@ -7,7 +7,7 @@ const LABEL: &str = "built-in model";
 
 macro_rules! files {
     ($($name:literal),* $(,)?) => {
-        &[$(($name, include_bytes!(concat!("../tests/golden/bitnet-a-packed/", $name)).as_slice())),*]
+        &[$(($name, include_bytes!(concat!("../models/stories/", $name)).as_slice())),*]
     };
 }
 
