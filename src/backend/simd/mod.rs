@@ -14,8 +14,10 @@ mod avx2;
 #[cfg(target_arch = "x86_64")]
 mod avx512;
 mod cpu;
-#[cfg(target_arch = "aarch64")]
+#[cfg(all(target_arch = "aarch64", target_endian = "little"))]
 mod neon;
+#[cfg(all(target_arch = "aarch64", target_endian = "little"))]
+mod neon_dotprod;
 mod pool;
 mod portable;
 mod scalar;
@@ -110,9 +112,9 @@ impl Level {
             Self::Avx512Vnni => Some(Box::new(avx512::Avx512Vnni::new()?)),
             #[cfg(target_arch = "x86_64")]
             Self::Avx2 => Some(Box::new(avx2::Avx2::new()?)),
-            #[cfg(target_arch = "aarch64")]
-            Self::NeonDotprod => Some(Box::new(neon::NeonDotprod::new()?)),
-            #[cfg(target_arch = "aarch64")]
+            #[cfg(all(target_arch = "aarch64", target_endian = "little"))]
+            Self::NeonDotprod => Some(Box::new(neon_dotprod::NeonDotprod::new()?)),
+            #[cfg(all(target_arch = "aarch64", target_endian = "little"))]
             Self::Neon => Some(Box::new(neon::Neon::new()?)),
             Self::Scalar => Some(Box::new(scalar::Scalar::new()?)),
             _ => None,
