@@ -34,81 +34,88 @@ impl Neon {
 impl_kernels!(Neon, Level::Neon, #[target_feature(enable = "neon")]);
 
 /// Rows that one pass sums.
-const PASS_ROWS: usize = 8;
+pub(super) const PASS_ROWS: usize = 8;
 
 /// Four fields of one row's codes, or of a token's activations.
 pub(super) type Fields = [int8x16_t; 4];
 
-/// One tile: `acc[M][32]`.
-#[target_feature(enable = "neon")]
-fn gemm_tile(tile: &[[u32; CHUNK_WORDS]], x: Activations<'_>, acc: &mut [[i32; TILE_ROWS]]) {
-    gemm_tile_with(tile, x, acc, |sum, codes, x| {
-        // A lane gets 8 products of a code ≤ 2 and an activation in −128..=127: |lane| ≤ 2048.
-        let mut short = vmull_s8(vget_low_s8(codes[0]), vget_low_s8(x[0]));
-        short = vmlal_high_s8(short, codes[0], x[0]);
-        for j in 1..4 {
-            short = vmlal_s8(short, vget_low_s8(codes[j]), vget_low_s8(x[j]));
-            short = vmlal_high_s8(short, codes[j], x[j]);
-        }
-        vpadalq_s16(sum, short)
-    });
-}
-
-/// One tile, given `dot(sum, codes, x)`, which adds the products of 64 codes and activations to
-/// four lanes. Inlined, so that it takes the target features of its caller.
-#[inline(always)]
-pub(super) fn gemm_tile_with(
-    tile: &[[u32; CHUNK_WORDS]],
-    x: Activations<'_>,
-    acc: &mut [[i32; TILE_ROWS]],
-    dot: impl Fn(int32x4_t, &Fields, &Fields) -> int32x4_t + Copy,
-) {
-    for (group, acc) in acc.chunks_mut(2).enumerate() {
-        let m = 2 * group;
-        match acc.len() {
-            2 => tokens_tile::<2>(tile, x, m, acc, dot),
-            _ => tokens_tile::<1>(tile, x, m, acc, dot),
-        }
-    }
-}
-
-/// One tile and tokens `m..m + T`; `acc` holds T tokens.
-#[inline(always)]
-fn tokens_tile<const T: usize>(
-    tile: &[[u32; CHUNK_WORDS]],
-    x: Activations<'_>,
-    m: usize,
-    acc: &mut [[i32; TILE_ROWS]],
-    dot: impl Fn(int32x4_t, &Fields, &Fields) -> int32x4_t,
-) {
-    for pass in 0..TILE_ROWS / PASS_ROWS {
-        let mut sums = [[vdupq_n_s32(0); PASS_ROWS]; T];
-        for (c, chunk) in tile.iter().enumerate() {
-            let mut fields = [[vdupq_n_s8(0); 4]; T];
-            for (t, fields) in fields.iter_mut().enumerate() {
-                *fields = load_activations(&x.token(m + t)[c]);
-            }
-            let pieces = &chunk.as_chunks::<PIECE_WORDS>().0[pass * PASS_ROWS..][..PASS_ROWS];
-            for (row, piece) in pieces.iter().enumerate() {
-                let codes = load_codes(piece);
-                for t in 0..T {
-                    sums[t][row] = dot(sums[t][row], &codes, &fields[t]);
+/// Defines `gemm_tile` with the target features of a level and its `dot(sum, codes, x)`, which adds
+/// the products of 64 codes and activations to four lanes. A macro, because a generic function
+/// would not take the features of `dot`.
+macro_rules! tiles {
+    (#[$features:meta]) => {
+        /// One tile: `acc[M][32]`.
+        #[$features]
+        fn gemm_tile(
+            tile: &[[u32; CHUNK_WORDS]],
+            x: Activations<'_>,
+            acc: &mut [[i32; TILE_ROWS]],
+        ) {
+            for (group, acc) in acc.chunks_mut(2).enumerate() {
+                let m = 2 * group;
+                match acc.len() {
+                    2 => tokens_tile::<2>(tile, x, m, acc),
+                    _ => tokens_tile::<1>(tile, x, m, acc),
                 }
             }
         }
-        for (t, acc) in acc.iter_mut().enumerate() {
-            let code_sum = x.scales[m + t].code_sum;
-            let rows = &mut acc[pass * PASS_ROWS..][..PASS_ROWS];
-            for (row, &lanes) in rows.iter_mut().zip(&sums[t]) {
-                *row = vaddvq_s32(lanes) - code_sum;
+
+        /// One tile and tokens `m..m + T`; `acc` holds T tokens.
+        #[$features]
+        fn tokens_tile<const T: usize>(
+            tile: &[[u32; CHUNK_WORDS]],
+            x: Activations<'_>,
+            m: usize,
+            acc: &mut [[i32; TILE_ROWS]],
+        ) {
+            for pass in 0..TILE_ROWS / PASS_ROWS {
+                let mut sums = [[vdupq_n_s32(0); PASS_ROWS]; T];
+                for (c, chunk) in tile.iter().enumerate() {
+                    let mut fields = [[vdupq_n_s8(0); 4]; T];
+                    for (t, fields) in fields.iter_mut().enumerate() {
+                        *fields = load_activations(&x.token(m + t)[c]);
+                    }
+                    let pieces = chunk.as_chunks::<PIECE_WORDS>().0;
+                    let pieces = &pieces[pass * PASS_ROWS..][..PASS_ROWS];
+                    for (row, piece) in pieces.iter().enumerate() {
+                        let codes = load_codes(piece);
+                        for t in 0..T {
+                            sums[t][row] = dot(sums[t][row], &codes, &fields[t]);
+                        }
+                    }
+                }
+                for (t, acc) in acc.iter_mut().enumerate() {
+                    let code_sum = x.scales[m + t].code_sum;
+                    let rows = &mut acc[pass * PASS_ROWS..][..PASS_ROWS];
+                    for (row, &lanes) in rows.iter_mut().zip(&sums[t]) {
+                        *row = vaddvq_s32(lanes) - code_sum;
+                    }
+                }
             }
         }
+    };
+}
+pub(super) use tiles;
+
+tiles!(#[target_feature(enable = "neon")]);
+
+/// A lane of i16 gets 8 products of a code ≤ 2 and an activation in −128..=127: |lane| ≤ 2048.
+#[inline]
+#[target_feature(enable = "neon")]
+fn dot(sum: int32x4_t, codes: &Fields, x: &Fields) -> int32x4_t {
+    let mut short = vmull_s8(vget_low_s8(codes[0]), vget_low_s8(x[0]));
+    short = vmlal_high_s8(short, codes[0], x[0]);
+    for j in 1..4 {
+        short = vmlal_s8(short, vget_low_s8(codes[j]), vget_low_s8(x[j]));
+        short = vmlal_high_s8(short, codes[j], x[j]);
     }
+    vpadalq_s16(sum, short)
 }
 
 /// One row's codes, 0..=2, field by field.
-#[inline(always)]
-fn load_codes(piece: &[u32; PIECE_WORDS]) -> Fields {
+#[inline]
+#[target_feature(enable = "neon")]
+pub(super) fn load_codes(piece: &[u32; PIECE_WORDS]) -> Fields {
     // SAFETY: `piece` has 16 bytes to read, and the load needs no alignment.
     let v = unsafe { vld1q_u8(piece.as_ptr().cast()) };
     let low = vdupq_n_u8(0x03);
@@ -121,9 +128,17 @@ fn load_codes(piece: &[u32; PIECE_WORDS]) -> Fields {
 }
 
 /// A token's activations of one chunk, field by field.
-#[inline(always)]
-fn load_activations(x: &[i8; CHUNK_K]) -> Fields {
-    let fields = x.as_chunks::<16>().0;
-    // SAFETY: each field has 16 bytes to read, and the load needs no alignment.
-    [0, 1, 2, 3].map(|j| unsafe { vld1q_s8(fields[j].as_ptr()) })
+#[inline]
+#[target_feature(enable = "neon")]
+pub(super) fn load_activations(x: &[i8; CHUNK_K]) -> Fields {
+    let x = x.as_chunks::<16>().0;
+    [load_field(&x[0]), load_field(&x[1]), load_field(&x[2]), load_field(&x[3])]
+}
+
+/// The 16 activations of a field.
+#[inline]
+#[target_feature(enable = "neon")]
+fn load_field(x: &[i8; 16]) -> int8x16_t {
+    // SAFETY: `x` has 16 bytes to read, and the load needs no alignment.
+    unsafe { vld1q_s8(x.as_ptr()) }
 }

@@ -2,12 +2,12 @@
 //! into 4 i32 lanes. Otherwise as the NEON level.
 #![expect(unsafe_code, reason = "an instruction without an intrinsic, and entry into features")]
 
-use std::arch::aarch64::{int8x16_t, int32x4_t};
+use std::arch::aarch64::{int8x16_t, int32x4_t, vaddvq_s32, vdupq_n_s8, vdupq_n_s32};
 use std::arch::{asm, is_aarch64_feature_detected};
 
-use cpu_ref::layout::TILE_ROWS;
+use cpu_ref::layout::{PIECE_WORDS, TILE_ROWS};
 
-use super::neon::gemm_tile_with;
+use super::neon::{Fields, PASS_ROWS, load_activations, load_codes, tiles};
 use super::{Activations, CHUNK_WORDS, Level, impl_kernels};
 
 /// The NEON level with dot products; exists only on a machine that has them.
@@ -32,16 +32,16 @@ impl_kernels!(
     #[target_feature(enable = "neon,dotprod")]
 );
 
-/// One tile: `acc[M][32]`.
+tiles!(#[target_feature(enable = "neon,dotprod")]);
+
+/// Codes are 0..=2, so they are the same signed and unsigned.
+#[inline]
 #[target_feature(enable = "neon,dotprod")]
-fn gemm_tile(tile: &[[u32; CHUNK_WORDS]], x: Activations<'_>, acc: &mut [[i32; TILE_ROWS]]) {
-    // Codes are 0..=2, so they are the same signed and unsigned.
-    gemm_tile_with(tile, x, acc, |mut sum, codes, x| {
-        for j in 0..4 {
-            sum = sdot(sum, codes[j], x[j]);
-        }
-        sum
-    });
+fn dot(mut sum: int32x4_t, codes: &Fields, x: &Fields) -> int32x4_t {
+    for j in 0..4 {
+        sum = sdot(sum, codes[j], x[j]);
+    }
+    sum
 }
 
 /// `sum[i] += Σ_{b<4} a[4i + b]·b[4i + b]`; the intrinsic `vdotq_s32` is not stable.
