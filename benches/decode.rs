@@ -25,7 +25,8 @@ fn decode(criterion: &mut Criterion) {
     let options = LoadOptions { context: Some(512), ..LoadOptions::default() };
     let prompt: Vec<u32> = (0..PROMPT as u32).map(|i| 7 * i % 301).collect();
     // GPU rows: `("gpu", Device::Gpu(None))`.
-    for (name, device) in [("cpu", Device::Cpu)] {
+    let devices = [("cpu", Device::Cpu)];
+    for (name, device) in devices {
         let mut transformer = match Transformer::load(&model, device, &options, &mut |_| {}) {
             Ok(transformer) => transformer,
             Err(error) => panic!("{name}: {error}"),

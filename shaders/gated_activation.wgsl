@@ -7,9 +7,11 @@
 // | 3 | act_scale    | read f32       | [M]        |                                        |
 // | 4 | z            | read_write f32 | [M, F]     | f32: relu² overflows f16               |
 // Workgroup: WG lanes, one element each; grid (ceil(F/WG), M, 1). ACT: 0 relu², 1 SiLU.
-// Twin: cpu-ref/src/mlp.rs. Bound: 3 ULP for relu², exp's 3 + 2|x| and a division's 2.5 for SiLU.
+// Twin: cpu-ref/src/mlp.rs. Bound: 3 ULP for relu²; for SiLU a division's 2.5 ULP
+// and what fused products change in exp. Equal bits where products and sums are rounded apart.
 #import pass
 #import bitlinear
+#import exp
 
 override WG: u32 = 64u;
 override N_PAD: u32 = 32u;
@@ -36,6 +38,6 @@ fn main(@builtin(workgroup_id) wg: vec3<u32>, @builtin(local_invocation_index) l
         let positive = select(gate, 0.0, gate < 0.0);
         z[m * F + i] = positive * positive * up;
     } else {
-        z[m * F + i] = gate / (1.0 + exp(-gate)) * up;
+        z[m * F + i] = gate / (1.0 + exp_f32(-gate)) * up;
     }
 }

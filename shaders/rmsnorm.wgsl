@@ -6,7 +6,8 @@
 // | 2 | w    | read f32       | [K]    |                                                     |
 // | 3 | y    | read_write f32 | [M, K] | m0 = first_logit_row if LOGIT_ROWS = 1, else 0      |
 // Workgroup: WG lanes reduce one row; grid (1, rows, 1).
-// Twin: cpu-ref/src/rmsnorm.rs. Bound: K·2⁻²⁴ relative from the f32 sum, 2 ULP from inverseSqrt.
+// Twin: cpu-ref/src/rmsnorm.rs. WG is the 256 lanes of its sum. Bound: a few ULP from
+// square root and division, which WGSL does not round exactly; equal bits where the device does.
 #import pass
 #import reduce_tree
 
@@ -31,7 +32,7 @@ fn main(@builtin(workgroup_id) wg: vec3<u32>, @builtin(local_invocation_index) l
         let value = x[from_ + k];
         sum += value * value;
     }
-    let r = inverseSqrt(reduce_sum_f32(lid, sum) / f32(K) + EPS);
+    let r = 1.0 / sqrt(reduce_sum_f32(lid, sum) / f32(K) + EPS);
     if m < rows {
         for (var k = lid; k < K; k += WG) {
             y[m * K + k] = w[k] * (x[from_ + k] * r);

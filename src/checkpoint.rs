@@ -3,6 +3,8 @@
 use std::collections::BTreeSet;
 use std::path::Path;
 
+use rayon::prelude::*;
+
 use crate::config::{ModelConfig, WeightForm};
 use crate::error::{Error, Result};
 use crate::format::float::{Float, first_non_finite};
@@ -24,7 +26,8 @@ const COPY_BYTES: usize = 4 << 20;
 ///
 /// Opening it reads `config.json` and the safetensors headers and checks that every tensor the
 /// model needs is there, with its type and shape, and that there is none that contradicts the
-/// configuration. Values are checked as they are read.
+/// configuration. Values are checked as they are read. A `lm_head.weight` beside tied embeddings is
+/// not used, as in the original implementation, but must have their shape.
 #[derive(Debug)]
 pub struct Checkpoint {
     config: ModelConfig,
@@ -120,8 +123,7 @@ impl Checkpoint {
             self.float_info(LM_HEAD, &vocabulary, Some("tie_word_embeddings is false"))?;
             used.insert(LM_HEAD.to_owned());
         } else if let Some(info) = self.files.info(LM_HEAD) {
-            // The original implementation ignores a head beside tied embeddings; so does this one,
-            // as long as it could be a copy of them.
+            // Not used, but a head of another shape is no copy of the embeddings.
             self.check_shape(info, &vocabulary)?;
         }
         self.float_info(FINAL_NORM, &[config.hidden_size], None)?;
@@ -320,27 +322,30 @@ impl Checkpoint {
         Ok(DenseMatrix::new(shape, data))
     }
 
-    fn elements<T: Copy, const SIZE: usize>(
+    fn elements<T: Copy + Default + Send, const SIZE: usize>(
         &self,
         info: &TensorInfo,
-        from_le_bytes: impl Fn([u8; SIZE]) -> T,
-        is_finite: impl Fn(T) -> bool,
+        from_le_bytes: impl Fn([u8; SIZE]) -> T + Sync,
+        is_finite: impl Fn(T) -> bool + Sync,
     ) -> Result<Vec<T>> {
         // The header has been checked against the file, so that this is no more than the file.
         let len_bytes = info.len_bytes as usize;
-        let mut elements = Vec::with_capacity(len_bytes / SIZE);
-        for start in (0..len_bytes).step_by(COPY_BYTES) {
-            let bytes = self.files.slice(info, start..len_bytes.min(start + COPY_BYTES))?;
-            let before = elements.len();
-            elements.extend(bytes.as_chunks().0.iter().map(|&element| from_le_bytes(element)));
-            let piece = &elements[before..];
-            if !piece.iter().fold(true, |finite, &element| finite & is_finite(element)) {
-                let k = info.shape[1];
-                let at = before + piece.iter().take_while(|&&element| is_finite(element)).count();
-                let found = format!("NaN or infinity at row {}, column {}", at / k, at % k);
-                return Err(self.value_error(info, "finite elements", found));
+        let mut elements = vec![T::default(); len_bytes / SIZE];
+        elements.par_chunks_mut(COPY_BYTES / SIZE).enumerate().try_for_each(|(i, piece)| {
+            let start = i * COPY_BYTES;
+            let bytes = self.files.slice(info, start..start + piece.len() * SIZE)?;
+            for (element, &bytes) in piece.iter_mut().zip(bytes.as_chunks().0) {
+                *element = from_le_bytes(bytes);
             }
-        }
+            // No early exit: the loop vectorises, and the answer is nearly always "all".
+            if piece.iter().fold(true, |finite, &element| finite & is_finite(element)) {
+                return Ok(());
+            }
+            let before = piece.iter().take_while(|&&element| is_finite(element)).count();
+            let (at, k) = (start / SIZE + before, self.config.hidden_size);
+            let found = format!("NaN or infinity at row {}, column {}", at / k, at % k);
+            Err(self.value_error(info, "finite elements", found))
+        })?;
         Ok(elements)
     }
 

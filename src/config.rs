@@ -10,7 +10,7 @@ use serde_json::{Map, Value};
 pub use cpu_ref::mlp::Activation;
 
 use crate::error::{Error, Result};
-use crate::format::quoted;
+use crate::format::{quoted, shortened};
 use crate::shape::MAX_DIMENSION;
 
 /// Most layers.
@@ -222,7 +222,7 @@ impl File<'_> {
         if narrowed.is_finite() && narrowed > 0.0 {
             Ok(narrowed)
         } else {
-            Err(self.error(key, EXPECTED, value.to_string()))
+            Err(self.error(key, EXPECTED, format!("{value:?}")))
         }
     }
 
@@ -309,7 +309,7 @@ impl Raw {
         let architecture =
             Architecture::from_name(name).ok_or_else(|| Error::UnknownArchitecture {
                 file: file.0.to_owned(),
-                found: name.chars().take(80).collect(),
+                found: shortened(name),
                 expected: Architecture::NAMES,
             })?;
         match self.model_type.as_deref() {
@@ -409,7 +409,7 @@ impl RopeObject {
                 _ => false,
             };
             if !plain && !value.is_null() {
-                let found = format!("{} {}", quoted(name), quoted(&value.to_string()));
+                let found = format!("{}: {}", quoted(name), shortened(&value.to_string()));
                 return Err(file.error(key, "rope_type default and nothing else", found));
             }
         }
@@ -458,6 +458,382 @@ impl RawQuantization {
                 "\"bitlinear\" or \"autobitlinear\"",
                 quoted(class),
             )),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    fn bitnet() -> Value {
+        json!({
+            "architectures": ["BitNetForCausalLM"],
+            "model_type": "bitnet",
+            "vocab_size": 128256,
+            "hidden_size": 2560,
+            "intermediate_size": 6912,
+            "num_hidden_layers": 30,
+            "num_attention_heads": 20,
+            "num_key_value_heads": 5,
+            "hidden_act": "relu2",
+            "max_position_embeddings": 4096,
+            "rms_norm_eps": 1e-05,
+            "rope_theta": 500000.0,
+            "tie_word_embeddings": true,
+            "attention_bias": false,
+            "quantization_config": {
+                "quant_method": "bitnet",
+                "linear_class": "autobitlinear",
+                "quantization_mode": "offline",
+            },
+        })
+    }
+
+    /// As Falcon3-7B-1.58bit.
+    fn llama() -> Value {
+        json!({
+            "architectures": ["LlamaForCausalLM"],
+            "model_type": "llama",
+            "vocab_size": 131072,
+            "hidden_size": 3072,
+            "intermediate_size": 23040,
+            "num_hidden_layers": 28,
+            "num_attention_heads": 12,
+            "num_key_value_heads": 4,
+            "head_dim": 256,
+            "hidden_act": "silu",
+            "max_position_embeddings": 32768,
+            "rms_norm_eps": 1e-06,
+            "rope_theta": 1000042,
+            "rope_scaling": null,
+            "tie_word_embeddings": false,
+            "attention_bias": false,
+            "mlp_bias": false,
+            "quantization_config": {"modules_to_not_convert": ["lm_head"], "quant_method": "bitnet"},
+        })
+    }
+
+    fn parse(value: &Value) -> Result<ModelConfig> {
+        ModelConfig::parse("config.json", value.to_string().as_bytes())
+    }
+
+    #[test]
+    fn real_configurations() {
+        assert_eq!(parse(&bitnet()).unwrap(), crate::synthetic::bitnet_2b4t());
+        let expected = ModelConfig {
+            architecture: Architecture::Llama,
+            weight_form: WeightForm::PackedDivide,
+            vocab_size: 131_072,
+            hidden_size: 3072,
+            intermediate_size: 23_040,
+            num_hidden_layers: 28,
+            num_attention_heads: 12,
+            num_key_value_heads: 4,
+            head_dim: 256,
+            hidden_act: Activation::Silu,
+            max_position_embeddings: 32_768,
+            rms_norm_eps: 1e-6,
+            rope_theta: 1_000_042.0,
+            tie_word_embeddings: false,
+        };
+        assert_eq!(parse(&llama()).unwrap(), expected);
+    }
+
+    #[test]
+    fn keys_that_may_be_absent_have_the_defaults_of_the_class() {
+        for (mut value, hidden_act, heads) in
+            [(bitnet(), Activation::Relu2, 20), (llama(), Activation::Silu, 12)]
+        {
+            for key in [
+                "model_type",
+                "hidden_act",
+                "max_position_embeddings",
+                "tie_word_embeddings",
+                "attention_bias",
+                "num_key_value_heads",
+                "head_dim",
+            ] {
+                value.as_object_mut().unwrap().remove(key);
+            }
+            let config = parse(&value).unwrap();
+            assert_eq!(config.hidden_act, hidden_act);
+            assert_eq!(config.max_position_embeddings, 2048);
+            assert!(!config.tie_word_embeddings);
+            assert_eq!(config.num_key_value_heads, heads);
+            assert_eq!(config.head_dim, config.hidden_size / heads);
+        }
+    }
+
+    #[test]
+    fn the_weight_form_follows_from_class_and_mode() {
+        for (quantization, expected) in [
+            (json!({}), WeightForm::PackedDivide),
+            (json!({"linear_class": "bitlinear"}), WeightForm::PackedDivide),
+            (
+                json!({"linear_class": null, "modules_to_not_convert": null}),
+                WeightForm::PackedDivide,
+            ),
+            (json!({"quantization_mode": "offline"}), WeightForm::PackedDivide),
+            (json!({"linear_class": "autobitlinear"}), WeightForm::PackedMultiply),
+            (
+                json!({"linear_class": "autobitlinear", "quantization_mode": "online"}),
+                WeightForm::Online,
+            ),
+            (json!({"use_rms_norm": false, "rms_norm_eps": 1e-6}), WeightForm::PackedDivide),
+        ] {
+            let mut value = bitnet();
+            value["quantization_config"] = quantization;
+            value["quantization_config"]["quant_method"] = "bitnet".into();
+            assert_eq!(parse(&value).unwrap().weight_form, expected, "{value}");
+        }
+    }
+
+    #[test]
+    fn the_rotary_base_may_stand_in_either_place() {
+        for rope in [
+            json!({"rope_theta": 500000.0}),
+            json!({"rope_parameters": {"rope_theta": 500000.0, "rope_type": "default"}}),
+            json!({"rope_theta": 500000, "rope_parameters": {"rope_theta": 500000.0}}),
+            json!({"rope_theta": 500000, "rope_scaling": {"type": "default"}}),
+            json!({"rope_theta": 500000, "rope_scaling": {"rope_type": null}}),
+            json!({"rope_scaling": {"rope_theta": 500000.0}, "partial_rotary_factor": 1.0}),
+        ] {
+            let mut value = bitnet();
+            value.as_object_mut().unwrap().remove("rope_theta");
+            value.as_object_mut().unwrap().extend(rope.as_object().unwrap().clone());
+            assert_eq!(parse(&value).unwrap().rope_theta, 500_000.0, "{rope}");
+        }
+    }
+
+    /// The dotted key, the value it is given (null: taken away), and the message that follows.
+    fn refusals(base: &Value, cases: &[(&str, Value, &str)]) {
+        for (key, given, expected) in cases {
+            let mut value = base.clone();
+            let pointer = format!("/{}", key.replace('.', "/"));
+            let (parent, last) = pointer.rsplit_once('/').unwrap();
+            value.pointer_mut(parent).unwrap()[last] = given.clone();
+            let message = parse(&value).unwrap_err().to_string();
+            assert_eq!(message, format!("config.json: {expected}"), "{key} = {given}");
+        }
+    }
+
+    #[test]
+    fn unsupported_and_contradictory_values_are_refused() {
+        let null = Value::Null;
+        refusals(
+            &bitnet(),
+            &[
+                ("architectures", null.clone(), "architectures: expected one name, found nothing"),
+                ("architectures", json!([]), "architectures: expected one name, found 0"),
+                (
+                    "architectures",
+                    json!(["BitNetForCausalLM", "LlamaForCausalLM"]),
+                    "architectures: expected one name, found 2",
+                ),
+                (
+                    "architectures",
+                    json!(["BitnetForCausalLM"]),
+                    "unknown architecture \"BitnetForCausalLM\"; this version runs BitNetForCausalLM \
+                 and LlamaForCausalLM",
+                ),
+                (
+                    "architectures",
+                    json!(["Qwen3ForCausalLM"]),
+                    "unknown architecture \"Qwen3ForCausalLM\"; this version runs BitNetForCausalLM \
+                 and LlamaForCausalLM",
+                ),
+                (
+                    "architectures",
+                    json!(["LlamaForCausalLM"]),
+                    "model_type: expected \"llama\" for LlamaForCausalLM, found \"bitnet\"",
+                ),
+                (
+                    "model_type",
+                    json!("llama\nlama"),
+                    "model_type: expected \"bitnet\" for BitNetForCausalLM, found \"llama\\nlama\"",
+                ),
+                (
+                    "quantization_config",
+                    null.clone(),
+                    "quantization_config: expected a BitNet quantization (this version runs ternary \
+                 weights only), found nothing",
+                ),
+                (
+                    "quantization_config.quant_method",
+                    json!("awq"),
+                    "quantization_config.quant_method: expected \"bitnet\", found \"awq\"",
+                ),
+                (
+                    "quantization_config.quant_method",
+                    null.clone(),
+                    "quantization_config.quant_method: expected \"bitnet\", found nothing",
+                ),
+                (
+                    "quantization_config.linear_class",
+                    json!("linear"),
+                    "quantization_config.linear_class: expected \"bitlinear\" or \"autobitlinear\", \
+                 found \"linear\"",
+                ),
+                (
+                    "quantization_config.quantization_mode",
+                    json!("dynamic"),
+                    "quantization_config.quantization_mode: expected \"offline\" or \"online\", found \
+                 \"dynamic\"",
+                ),
+                (
+                    "quantization_config.use_rms_norm",
+                    json!(true),
+                    "quantization_config.use_rms_norm: expected false, found true",
+                ),
+                (
+                    "quantization_config.modules_to_not_convert",
+                    json!(["lm_head", "model.layers.0.mlp.up_proj"]),
+                    "quantization_config.modules_to_not_convert: expected only lm_head and \
+                 embed_tokens (every other matrix is ternary), found \
+                 \"model.layers.0.mlp.up_proj\"",
+                ),
+                ("hidden_act", json!("gelu"), "hidden_act: expected relu2 or silu, found \"gelu\""),
+                ("attention_bias", json!(true), "attention_bias: expected false, found true"),
+                ("mlp_bias", json!(true), "mlp_bias: expected false, found true"),
+                (
+                    "rope_parameters",
+                    json!({"rope_theta": 10000.0}),
+                    "rope_parameters.rope_theta: expected the same as rope_theta = 500000, found 10000",
+                ),
+                (
+                    "rope_scaling",
+                    json!({"rope_type": "yarn", "factor": 4.0}),
+                    "rope_scaling: expected rope_type default and nothing else, found \"factor\": 4.0",
+                ),
+                (
+                    "rope_scaling",
+                    json!({"type": "linear"}),
+                    "rope_scaling: expected rope_type default and nothing else, found \"type\": \"linear\"",
+                ),
+                (
+                    "rope_parameters",
+                    json!({"rope_type": "llama3"}),
+                    "rope_parameters: expected rope_type default and nothing else, found \"rope_type\": \"llama3\"",
+                ),
+                (
+                    "partial_rotary_factor",
+                    json!(0.5),
+                    "partial_rotary_factor: expected 1, found 0.5",
+                ),
+            ],
+        );
+        refusals(
+            &llama(),
+            &[
+                (
+                    "quantization_config",
+                    null,
+                    "quantization_config: expected a BitNet quantization (this version runs ternary \
+                 weights only), found nothing",
+                ),
+                (
+                    "quantization_config.quantization_mode",
+                    json!("online"),
+                    "quantization_config.quantization_mode: expected \"offline\" with linear_class \
+                 bitlinear, found \"online\"",
+                ),
+            ],
+        );
+    }
+
+    #[test]
+    fn sizes_are_checked() {
+        let null = Value::Null;
+        refusals(
+            &bitnet(),
+            &[
+                ("vocab_size", null.clone(), "vocab_size: expected 1 to 16777216, found nothing"),
+                ("vocab_size", json!(0), "vocab_size: expected 1 to 16777216, found 0"),
+                (
+                    "intermediate_size",
+                    json!(u64::MAX),
+                    "intermediate_size: expected 1 to 16777216, found 18446744073709551615",
+                ),
+                ("hidden_size", json!(0), "hidden_size: expected 1 to 16777216, found 0"),
+                ("num_hidden_layers", json!(0), "num_hidden_layers: expected 1 to 4096, found 0"),
+                (
+                    "num_attention_heads",
+                    json!(70000),
+                    "num_attention_heads: expected 1 to 65536, found 70000",
+                ),
+                ("num_key_value_heads", json!(0), "num_key_value_heads: expected 1 to 20, found 0"),
+                (
+                    "num_key_value_heads",
+                    json!(21),
+                    "num_key_value_heads: expected 1 to 20, found 21",
+                ),
+                (
+                    "num_key_value_heads",
+                    json!(3),
+                    "num_key_value_heads: expected a divisor of num_attention_heads = 20, found 3",
+                ),
+                (
+                    "hidden_size",
+                    json!(2561),
+                    "num_attention_heads: expected a divisor of hidden_size = 2561, found 20",
+                ),
+                ("head_dim", json!(127), "head_dim: expected an even number, found 127"),
+                (
+                    "head_dim",
+                    json!(64),
+                    "head_dim: expected num_attention_heads x head_dim = hidden_size = 2560, found 1280",
+                ),
+                (
+                    "max_position_embeddings",
+                    json!(0),
+                    "max_position_embeddings: expected 1 to 16777216, found 0",
+                ),
+                (
+                    "rms_norm_eps",
+                    null.clone(),
+                    "rms_norm_eps: expected a positive number, found nothing",
+                ),
+                ("rms_norm_eps", json!(0.0), "rms_norm_eps: expected a positive number, found 0.0"),
+                (
+                    "rms_norm_eps",
+                    json!(-1e-5),
+                    "rms_norm_eps: expected a positive number, found -1e-5",
+                ),
+                ("rope_theta", null, "rope_theta: expected a positive number, found nothing"),
+                ("rope_theta", json!(-1), "rope_theta: expected a positive number, found -1.0"),
+                ("rope_theta", json!(1e40), "rope_theta: expected a positive number, found 1e40"),
+            ],
+        );
+        let mut wide = llama();
+        wide["num_attention_heads"] = 65_536.into();
+        refusals(
+            &wide,
+            &[(
+                "head_dim",
+                json!(512),
+                "head_dim: expected num_attention_heads x head_dim at most 16777216, found 33554432",
+            )],
+        );
+    }
+
+    #[test]
+    fn what_is_not_json_or_has_other_types_is_refused() {
+        for (json, expected) in [
+            ("", "EOF while parsing a value at line 1 column 0"),
+            ("[1]", "invalid type: integer `1`, expected a sequence at line 1 column 2"),
+            (
+                "{\"vocab_size\": \"big\"}",
+                "invalid type: string \"big\", expected u64 at line 1 column 20",
+            ),
+            ("{\"vocab_size\": 1, \"vocab_size\": 2}", "duplicate field `vocab_size`"),
+            ("{\"rope_theta\": 1e999}", "number out of range"),
+        ] {
+            let message =
+                ModelConfig::parse("config.json", json.as_bytes()).unwrap_err().to_string();
+            assert!(message.starts_with(&format!("config.json: {expected}")), "{message}");
         }
     }
 }

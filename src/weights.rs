@@ -361,3 +361,109 @@ pub trait WeightSource {
     /// If a tensor is missing or malformed.
     fn layer(&self, index: usize) -> Result<LayerWeights>;
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::format::{Bytes, Dtype};
+
+    fn view(dtype: Dtype, shape: [usize; 2], bytes: Vec<u8>) -> TensorView {
+        TensorView {
+            file: "file".to_owned(),
+            name: "tensor".to_owned(),
+            dtype,
+            shape: shape.to_vec(),
+            bytes: Bytes::Owned(bytes.into()),
+        }
+    }
+
+    /// Every byte in every quarter, against the definition.
+    #[test]
+    fn quarters_decode_to_their_bits() {
+        let bytes: Vec<u8> = (0..=255).collect();
+        let mut out = [0; 256];
+        let valid = [
+            decode_quarter::<0>(&bytes, &mut out),
+            decode_quarter::<1>(&bytes, &mut out),
+            decode_quarter::<2>(&bytes, &mut out),
+            decode_quarter::<3>(&bytes, &mut out),
+        ];
+        assert_eq!(valid, [false; 4]);
+        let shape = MatShape::new(4, 256).unwrap();
+        let matrix = TernaryMatrix::from_hf_packed(shape, view(Dtype::U8, [1, 256], bytes), 1.0);
+        for n in 0..4 {
+            // The first byte with code 3 in this quarter.
+            let column = 3 << (2 * n);
+            let message = matrix.row(n, &mut out).unwrap_err().to_string();
+            assert_eq!(
+                message,
+                format!(
+                    "file: tensor tensor: expected codes 0, 1 and 2, found 3 at row {n}, column \
+                     {column}"
+                )
+            );
+            for (byte, &trit) in out.iter().enumerate() {
+                assert_eq!(trit, (byte >> (2 * n) & 3) as i8 - 1);
+            }
+        }
+    }
+
+    /// Every finite bf16 weight at scales around it, against the twin.
+    #[test]
+    fn two_comparisons_round_like_the_twin() {
+        for bits in 0..=u16::MAX {
+            let weight = bf16_to_f32(bits);
+            if !weight.is_finite() {
+                continue;
+            }
+            let exact = 1.0 / (2.0 * weight.abs()).max(ABSMEAN_FLOOR);
+            for inv_scale in [exact, exact.next_up(), exact.next_down(), exact / 3.0, 1.0, 1e5] {
+                assert_eq!(
+                    ternarize(weight, inv_scale),
+                    cpu_ref::ternarize_absmean::ternarize(weight, inv_scale),
+                    "{weight} {inv_scale}"
+                );
+            }
+        }
+    }
+
+    #[test]
+    fn master_weights_ternarise_like_the_twin() {
+        // The worked example, then sizes that are no multiple of anything.
+        let example = vec![0.9, -0.1, 0.4, -1.2, 0.05, 0.61];
+        let random: Vec<f32> = (0..13 * 301u32)
+            .map(|i| (i.wrapping_mul(2_654_435_769) >> 8) as f32 / 1e7 - 0.8)
+            .collect();
+        for (n, k, weights) in [(2, 3, example), (13, 301, random), (3, 5, vec![0.0; 15])] {
+            let bytes = weights.iter().flat_map(|weight| weight.to_le_bytes()).collect();
+            let (expected, scale) = cpu_ref::ternarize_absmean::ternarize_absmean(&weights);
+            let shape = MatShape::new(n, k).unwrap();
+            let tensor = view(Dtype::F32, [n, k], bytes);
+            let matrix = TernaryMatrix::from_master(shape, tensor, Float::F32).unwrap();
+            // The sums differ in order, the results in at most the last bit.
+            assert!((matrix.scale() - scale).abs() <= scale * f32::EPSILON);
+            let mut row = vec![0; k];
+            for (n, expected) in expected.chunks_exact(k).enumerate() {
+                matrix.row(n, &mut row).unwrap();
+                assert_eq!(row, expected);
+            }
+        }
+    }
+
+    #[test]
+    fn dense_rows_keep_the_precision_of_the_file() {
+        let shape = MatShape::new(2, 2).unwrap();
+        let mut row = [0.0; 2];
+        for data in [
+            DenseData::Bf16(vec![0, 0, 0x3f80, 0xc040]),
+            DenseData::F16(vec![0, 0, 0x3c00, 0xc200]),
+            DenseData::F32(vec![0.0, 0.0, 1.0, -3.0]),
+        ] {
+            let matrix = DenseMatrix::new(shape, data);
+            matrix.row(1, &mut row);
+            assert_eq!(row, [1.0, -3.0]);
+            matrix.row(0, &mut row);
+            assert_eq!(row, [0.0, 0.0]);
+        }
+    }
+}

@@ -6,6 +6,10 @@
 //! against these functions: integers must be equal, floats stay within a bound stated beside the
 //! kernel that is judged.
 //!
+//! Everything that feeds the residual stream is f32 with a fixed order of operations ([`reduce`],
+//! [`exp`]), so that a backend on hardware with IEEE arithmetic can give the same bits; the order
+//! is part of the specification.
+//!
 //! Dimensions, everywhere: **M** tokens, **N** output features, **K** input features, with
 //! `y[M,N] = x[M,K] · W[N,K]ᵀ`, row-major, last axis contiguous. H query heads, G key/value heads,
 //! D head dimension, S cached positions, V vocabulary.
@@ -17,12 +21,14 @@
 pub mod argmax;
 pub mod attention;
 pub mod embedding;
+pub mod exp;
 pub mod gemm;
 pub mod gemv;
 pub mod layout;
 pub mod lm_head;
 pub mod mlp;
 pub mod quantize_absmax;
+pub mod reduce;
 pub mod residual;
 pub mod rmsnorm;
 pub mod rope;

@@ -1,5 +1,7 @@
 //! `gated_activation`: the gated MLP between its gate/up and down matrices.
 
+use crate::exp::exp;
+
 /// The activation function of the gate.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Activation {
@@ -18,7 +20,7 @@ impl Activation {
                 let positive = if x < 0.0 { 0.0 } else { x };
                 positive * positive
             }
-            Self::Silu => x / (1.0 + (-x).exp()),
+            Self::Silu => x / (1.0 + exp(-x)),
         }
     }
 }

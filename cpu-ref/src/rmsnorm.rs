@@ -1,14 +1,15 @@
 //! `rmsnorm`: root-mean-square normalisation of one token.
 
+use crate::reduce::{NORM_LANES, lane_sum};
+
 /// `y[i] = w[i] · (x[i] · r)`, `r = 1/√(mean(x²) + eps)`; no mean subtraction, no bias.
 ///
-/// The mean is accumulated in f64 and `r` narrowed to f32. Source: Zhang & Sennrich 2019,
-/// arXiv:1910.07467; order of operations as in transformers `modeling_bitnet.py`.
+/// Squares are summed over 256 lanes ([`crate::reduce`]). Source: Zhang & Sennrich 2019,
+/// arXiv:1910.07467; order of the products as in transformers `modeling_bitnet.py`.
 pub fn rmsnorm(x: &[f32], weight: &[f32], eps: f32) -> Vec<f32> {
     assert_eq!(x.len(), weight.len());
-    let sum: f64 = x.iter().map(|&value| f64::from(value) * f64::from(value)).sum();
-    let mean = sum / x.len() as f64;
-    let r = (1.0 / (mean + f64::from(eps)).sqrt()) as f32;
+    let sum = lane_sum::<NORM_LANES>(x.iter().map(|&value| value * value));
+    let r = 1.0 / (sum / x.len() as f32 + eps).sqrt();
     x.iter().zip(weight).map(|(&value, &w)| w * (value * r)).collect()
 }
 

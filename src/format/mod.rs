@@ -105,10 +105,15 @@ pub struct TensorView {
 
 /// Text from a file as an error message shows it: on one line, of bounded length.
 pub(crate) fn quoted(text: &str) -> String {
+    format!("{:?}", shortened(text))
+}
+
+/// Text that an error message can hold: the first 80 characters.
+pub(crate) fn shortened(text: &str) -> String {
     const MAX_CHARS: usize = 80;
     let mut shown: String = text.chars().take(MAX_CHARS).collect();
     if shown.len() < text.len() {
         shown.push('…');
     }
-    format!("{shown:?}")
+    shown
 }

@@ -19,6 +19,9 @@ pub(super) const LENGTH_BYTES: usize = 8;
 /// The longest header that is read, as in the original implementation.
 const MAX_HEADER_BYTES: u64 = 100_000_000;
 
+/// Most axes of a tensor; keeps a hostile shape out of the messages.
+const MAX_AXES: usize = 16;
+
 /// How long the JSON is, from the file's first eight bytes and its length.
 pub(super) fn header_len(
     file: &str,
@@ -67,6 +70,9 @@ pub(super) fn parse(
     for (name, Tensor { dtype, shape, data_offsets: (begin, end) }) in tensors {
         let problem =
             |what: fmt::Arguments<'_>| invalid(file, format!("tensor {}: {what}", quoted(&name)));
+        if shape.len() > MAX_AXES {
+            return Err(problem(format_args!("{} axes; at most {MAX_AXES}", shape.len())));
+        }
         if end < begin {
             return Err(problem(format_args!("offsets {begin} to {end} run backwards")));
         }
@@ -74,6 +80,10 @@ pub(super) fn parse(
             return Err(problem(format_args!(
                 "offsets {begin} to {end} in a file with {data_len} bytes of elements"
             )));
+        }
+        // Matters where addresses have 32 bits.
+        if isize::try_from(end - begin).is_err() {
+            return Err(problem(format_args!("{} bytes; too large for this system", end - begin)));
         }
         if begin != expected_begin {
             let what = if begin < expected_begin { "overlap" } else { "gap" };

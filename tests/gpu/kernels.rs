@@ -8,15 +8,15 @@ use sterna::backend::gpu::{Gpu, PassParams, row_offsets, self_test};
 use sterna::layout::Packed;
 use sterna::shape::MatShape;
 
-use crate::Case;
 use crate::util::{Random, as_f32, as_i32, close, run_guarded, same};
+use crate::{Body, Case};
 
 /// f32 machine epsilon: the relative error of one correctly rounded operation is half of it.
 const EPS: f32 = f32::EPSILON;
 
 pub fn cases() -> Vec<Case> {
     let mut cases: Vec<Case> = Vec::new();
-    let mut add = |name: String, case: Box<dyn Fn(&Gpu) -> Result<(), Failed> + Send>| {
+    let mut add = |name: String, case: Body| {
         cases.push((name, case));
     };
     for variant in Variant::ALL {
@@ -172,7 +172,7 @@ fn quantize(gpu: &Gpu, variant: Variant) -> Result<(), Failed> {
             close(&what, &[found.act_scale[token]], &[expected.act_scale], |_| {
                 2.5 * EPS * expected.act_scale
             })?;
-            let codes = decode_codes(variant, &found.codes, token, k);
+            let codes = self_test::decode_codes(variant, found.token(token), k);
             let inv_act_scale = 1.0 / expected.act_scale;
             for (at, (&code, &reference)) in codes.iter().zip(&expected.codes).enumerate() {
                 // 127/absmax may be 2.5 ULP off: a value that close to a tie may go either way.
@@ -192,27 +192,12 @@ fn quantize(gpu: &Gpu, variant: Variant) -> Result<(), Failed> {
     let ties = [127.0, 0.5, -0.5, 1.5, -1.5, 2.5, -2.5, 126.5, -126.5];
     let found = self_test::quantize(gpu, variant, &ties, 1)?;
     let expected = cpu_ref::quantize_absmax::quantize_absmax(&ties).codes;
-    same("ties", &decode_codes(variant, &found.codes, 0, ties.len()), &expected)?;
+    same("ties", &self_test::decode_codes(variant, found.token(0), ties.len()), &expected)?;
     let found = self_test::quantize(gpu, variant, &[1.0, f32::NAN, 2.0], 1)?;
     if !found.act_scale[0].is_nan() {
         return Err(format!("NaN was hidden: act_scale {}", found.act_scale[0]).into());
     }
     Ok(())
-}
-
-/// The inverse of `encode_codes` for one token.
-fn decode_codes(variant: Variant, words: &[u32], token: usize, k: usize) -> Vec<i8> {
-    let per_token = k.div_ceil(64) * 16;
-    let words = &words[token * per_token..][..per_token];
-    let code = |k: usize| match variant {
-        Variant::PackedDot => ((words[k / 4] >> (8 * (k % 4)) & 0xff) as i32 - 128) as i8,
-        Variant::BitSerial => {
-            let planes = &words[k / 32 * 8..][..8];
-            let bit = |j: usize| (planes[j] >> (k % 32) & 1) << j;
-            (0..8).map(bit).sum::<u32>() as u8 as i8
-        }
-    };
-    (0..k).map(code).collect()
 }
 
 fn rmsnorm(gpu: &Gpu) -> Result<(), Failed> {

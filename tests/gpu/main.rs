@@ -4,7 +4,10 @@
 //! one with all that the adapter offers. Without an adapter each test is reported as ignored, by
 //! name; with `STERNA_REQUIRE_GPU=1` that is a failure.
 
+#[path = "../common/golden.rs"]
+mod golden;
 mod kernels;
+mod model;
 mod util;
 
 use std::process::ExitCode;
@@ -13,9 +16,13 @@ use std::sync::Arc;
 use libtest_mimic::{Arguments, Failed, Trial};
 use sterna::backend::gpu::{Capabilities, Gpu};
 
-/// A test: its name and body.
-type Case = (String, Box<dyn Fn(&Gpu) -> Result<(), Failed> + Send>);
+/// A test on an open device.
+type Body = Box<dyn Fn(&Gpu) -> Result<(), Failed> + Send>;
 
+/// A test: its name and body.
+type Case = (String, Body);
+
+#[expect(clippy::print_stderr, reason = "the report names the adapter that was tested")]
 fn main() -> ExitCode {
     let arguments = Arguments::from_args();
     let mut trials = Vec::new();
@@ -29,7 +36,8 @@ fn main() -> ExitCode {
                 Err(error) => eprintln!("no adapter: {error}"),
             }
         }
-        trials.extend(kernels::cases().into_iter().map(|(name, case)| {
+        let cases = kernels::cases().into_iter().chain(model::cases(capabilities));
+        trials.extend(cases.map(|(name, case)| {
             let name = format!("{label}::{name}");
             match &gpu {
                 Ok(gpu) => {

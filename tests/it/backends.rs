@@ -33,8 +33,11 @@ fn tokens(model: &SyntheticModel, len: usize, seed: u64) -> Vec<u32> {
     (0..len).map(|_| random.below(model.config().vocab_size) as u32).collect()
 }
 
+/// A step's result: which step, which layer, its values.
+type Seen = (Tap, usize, Vec<f32>);
+
 /// Every step's result, in order.
-fn taps(transformer: &mut Transformer, tokens: &[u32]) -> (Vec<(Tap, usize, Vec<f32>)>, Vec<f32>) {
+fn taps(transformer: &mut Transformer, tokens: &[u32]) -> (Vec<Seen>, Vec<f32>) {
     let mut seen = Vec::new();
     let output = transformer
         .feed_tapped(tokens, Want::AllLogits, &mut |tap, layer, values| {
@@ -56,9 +59,8 @@ fn distance(expected: &[f32], found: &[f32]) -> f32 {
     }) / scale
 }
 
-/// Quantisation turns a difference in the last bit into one step of 1/127 where it meets a tie, so
-/// the bound after several layers is a few steps; without a tie the backends agree to f32.
-const STEPS: f32 = 4.0 / 127.0;
+/// Logits are summed in another order than the reference's: K·2⁻²⁴ of the largest, with room.
+const LOGITS: f32 = 1e-5;
 
 #[test]
 fn every_step_agrees_with_the_reference() {
@@ -68,17 +70,11 @@ fn every_step_agrees_with_the_reference() {
         for level in Level::available() {
             let (found, logits) = taps(&mut simd(&model, level, 2), &tokens);
             assert_eq!(found.len(), expected.len());
-            for ((tap, layer, expected), (found_tap, found_layer, found)) in
-                expected.iter().zip(&found)
-            {
-                assert_eq!((tap, layer), (found_tap, found_layer));
-                let distance = distance(expected, found);
-                assert!(distance <= STEPS, "{level:?}: {tap:?} of layer {layer}: {distance}");
+            for ((tap, layer, expected), found) in expected.iter().zip(&found) {
+                let same = (*tap, *layer, expected) == (found.0, found.1, &found.2);
+                assert!(same, "{level:?}: {tap:?} of layer {layer} has other bits");
             }
-            // The first step of the first layer has no inexact sum before it.
-            assert_eq!(expected[0].2, found[0].2);
-            assert_eq!(expected[1].2, found[1].2);
-            assert!(distance(&expected_logits, &logits) <= STEPS);
+            assert!(distance(&expected_logits, &logits) <= LOGITS);
         }
     }
 }

@@ -2,6 +2,12 @@
 
 mod backends;
 mod checkpoint;
+#[cfg(feature = "cli")]
+mod cli;
+mod generate;
+#[path = "../common/golden.rs"]
+mod golden;
+mod model;
 mod shaders;
 mod simd;
 mod util;

@@ -62,7 +62,7 @@ impl Gpu {
     /// [`Error::GpuLimit`] if it is larger than a binding may be.
     pub fn upload<T: bytemuck::NoUninit>(&self, what: &str, words: &[T]) -> Result<Slice> {
         const { assert!(size_of::<T>().is_multiple_of(4)) };
-        let slice = self.storage(what, words.len() * size_of::<T>() / 4)?;
+        let slice = self.storage(what, size_of_val(words) / 4)?;
         self.queue.write_buffer(&slice.buffer, 0, bytemuck::cast_slice(words));
         Ok(slice)
     }

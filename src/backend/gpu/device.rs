@@ -95,6 +95,17 @@ pub fn adapters() -> Vec<AdapterDescription> {
     adapters.iter().enumerate().map(|(i, adapter)| describe(i, &adapter.get_info())).collect()
 }
 
+/// Numbers of driver objects.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct ResourceCounts {
+    /// Buffers, staging included.
+    pub buffers: isize,
+    /// Bind groups.
+    pub bind_groups: isize,
+    /// Compute pipelines.
+    pub compute_pipelines: isize,
+}
+
 /// An open device and its queue.
 pub struct Gpu {
     /// The adapter it was opened on.
@@ -198,6 +209,16 @@ impl Gpu {
     /// Bytes of the largest storage binding; larger matrices are sharded by rows.
     pub fn max_binding(&self) -> u64 {
         self.max_binding
+    }
+
+    /// How many objects of the driver exist: a decode step must not make any.
+    pub fn resource_counts(&self) -> ResourceCounts {
+        let hal = self.device.get_internal_counters().hal;
+        ResourceCounts {
+            buffers: hal.buffers.read(),
+            bind_groups: hal.bind_groups.read(),
+            compute_pipelines: hal.compute_pipelines.read(),
+        }
     }
 
     /// Shards matrices as if the adapter's bindings were no larger than this.

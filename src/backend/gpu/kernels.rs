@@ -175,7 +175,10 @@ pub const MAX_HEAD_DIM: usize = 256;
 /// query, keys, values, out.
 pub fn attention(heads: Heads) -> Call {
     let constants = [("HEADS", heads.query), ("KV_HEADS", heads.kv), ("DIM", heads.dim)];
-    call(shader::ATTENTION, constants, heads.query, Rows::Tokens)
+    let mut call = call(shader::ATTENTION, constants, heads.query, Rows::Tokens);
+    let inv_sqrt_dim = cpu_ref::attention::inv_sqrt_dim(heads.dim);
+    call.constants.push(("INV_SQRT_DIM", f64::from(inv_sqrt_dim)));
+    call
 }
 
 /// acc, weight_scale, act_scale, z.

@@ -14,7 +14,7 @@ pub mod self_test;
 pub mod shader;
 
 pub use buffer::Slice;
-pub use device::{AdapterDescription, AdapterKind, Capabilities, Gpu, adapters};
+pub use device::{AdapterDescription, AdapterKind, Capabilities, Gpu, ResourceCounts, adapters};
 pub use kernels::Variant;
 pub use matrix::row_offsets;
 pub use record::{Call, Op, PassParams, Pipelines, Rows};
@@ -190,6 +190,11 @@ impl GpuBackend {
             gpu,
             config,
         })
+    }
+
+    /// Driver objects of the device this model is on.
+    pub fn resource_counts(&self) -> ResourceCounts {
+        self.gpu.resource_counts()
     }
 
     /// Records a step around a matrix.

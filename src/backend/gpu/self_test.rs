@@ -110,6 +110,19 @@ pub fn encode_codes(variant: Variant, codes: &[i8], k: usize) -> Vec<u32> {
     words
 }
 
+/// The inverse of [`encode_codes`] for the words of one token.
+pub fn decode_codes(variant: Variant, words: &[u32], k: usize) -> Vec<i8> {
+    let code = |k: usize| match variant {
+        Variant::PackedDot => ((words[k / 4] >> (8 * (k % 4)) & 0xff) as i32 - 128) as i8,
+        Variant::BitSerial => {
+            let planes = &words[k / 32 * 8..][..8];
+            let bit = |j: usize| (planes[j] >> (k % 32) & 1) << j;
+            (0..8).map(bit).sum::<u32>() as u8 as i8
+        }
+    };
+    (0..k).map(code).collect()
+}
+
 /// Runs one kernel and waits for it.
 ///
 /// # Errors
@@ -176,6 +189,14 @@ pub struct QuantizedWords {
     pub act_scale: Vec<f32>,
     /// `[M]`.
     pub code_sum: Vec<i32>,
+}
+
+impl QuantizedWords {
+    /// The code words of token `m`.
+    pub fn token(&self, m: usize) -> &[u32] {
+        let len = self.codes.len() / self.act_scale.len();
+        &self.codes[m * len..][..len]
+    }
 }
 
 /// Quantises `x[M, K]`.

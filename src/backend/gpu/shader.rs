@@ -42,6 +42,7 @@ kernels! {
 const SNIPPETS: &[(&str, &str)] = &[
     ("bitlinear", include_str!("../../../shaders/shared/bitlinear.wgsl")),
     ("dense", include_str!("../../../shaders/shared/dense.wgsl")),
+    ("exp", include_str!("../../../shaders/shared/exp.wgsl")),
     ("ordered", include_str!("../../../shaders/shared/ordered.wgsl")),
     ("pass", include_str!("../../../shaders/shared/pass.wgsl")),
     ("reduce_tree", include_str!("../../../shaders/shared/reduce_tree.wgsl")),

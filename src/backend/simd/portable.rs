@@ -5,17 +5,17 @@
 //! added in a fixed tree, and Rust never contracts `a·b + c`: **all levels return the same bits**,
 //! whatever the machine and the number of threads.
 
+use cpu_ref::attention::inv_sqrt_dim;
+use cpu_ref::exp::{EXP_MAX, EXP_MIN};
 use cpu_ref::layout::TILE_ROWS;
 use cpu_ref::mlp::Activation;
 use cpu_ref::quantize_absmax::ABSMAX_FLOOR;
+use cpu_ref::reduce::{DOT_LANES, KEY_LANES, NORM_LANES, tree_sum};
 
 use super::{CacheHead, TableRows};
 
-/// Lanes of an f32 sum: two 512-bit registers, so that two additions are always in flight.
-pub(super) const LANES: usize = 32;
-
-/// Lanes of an f64 sum.
-const F64_LANES: usize = 16;
+/// Lanes of a logit's sum: two 512-bit registers, so that two additions are always in flight.
+pub(super) const HEAD_LANES: usize = 32;
 
 /// Adding and subtracting 1.5·2²³ rounds |x| ≤ 2²² to the nearest integer, ties to even, and
 /// leaves the integer in the low bits of the sum.
@@ -30,37 +30,24 @@ pub struct TokenScale {
     pub code_sum: i32,
 }
 
-/// Sums the lanes pairwise: lane `i` with lane `i + LANES/2`, and so on.
-#[inline(always)]
-fn tree(mut lanes: [f32; LANES]) -> f32 {
-    let mut width = LANES / 2;
-    while width > 0 {
-        for i in 0..width {
-            lanes[i] += lanes[i + width];
-        }
-        width /= 2;
-    }
-    lanes[0]
-}
-
-/// `Σ widen(row[k])·x[k]`, lane `k % LANES`.
+/// `Σ widen(row[k])·x[k]` in the order of `cpu_ref::reduce`: lane `k % L`, then the tree.
 ///
-/// Bound against the exact sum: `(K/LANES + 7)·2⁻²⁴·Σ|row[k]·x[k]|`: one rounding a product, one
-/// an addition in the lane, five in the tree.
+/// Bound against the exact sum: `(K/L + log₂L + 1)·2⁻²⁴·Σ|row[k]·x[k]|`: one rounding a product,
+/// one an addition in the lane, and the tree.
 #[inline(always)]
-pub(super) fn dot<T: Copy>(row: &[T], x: &[f32], widen: impl Fn(T) -> f32) -> f32 {
-    let (row_groups, row_tail) = row.as_chunks::<LANES>();
-    let (x_groups, x_tail) = x.as_chunks::<LANES>();
-    let mut lanes = [0.0f32; LANES];
+pub(super) fn dot<const L: usize, T: Copy>(row: &[T], x: &[f32], widen: impl Fn(T) -> f32) -> f32 {
+    let (row_groups, row_tail) = row.as_chunks::<L>();
+    let (x_groups, x_tail) = x.as_chunks::<L>();
+    let mut lanes = [0.0f32; L];
     for (row, x) in row_groups.iter().zip(x_groups) {
-        for i in 0..LANES {
+        for i in 0..L {
             lanes[i] += widen(row[i]) * x[i];
         }
     }
     for ((lane, &a), &b) in lanes.iter_mut().zip(row_tail).zip(x_tail) {
         *lane += widen(a) * b;
     }
-    tree(lanes)
+    tree_sum(lanes)
 }
 
 /// bfloat16 → f32, exact.
@@ -80,28 +67,14 @@ fn widen_f16(bits: u16) -> f32 {
     f32::from_bits(value.to_bits() | special | u32::from(bits & 0x8000) << 16)
 }
 
-/// `1/√(mean(x²) + eps)`, summed in f64 as the reference does.
-///
-/// Bound: the f64 sums differ in order only (relative 2⁻⁴⁰ for K ≤ 2¹²), so the narrowed result is
-/// the reference's or, for a sum next to a rounding boundary, its neighbour.
+/// `1/√(mean(x²) + eps)`, exactly as `cpu_ref::rmsnorm` computes it.
 #[inline(always)]
 pub(super) fn inv_rms(x: &[f32], eps: f32) -> f32 {
-    let (groups, tail) = x.as_chunks::<F64_LANES>();
-    let mut lanes = [0.0f64; F64_LANES];
-    for group in groups {
-        for i in 0..F64_LANES {
-            lanes[i] += f64::from(group[i]) * f64::from(group[i]);
-        }
-    }
-    for (lane, &value) in lanes.iter_mut().zip(tail) {
-        *lane += f64::from(value) * f64::from(value);
-    }
-    let mean = lanes.iter().sum::<f64>() / x.len() as f64;
-    (1.0 / (mean + f64::from(eps)).sqrt()) as f32
+    let sum = dot::<NORM_LANES, f32>(x, x, |value| value);
+    1.0 / (sum / x.len() as f32 + eps).sqrt()
 }
 
-/// Twin of `cpu_ref::rmsnorm`, with the bound of [`inv_rms`]: at most one step of `r`, so
-/// `2⁻²²·|y|`.
+/// Twin of `cpu_ref::rmsnorm`, exact.
 #[inline(always)]
 pub(super) fn rmsnorm(x: &[f32], weight: &[f32], eps: f32, y: &mut [f32]) {
     let r = inv_rms(x, eps);
@@ -197,9 +170,7 @@ pub(super) fn rope(heads: &mut [f32], cos: &[f32], sin: &[f32]) {
     }
 }
 
-/// Twin of `cpu_ref::mlp::gated_activation`: exact for relu², within `2⁻²⁰·|z|` for silu, whose
-/// [`exp`] is within 2⁻²² relative, plus one rounding each for the sum, quotient and product.
-/// Below x = −88 silu is −0 here, and between −10⁻³⁶ and −0 in the reference.
+/// Twin of `cpu_ref::mlp::gated_activation`, exact.
 #[inline(always)]
 pub(super) fn gated_activation(gate: &[f32], up: &[f32], activation: Activation, z: &mut [f32]) {
     let gate_up = gate.iter().zip(up);
@@ -211,100 +182,80 @@ pub(super) fn gated_activation(gate: &[f32], up: &[f32], activation: Activation,
         }
         Activation::Silu => {
             for (z, (&gate, &up)) in z.iter_mut().zip(gate_up) {
-                let e = if -gate > 88.0 { f32::INFINITY } else { exp(-gate) };
-                *z = gate / (1.0 + e) * up;
+                *z = gate / (1.0 + exp(-gate)) * up;
             }
         }
     }
 }
 
-/// `eˣ` within 2⁻²² relative for −87 ≤ x ≤ 88, constant outside; NaN stays NaN.
-///
-/// `x = n·ln2 + r`, |r| ≤ ln2/2; a polynomial for `eʳ`, then n goes into the exponent. Source:
-/// Cephes `expf` (Moshier). ln2 is split so that `n·LN2_HIGH` is exact.
+/// `cpu_ref::exp::exp`, bit for bit, without a branch: the result is chosen at the end, and
+/// rounding to an integer is an addition.
 #[inline(always)]
 pub(super) fn exp(x: f32) -> f32 {
-    const LN2_HIGH: f32 = 355.0 / 512.0;
-    const LN2_LOW: f32 = -2.121_944_4e-4;
-    let x = x.clamp(-87.0, 88.0);
-    let shifted = x * std::f32::consts::LOG2_E + ROUND;
-    let n = shifted - ROUND;
-    let r = x - n * LN2_HIGH - n * LN2_LOW;
-    let mut p = 1.987_569_1e-4;
-    for coefficient in [1.398_199_9e-3, 8.333_452e-3, 4.166_579_6e-2, 0.166_666_65, 0.5] {
-        p = p * r + coefficient;
+    let below = x < EXP_MIN;
+    let x = if x > EXP_MAX { EXP_MAX } else { x };
+    let t = x * std::f32::consts::LOG2_E;
+    let n = (t + 0.5).floor();
+    let f = t - n;
+    let mut p = 1.525_273_4e-5;
+    for coefficient in
+        [1.540_353e-4, 1.333_355_8e-3, 9.618_129e-3, 5.550_411e-2, 2.402_265e-1, 6.931_472e-1, 1.0]
+    {
+        p = p * f + coefficient;
     }
-    let value = p * (r * r) + r + 1.0;
-    let exponent = shifted.to_bits().wrapping_sub(ROUND.to_bits()).wrapping_add(127);
-    value * f32::from_bits(exponent << 23)
+    // n is an integer of at most 8 bits, or meaningless where the result is not used.
+    let exponent = ((n + ROUND).to_bits() as i32).wrapping_sub(ROUND.to_bits() as i32);
+    let value = p * f32::from_bits((exponent.wrapping_add(127) as u32) << 23);
+    if below { 0.0 } else { value }
 }
 
-/// Positions whose scores are computed before their values are read.
-const BLOCK: usize = 32;
-
-/// Twin of `cpu_ref::attention` for one query head: `out = softmax(q·Kᵀ/√D)·V`.
-///
-/// The softmax runs online: blocks of positions, and what has been summed is rescaled when a block
-/// raises the maximum, so that no scores need to be stored (Milakov & Gimelshein 2018,
-/// arXiv:1805.02867).
-///
-/// Bound: with `e` the largest [`dot`] error of a score (÷√D), weights are within
-/// `2e + (S/32 + 48)·2⁻²⁴` relative, and so is the result against `max|value|`, with as many
-/// roundings again for the sum of S values: `(2e + (2·S + 64)·2⁻²⁴)·max|value|` is safe.
+/// Twin of `cpu_ref::attention` for one query head, exact: `out = softmax(q·Kᵀ/√D)·V` by online
+/// softmax over blocks of 128 positions, so that no more scores than a block's are stored.
 #[inline(always)]
 pub(super) fn attend_head(q: &[f32], cache: CacheHead<'_>, out: &mut [f32]) {
     let CacheHead { keys, values, stride, len } = cache;
     let dim = q.len();
-    let inv_sqrt_dim = 1.0 / (dim as f32).sqrt();
-    let (mut max, mut total) = (f32::NEG_INFINITY, 0.0f32);
+    let inv_sqrt_dim = inv_sqrt_dim(dim);
+    let (mut running_max, mut total) = (f32::MIN, 0.0f32);
     out.fill(0.0);
-    for start in (0..len).step_by(BLOCK) {
-        let positions = BLOCK.min(len - start);
-        let mut weights = [f32::NEG_INFINITY; BLOCK];
-        let mut new_max = max;
+    for start in (0..len).step_by(KEY_LANES) {
+        let positions = KEY_LANES.min(len - start);
+        let mut weights = [0.0f32; KEY_LANES];
+        let mut new_max = running_max;
         for (i, weight) in weights[..positions].iter_mut().enumerate() {
-            *weight = dot(q, &keys[(start + i) * stride..][..dim], |value| value) * inv_sqrt_dim;
-            if *weight > new_max {
-                new_max = *weight;
-            }
+            let key = &keys[(start + i) * stride..][..dim];
+            let score = dot::<DOT_LANES, f32>(q, key, |value| value) * inv_sqrt_dim;
+            // A NaN stays: no comparison with it is true.
+            new_max = if new_max > score || new_max.is_nan() { new_max } else { score };
+            *weight = score;
         }
-        for weight in &mut weights {
+        for weight in &mut weights[..positions] {
             *weight = exp(*weight - new_max);
         }
-        // exp is constant below −87: the first block, and those that are not there, weigh nothing.
-        weights[positions..].fill(0.0);
-        if new_max > max {
-            let rescale = if max == f32::NEG_INFINITY { 0.0 } else { exp(max - new_max) };
-            total *= rescale;
-            for out in out.iter_mut() {
-                *out *= rescale;
-            }
-            max = new_max;
+        let decay = exp(running_max - new_max);
+        total = total * decay + tree_sum(weights);
+        for out in out.iter_mut() {
+            *out *= decay;
         }
-        total += tree(weights);
-        let mut at = start;
-        while at < start + positions {
-            let group = 4.min(start + positions - at);
-            let w = &weights[at - start..];
-            if group == 4 {
-                let [a, b, c, d] = [0, 1, 2, 3].map(|i| &values[(at + i) * stride..][..dim]);
-                for i in 0..dim {
-                    out[i] += (w[0] * a[i] + w[1] * b[i]) + (w[2] * c[i] + w[3] * d[i]);
-                }
-            } else {
-                for (i, &w) in w[..group].iter().enumerate() {
-                    let value = &values[(at + i) * stride..][..dim];
-                    for (out, &value) in out.iter_mut().zip(value) {
-                        *out += w * value;
-                    }
-                }
+        let (groups, tail) = weights[..positions].as_chunks::<4>();
+        for (group, w) in groups.iter().enumerate() {
+            // Four positions a pass over `out`, added in order.
+            let at = start + 4 * group;
+            let [a, b, c, d] = [0, 1, 2, 3].map(|i| &values[(at + i) * stride..][..dim]);
+            for i in 0..dim {
+                out[i] = (((out[i] + w[0] * a[i]) + w[1] * b[i]) + w[2] * c[i]) + w[3] * d[i];
             }
-            at += group;
         }
+        for (i, &w) in tail.iter().enumerate() {
+            let at = start + 4 * groups.len() + i;
+            for (out, &value) in out.iter_mut().zip(&values[at * stride..][..dim]) {
+                *out += w * value;
+            }
+        }
+        running_max = new_max;
     }
-    let inv_total = 1.0 / total;
     for out in out.iter_mut() {
-        *out *= inv_total;
+        *out /= total;
     }
 }
 
@@ -331,7 +282,7 @@ fn lm_head_rows<T: Copy>(
     for (n, row) in table.chunks_exact(k).enumerate() {
         let tile = &mut logits[n / TILE_ROWS * n_tokens * TILE_ROWS..];
         for (m, x) in x.chunks_exact(k).enumerate() {
-            tile[m * TILE_ROWS + n % TILE_ROWS] = dot(row, x, widen);
+            tile[m * TILE_ROWS + n % TILE_ROWS] = dot::<HEAD_LANES, T>(row, x, widen);
         }
     }
 }

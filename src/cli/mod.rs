@@ -1,0 +1,126 @@
+//! The commands of the program. Only this module and `main.rs` print.
+
+mod devices;
+mod inspect;
+mod logits;
+mod progress;
+mod run;
+
+use std::io::{self, Write};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use anyhow::{Context, Result};
+use clap::{Args, Parser, Subcommand};
+use sterna::backend::{Device, LoadOptions};
+use sterna::weights::Checkpoint;
+
+/// Runs ternary language models (BitNet b1.58 and relatives) on any GPU, and on the CPU.
+#[derive(Parser)]
+#[command(version, about, arg_required_else_help = true, after_help = EXAMPLES)]
+pub(crate) struct Arguments {
+    #[command(subcommand)]
+    command: Command,
+}
+
+const EXAMPLES: &str = "\
+Examples:
+  sterna run \"Once upon a time\"                    a story by the built-in model
+  sterna run -m DIR --chat \"Why is the sky blue?\"  a question to a model of your own
+  sterna devices                                   what it can run on
+  sterna run --help                                more options, and what they mean";
+
+#[derive(Subcommand)]
+enum Command {
+    Run(run::Arguments),
+    Devices(devices::Arguments),
+    Inspect(inspect::Arguments),
+    Logits(logits::Arguments),
+}
+
+/// Runs the command.
+pub(crate) fn run(arguments: Arguments) -> Result<()> {
+    match arguments.command {
+        Command::Run(arguments) => run::run(arguments),
+        Command::Devices(arguments) => devices::run(&arguments),
+        Command::Inspect(arguments) => inspect::run(&arguments),
+        Command::Logits(arguments) => logits::run(&arguments),
+    }
+}
+
+/// Which model, and where it runs.
+#[derive(Args)]
+struct ModelArguments {
+    /// Directory of the model (config.json, model.safetensors, tokenizer.json) [default: built in]
+    ///
+    /// The layout is that of Hugging Face; model.safetensors may be shards with an index. Without
+    /// this option, the built-in teller of stories runs.
+    #[arg(short, long, value_name = "DIR")]
+    model: Option<PathBuf>,
+
+    /// What to run on: auto, gpu, gpu:N, cpu or ref
+    ///
+    /// "gpu" is the best GPU, "gpu:N" the one that `sterna devices` lists as N,
+    /// "cpu" the SIMD code, "ref" the slow scalar reference. "auto" takes a hardware GPU if there
+    /// is one, else the CPU. If the device is not there, that is an error.
+    #[arg(long, value_name = "DEVICE", default_value = "auto")]
+    device: Device,
+
+    /// CPU threads [default: one per physical core]
+    #[arg(long, value_name = "N", value_parser = at_least_one)]
+    threads: Option<usize>,
+}
+
+/// An option's value of 1 or more.
+fn at_least_one(text: &str) -> Result<usize, String> {
+    match text.parse() {
+        Ok(0) => Err("it must be at least 1".to_owned()),
+        Ok(number) => Ok(number),
+        Err(error) => Err(format!("{error}")),
+    }
+}
+
+impl ModelArguments {
+    fn checkpoint(&self) -> Result<Checkpoint> {
+        open(self.model.as_deref())
+    }
+
+    fn load_options(&self, context: Option<usize>) -> LoadOptions {
+        LoadOptions { context, threads: self.threads, ..LoadOptions::default() }
+    }
+}
+
+fn open(model: Option<&Path>) -> Result<Checkpoint> {
+    Ok(match model {
+        Some(directory) => Checkpoint::open(directory)?,
+        None => sterna::built_in::checkpoint()?,
+    })
+}
+
+/// Prints text on standard output, at once.
+fn print(text: &str) -> io::Result<()> {
+    let mut stdout = io::stdout().lock();
+    stdout.write_all(text.as_bytes())?;
+    stdout.flush()
+}
+
+/// Prints a value as one line of JSON on standard output.
+fn print_json(value: &impl serde::Serialize) -> Result<()> {
+    let json = serde_json::to_string(value).context("writing JSON")?;
+    Ok(print(&(json + "\n"))?)
+}
+
+/// Becomes true when Ctrl-C is pressed; a second press ends the program at once.
+fn interrupt_flag() -> Result<Arc<AtomicBool>> {
+    const INTERRUPTED: i32 = 130;
+    let flag = Arc::new(AtomicBool::new(false));
+    let set = Arc::clone(&flag);
+    let handler = move || {
+        if set.swap(true, Ordering::Relaxed) {
+            std::process::exit(INTERRUPTED);
+        }
+    };
+    ctrlc::set_handler(handler).context("listening for Ctrl-C")?;
+    Ok(flag)
+}

@@ -1,0 +1,267 @@
+//! `sterna run`: a prompt in, text out.
+
+use std::hash::{BuildHasher, Hasher};
+use std::io::{self, Read, Write};
+use std::sync::atomic::Ordering;
+use std::time::Duration;
+
+use anyhow::{Context, Result, bail};
+use serde::Serialize;
+use sterna::generate::{GenerateOptions, Generation, Model};
+use sterna::sampler::Sampling;
+use sterna::tokenizer::{Message, Role};
+
+use super::progress::LoadBar;
+use super::{ModelArguments, at_least_one, interrupt_flag, print, print_json};
+
+/// Continue a text, or answer a question
+///
+/// Writes the prompt and its continuation to standard output as it is made, and one line about
+/// device and speed to standard error. With --chat, the prompt is a question in the form of the
+/// model's chat template, and only the answer is written.
+///
+/// The text ends where the model ends it, after -n tokens, when the context is full, or on Ctrl-C.
+#[derive(clap::Args)]
+#[command(after_long_help = EXAMPLES)]
+pub(super) struct Arguments {
+    /// The text to continue; "-" reads it from standard input
+    ///
+    /// A newline at the end of standard input is dropped.
+    prompt: String,
+
+    #[command(flatten)]
+    model: ModelArguments,
+
+    /// Most tokens to generate
+    #[arg(short = 'n', long = "tokens", value_name = "TOKENS", default_value_t = 256)]
+    max_tokens: usize,
+
+    /// Temperature: 0 always takes the most probable token, more is more varied
+    ///
+    /// The logits are divided by it: below 1, the text is more careful than the model's
+    /// probabilities say; above 1, more adventurous.
+    #[arg(long = "temp", value_name = "T", default_value_t = 0.7, allow_negative_numbers = true)]
+    temperature: f32,
+
+    /// Choose among the K most probable tokens [default: all]
+    #[arg(long, value_name = "K", value_parser = at_least_one)]
+    top_k: Option<usize>,
+
+    /// Choose among the fewest tokens that together have probability P
+    #[arg(long, value_name = "P", default_value_t = 1.0, allow_negative_numbers = true)]
+    top_p: f32,
+
+    /// Choose among tokens at least P times as probable as the most probable one
+    #[arg(long, value_name = "P", default_value_t = 0.0, allow_negative_numbers = true)]
+    min_p: f32,
+
+    /// Above 1: tokens that have occurred become less probable
+    #[arg(
+        long = "repeat-penalty",
+        value_name = "R",
+        default_value_t = 1.0,
+        allow_negative_numbers = true
+    )]
+    repetition_penalty: f32,
+
+    /// Where the random numbers start; the same seed gives the same text [default: random]
+    #[arg(long)]
+    seed: Option<u64>,
+
+    /// Most tokens of prompt and text together [default: the model's maximum, at most 4096]
+    #[arg(long, value_name = "N", value_parser = at_least_one)]
+    context: Option<usize>,
+
+    /// Put the prompt into the model's chat template
+    #[arg(long)]
+    chat: bool,
+
+    /// Instructions for the whole chat
+    #[arg(long, value_name = "TEXT", requires = "chat")]
+    system: Option<String>,
+
+    /// Write one JSON object at the end instead of text
+    ///
+    /// It has text (without the prompt), token_ids (with the stop token, if there is one),
+    /// prompt_token_ids, model, device, finish_reason (stop, length, context or interrupted), seed
+    /// and timings.
+    #[arg(long)]
+    json: bool,
+}
+
+const EXAMPLES: &str = "\
+Examples:
+  sterna run \"Once upon a time\"
+  sterna run --temp 0 -n 50 \"The little dog\"         always the same text
+  sterna run --seed 7 --top-p 0.9 \"The little dog\"   the same text for the same seed
+  cat story.txt | sterna run -                       continue a file
+  sterna run -m DIR --chat --system \"Be brief.\" \"Why is the sky blue?\"
+  sterna run --json \"Once\" | jq .text";
+
+/// What `--json` prints.
+#[derive(Serialize)]
+struct Report<'a> {
+    text: &'a str,
+    token_ids: &'a [u32],
+    prompt_token_ids: &'a [u32],
+    model: &'a str,
+    device: &'a str,
+    device_description: &'a str,
+    kernel: &'a str,
+    finish_reason: &'a str,
+    seed: Option<u64>,
+    timings: ReportTimings,
+}
+
+#[derive(Serialize)]
+struct ReportTimings {
+    load_seconds: f64,
+    time_to_first_token_seconds: f64,
+    decode_seconds: f64,
+    prompt_tokens_per_second: Option<f64>,
+    decode_tokens_per_second: Option<f64>,
+}
+
+pub(super) fn run(arguments: Arguments) -> Result<()> {
+    let options = options(&arguments);
+    // Before the load, which may take long.
+    options.validate()?;
+    let prompt = match arguments.prompt.as_str() {
+        "-" => read_prompt()?,
+        prompt => prompt.to_owned(),
+    };
+
+    let checkpoint = arguments.model.checkpoint()?;
+    let load_options = arguments.model.load_options(arguments.context);
+    let mut bar = LoadBar::new();
+    let device = arguments.model.device;
+    let mut model =
+        Model::from_checkpoint(&checkpoint, device, &load_options, &mut |at| bar.update(at))?;
+    let load_time = bar.elapsed();
+    drop(bar);
+
+    let (label, device) = (model.label().to_owned(), model.transformer().device().clone());
+    let mut generation = if arguments.chat {
+        let system = arguments.system.map(|text| Message::new(Role::System, text));
+        let messages: Vec<_> =
+            system.into_iter().chain([Message::new(Role::User, &prompt)]).collect();
+        model.generate_chat(&messages, &options)?
+    } else {
+        model.generate(&prompt, &options)?
+    };
+
+    let echo = if arguments.chat { "" } else { &prompt };
+    let text = make_text(&mut generation, (!arguments.json).then_some(echo))?;
+    let finish_reason = generation.finish_reason().map_or("interrupted", |reason| reason.name());
+    let seed = match options.sampling {
+        Sampling::Greedy => None,
+        Sampling::Random { seed, .. } => Some(seed),
+    };
+    if arguments.json {
+        return print_json(&Report {
+            text: &text,
+            token_ids: generation.tokens(),
+            prompt_token_ids: generation.prompt(),
+            model: &label,
+            device: &device.name,
+            device_description: &device.description,
+            kernel: &device.gemv,
+            finish_reason,
+            seed,
+            timings: report_timings(&generation, load_time),
+        });
+    }
+    let seed = seed.map(|seed| format!("; seed {seed}")).unwrap_or_default();
+    let device = format!("{} ({})", device.name, device.description);
+    let status = format!("{device}: {}; {finish_reason}{seed}", speed(&generation));
+    // The text is out: a closed standard error is no failure.
+    let _ = writeln!(io::stderr(), "{status}");
+    Ok(())
+}
+
+fn options(arguments: &Arguments) -> GenerateOptions {
+    let sampling = if arguments.temperature == 0.0 {
+        Sampling::Greedy
+    } else {
+        Sampling::Random {
+            temperature: arguments.temperature,
+            top_k: arguments.top_k,
+            top_p: arguments.top_p,
+            min_p: arguments.min_p,
+            seed: arguments.seed.unwrap_or_else(random_seed),
+        }
+    };
+    let repetition_penalty = arguments.repetition_penalty;
+    GenerateOptions { max_tokens: arguments.max_tokens, sampling, repetition_penalty }
+}
+
+/// A seed that is short to type again; the standard library seeds its hash maps at random.
+fn random_seed() -> u64 {
+    std::collections::hash_map::RandomState::new().build_hasher().finish() % 1_000_000_000
+}
+
+/// All of standard input, without a newline at its end.
+fn read_prompt() -> Result<String> {
+    /// More than any context holds.
+    const MAX_BYTES: u64 = 64 << 20;
+    let mut prompt = String::new();
+    let stdin = io::stdin().lock().take(MAX_BYTES + 1);
+    let len = { stdin }.read_to_string(&mut prompt).context("reading standard input")?;
+    if len as u64 > MAX_BYTES {
+        bail!("standard input: the prompt is longer than {MAX_BYTES} bytes");
+    }
+    let line = prompt.strip_suffix('\n').unwrap_or(&prompt);
+    Ok(line.strip_suffix('\r').unwrap_or(line).to_owned())
+}
+
+/// Generates until the end or Ctrl-C; with `echo`, prints that, then each piece, then a newline.
+fn make_text(generation: &mut Generation<'_>, echo: Option<&str>) -> Result<String> {
+    let Some(echo) = echo else { return collect(generation, |_| Ok(())) };
+    print(echo)?;
+    let text = collect(generation, print);
+    // After a failure, too: its message gets a line of its own.
+    if !text.as_ref().is_ok_and(|text| text.ends_with('\n')) {
+        print("\n")?;
+    }
+    text
+}
+
+fn collect(
+    generation: &mut Generation<'_>,
+    mut each: impl FnMut(&str) -> io::Result<()>,
+) -> Result<String> {
+    let interrupted = interrupt_flag()?;
+    let mut text = String::new();
+    for piece in generation {
+        let piece = piece?;
+        each(&piece.text)?;
+        text.push_str(&piece.text);
+        if interrupted.load(Ordering::Relaxed) {
+            break;
+        }
+    }
+    Ok(text)
+}
+
+fn speed(generation: &Generation<'_>) -> String {
+    let timings = generation.timings();
+    let rate = |rate: Option<f64>| rate.map(|rate| format!(" ({rate:.1} tokens/s)"));
+    format!(
+        "prompt {} tokens{}; generated {} tokens{}",
+        timings.prompt_tokens,
+        rate(timings.prompt_rate()).unwrap_or_default(),
+        timings.generated_tokens,
+        rate(timings.decode_rate()).unwrap_or_default()
+    )
+}
+
+fn report_timings(generation: &Generation<'_>, load_time: Duration) -> ReportTimings {
+    let timings = generation.timings();
+    ReportTimings {
+        load_seconds: load_time.as_secs_f64(),
+        time_to_first_token_seconds: timings.time_to_first_token.as_secs_f64(),
+        decode_seconds: timings.decode_time.as_secs_f64(),
+        prompt_tokens_per_second: timings.prompt_rate(),
+        decode_tokens_per_second: timings.decode_rate(),
+    }
+}

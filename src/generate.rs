@@ -1,0 +1,361 @@
+//! Prompt in, text out: prefill, then decode · sample · detokenise, as an iterator.
+
+use std::fmt;
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+use crate::backend::{Device, LoadOptions, OnProgress, Output, Want};
+use crate::error::{Error, Result};
+use crate::format::{Bytes, ModelFiles};
+use crate::model::Transformer;
+use crate::sampler::{Sampler, Sampling};
+use crate::tokenizer::{ChatTemplate, DecodeStream, Message, Source, Tokenizer, stop_ids};
+use crate::weights::{Checkpoint, WeightSource};
+
+/// A model that speaks: transformer, tokenizer, chat template and stop tokens.
+pub struct Model {
+    label: String,
+    transformer: Transformer,
+    tokenizer: Tokenizer,
+    chat: Option<ChatTemplate>,
+    stop_ids: Vec<u32>,
+}
+
+/// How a text is to be generated.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct GenerateOptions {
+    /// The most tokens to generate.
+    pub max_tokens: usize,
+    /// How tokens are chosen.
+    pub sampling: Sampling,
+    /// Above 1 makes the tokens of prompt and text less likely to occur again; 1 changes nothing.
+    pub repetition_penalty: f32,
+}
+
+impl Default for GenerateOptions {
+    /// 256 tokens, greedily.
+    fn default() -> Self {
+        Self { max_tokens: 256, sampling: Sampling::Greedy, repetition_penalty: 1.0 }
+    }
+}
+
+impl GenerateOptions {
+    /// Checks every option's range, as generating does; for telling before a long load.
+    ///
+    /// # Errors
+    /// [`Error::Sampling`] with the first option that is out of range.
+    pub fn validate(&self) -> Result<()> {
+        Sampler::new(self.sampling, self.repetition_penalty).map(|_| ())
+    }
+}
+
+impl Model {
+    /// Loads a checkpoint directory with default [`LoadOptions`].
+    ///
+    /// # Errors
+    /// As [`Checkpoint::open`] and [`Model::from_checkpoint`].
+    pub fn load(path: impl AsRef<Path>, device: Device) -> Result<Self> {
+        let checkpoint = Checkpoint::open(path.as_ref())?;
+        Self::from_checkpoint(&checkpoint, device, &LoadOptions::default(), &mut |_| {})
+    }
+
+    /// Loads a checkpoint on a device, telling `progress` how far it has come.
+    ///
+    /// # Errors
+    /// If there is no `tokenizer.json`, a side file is malformed or does not fit the model, the
+    /// device is not there, or a tensor holds an invalid value.
+    pub fn from_checkpoint(
+        checkpoint: &Checkpoint,
+        device: Device,
+        options: &LoadOptions,
+        progress: OnProgress<'_>,
+    ) -> Result<Self> {
+        let files = checkpoint.files();
+        let vocab_size = checkpoint.config().vocab_size;
+
+        let tokenizer = SideFile::required(files, "tokenizer.json")?;
+        let tokenizer = Tokenizer::from_json(tokenizer.source(), vocab_size)?;
+
+        let tokenizer_config = SideFile::find(files, "tokenizer_config.json")?;
+        let jinja = SideFile::find(files, "chat_template.jinja")?;
+        let chat = ChatTemplate::from_files(
+            tokenizer_config.as_ref().map(SideFile::source),
+            jinja.as_ref().map(SideFile::source),
+        )?;
+
+        let config = SideFile::required(files, "config.json")?;
+        let generation_config = SideFile::find(files, "generation_config.json")?;
+        let configs = [Some(&config), generation_config.as_ref()];
+        let configs: Vec<_> = configs.into_iter().flatten().map(SideFile::source).collect();
+        let stop_ids = stop_ids(&tokenizer, &configs, vocab_size)?;
+
+        let transformer = Transformer::load(checkpoint, device, options, progress)?;
+        let label = files.label().to_owned();
+        Ok(Self { label, transformer, tokenizer, chat, stop_ids })
+    }
+
+    /// The directory, or the name of the built-in model.
+    pub fn label(&self) -> &str {
+        &self.label
+    }
+
+    /// The network under the text.
+    pub fn transformer(&self) -> &Transformer {
+        &self.transformer
+    }
+
+    /// The model's tokenizer.
+    pub fn tokenizer(&self) -> &Tokenizer {
+        &self.tokenizer
+    }
+
+    /// The tokens that end a text, ascending.
+    pub fn stop_ids(&self) -> &[u32] {
+        &self.stop_ids
+    }
+
+    /// Continues a text.
+    ///
+    /// # Errors
+    /// As [`Model::generate_tokens`], or if the tokenizer cannot represent the text.
+    pub fn generate(&mut self, prompt: &str, options: &GenerateOptions) -> Result<Generation<'_>> {
+        let prompt = self.tokenizer.encode(prompt, true)?;
+        self.generate_tokens(prompt, options)
+    }
+
+    /// Answers the last message of a conversation, in the form of the model's own chat template.
+    ///
+    /// # Errors
+    /// As [`Model::generate_tokens`], [`Error::NoChatTemplate`] if the model has none, or
+    /// [`Error::ChatTemplate`] if it fails or refuses the messages.
+    pub fn generate_chat(
+        &mut self,
+        messages: &[Message],
+        options: &GenerateOptions,
+    ) -> Result<Generation<'_>> {
+        let no_template = || Error::NoChatTemplate { file: self.label.clone() };
+        let text = self.chat.as_ref().ok_or_else(no_template)?.render(messages, true)?;
+        let prompt = self.tokenizer.encode(&text, false)?;
+        self.generate_tokens(prompt, options)
+    }
+
+    /// Continues a sequence of tokens. The prompt runs when the first piece is asked for.
+    ///
+    /// # Errors
+    /// [`Error::EmptyPrompt`], [`Error::ContextOverflow`] if the prompt is longer than the context,
+    /// or [`Error::Sampling`].
+    pub fn generate_tokens(
+        &mut self,
+        prompt: Vec<u32>,
+        options: &GenerateOptions,
+    ) -> Result<Generation<'_>> {
+        let (needed, capacity) = (prompt.len(), self.transformer.capacity());
+        if prompt.is_empty() {
+            return Err(Error::EmptyPrompt);
+        }
+        if needed > capacity {
+            return Err(Error::ContextOverflow { needed, capacity });
+        }
+        let mut sampler = Sampler::new(options.sampling, options.repetition_penalty)?;
+        sampler.observe(&prompt);
+        self.transformer.reset();
+        Ok(Generation {
+            stream: self.tokenizer.stream(&prompt)?,
+            transformer: &mut self.transformer,
+            stop_ids: &self.stop_ids,
+            sampler,
+            prompt,
+            tokens: Vec::new(),
+            max_tokens: options.max_tokens,
+            finish_reason: (options.max_tokens == 0).then_some(FinishReason::Length),
+            failed: false,
+            prompt_time: Duration::ZERO,
+            decode_time: Duration::ZERO,
+        })
+    }
+}
+
+/// A file beside the weights: how messages name it, and its contents.
+struct SideFile {
+    file: String,
+    bytes: Bytes,
+}
+
+impl SideFile {
+    fn find(files: &ModelFiles, name: &str) -> Result<Option<Self>> {
+        let found = files.file(name)?;
+        Ok(found.map(|bytes| Self { file: files.join(name), bytes }))
+    }
+
+    fn required(files: &ModelFiles, expected: &'static str) -> Result<Self> {
+        let missing = || Error::NotACheckpoint { path: PathBuf::from(files.label()), expected };
+        Self::find(files, expected)?.ok_or_else(missing)
+    }
+
+    fn source(&self) -> Source<'_> {
+        Source { file: &self.file, bytes: &self.bytes }
+    }
+}
+
+/// One token of a generated text.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Piece {
+    /// The token.
+    pub token: u32,
+    /// The text that it completes: usually its own; nothing for a special token, or as long as a
+    /// character lacks bytes.
+    pub text: String,
+}
+
+impl fmt::Display for Piece {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.text)
+    }
+}
+
+/// Why a text ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum FinishReason {
+    /// The model chose a stop token.
+    Stop,
+    /// All tokens asked for are there.
+    Length,
+    /// The context has no room for another token.
+    ContextFull,
+}
+
+impl FinishReason {
+    /// In one lower-case word.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Stop => "stop",
+            Self::Length => "length",
+            Self::ContextFull => "context",
+        }
+    }
+}
+
+/// How long a text took.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Timings {
+    /// Tokens of the prompt.
+    pub prompt_tokens: usize,
+    /// From the start to the first generated token: the prompt's forward passes and one choice.
+    pub time_to_first_token: Duration,
+    /// Tokens generated, a stop token included.
+    pub generated_tokens: usize,
+    /// From the first generated token to the last.
+    pub decode_time: Duration,
+}
+
+impl Timings {
+    /// Prompt tokens a second; `None` before the first token.
+    pub fn prompt_rate(&self) -> Option<f64> {
+        let seconds = self.time_to_first_token.as_secs_f64();
+        (seconds > 0.0).then(|| self.prompt_tokens as f64 / seconds)
+    }
+
+    /// Generated tokens a second, the first one not counted; `None` before the second token.
+    pub fn decode_rate(&self) -> Option<f64> {
+        let seconds = self.decode_time.as_secs_f64();
+        (seconds > 0.0).then(|| self.generated_tokens.saturating_sub(1) as f64 / seconds)
+    }
+}
+
+/// A text in the making: an iterator over its tokens, which ends after a stop token, after
+/// `max_tokens`, when the context is full, or after an error.
+pub struct Generation<'a> {
+    transformer: &'a mut Transformer,
+    stop_ids: &'a [u32],
+    stream: DecodeStream<'a>,
+    sampler: Sampler,
+    prompt: Vec<u32>,
+    tokens: Vec<u32>,
+    max_tokens: usize,
+    finish_reason: Option<FinishReason>,
+    failed: bool,
+    prompt_time: Duration,
+    decode_time: Duration,
+}
+
+impl Generation<'_> {
+    /// The tokens of the prompt.
+    pub fn prompt(&self) -> &[u32] {
+        &self.prompt
+    }
+
+    /// The tokens generated so far, a stop token included.
+    pub fn tokens(&self) -> &[u32] {
+        &self.tokens
+    }
+
+    /// Why the text ended; `None` as long as it has not.
+    pub fn finish_reason(&self) -> Option<FinishReason> {
+        self.finish_reason
+    }
+
+    /// How long it has taken so far.
+    pub fn timings(&self) -> Timings {
+        Timings {
+            prompt_tokens: self.prompt.len(),
+            time_to_first_token: self.prompt_time,
+            generated_tokens: self.tokens.len(),
+            decode_time: self.decode_time,
+        }
+    }
+
+    fn advance(&mut self) -> Result<Piece> {
+        let start = Instant::now();
+        let token = self.next_token()?;
+        let elapsed = start.elapsed();
+        *if self.tokens.is_empty() { &mut self.prompt_time } else { &mut self.decode_time } +=
+            elapsed;
+        self.tokens.push(token);
+
+        let is_stop = self.stop_ids.binary_search(&token).is_ok();
+        self.finish_reason = if is_stop {
+            Some(FinishReason::Stop)
+        } else if self.tokens.len() >= self.max_tokens {
+            Some(FinishReason::Length)
+        } else if self.transformer.position() >= self.transformer.capacity() {
+            Some(FinishReason::ContextFull)
+        } else {
+            None
+        };
+        // A stop token is no part of the text, even where it is not marked as special.
+        let mut text = if is_stop { String::new() } else { self.stream.push(token)? };
+        if self.finish_reason.is_some() {
+            text.push_str(&self.stream.flush()?);
+        }
+        Ok(Piece { token, text })
+    }
+
+    /// Feeds the prompt, or the last token, and chooses the next one.
+    fn next_token(&mut self) -> Result<u32> {
+        let tokens = match self.tokens.last() {
+            None => &self.prompt[..],
+            Some(last) => std::slice::from_ref(last),
+        };
+        let want = if self.sampler.is_argmax() { Want::Token } else { Want::LastLogits };
+        match self.transformer.feed(tokens, want)? {
+            Output::Token(token) => Ok(token),
+            Output::Logits(mut logits) => {
+                self.sampler.sample(&mut logits, self.transformer.position() - 1)
+            }
+            Output::Nothing => unreachable!("a token or logits were asked for"),
+        }
+    }
+}
+
+impl Iterator for Generation<'_> {
+    type Item = Result<Piece>;
+
+    fn next(&mut self) -> Option<Result<Piece>> {
+        if self.failed || self.finish_reason.is_some() {
+            return None;
+        }
+        let piece = self.advance();
+        self.failed = piece.is_err();
+        Some(piece)
+    }
+}

@@ -1,0 +1,225 @@
+//! Whole models on the GPU, judged by the original implementation and by the reference backend.
+
+use libtest_mimic::Failed;
+use sterna::backend::gpu::{Capabilities, Gpu, GpuBackend, Variant, self_test};
+use sterna::backend::{Backend, Device, LoadOptions, Output, Tap, Want};
+use sterna::config::ModelConfig;
+use sterna::layout::Packed;
+use sterna::synthetic::{SyntheticModel, tiny_bitnet, tiny_llama};
+use sterna::weights::{TernaryMatrix, WeightSource};
+use sterna::{Error, Transformer};
+
+use crate::Case;
+use crate::golden;
+
+pub fn cases(capabilities: Capabilities) -> Vec<Case> {
+    let mut cases: Vec<Case> = Vec::new();
+    for variant in Variant::ALL {
+        let label = variant.gemv().name;
+        for model in golden::MODELS {
+            cases.push((
+                format!("golden::{model}::{label}"),
+                Box::new(move |_| {
+                    let mut transformer = load(capabilities, &golden::checkpoint(model), variant)?;
+                    golden::check_logits(model, &mut transformer)?;
+                    golden::check_greedy(model, &mut transformer)?;
+                    Ok(())
+                }),
+            ));
+            cases.push((
+                format!("golden_io::{model}::{label}"),
+                Box::new(move |gpu| {
+                    golden::check_io(model, &|matrix, x| bitlinear(gpu, variant, matrix, x))?;
+                    Ok(())
+                }),
+            ));
+        }
+        for (name, config) in [("bitnet", tiny_bitnet()), ("llama", tiny_llama())] {
+            let source = SyntheticModel::new(config, 42);
+            cases.push((
+                format!("agrees_with_ref::{name}::{label}"),
+                Box::new(move |_| agrees_with_reference(capabilities, &source, variant)),
+            ));
+        }
+    }
+    let mut add = |name: &str, case: fn(Capabilities) -> Result<(), Failed>| {
+        cases.push((name.to_owned(), Box::new(move |_| case(capabilities))));
+    };
+    add("sharded_matrices_give_the_same_tokens", sharded);
+    add("a_batch_past_the_limits_is_refused", refusals);
+    add("decoding_allocates_no_gpu_memory", steady_memory);
+    cases
+}
+
+fn open(capabilities: Capabilities) -> Result<Gpu, Error> {
+    Gpu::open(None, capabilities)
+}
+
+fn load(
+    capabilities: Capabilities,
+    source: &dyn WeightSource,
+    variant: Variant,
+) -> Result<Transformer, Error> {
+    transformer(open(capabilities)?, source, variant, &LoadOptions::default())
+}
+
+fn transformer(
+    gpu: Gpu,
+    source: &dyn WeightSource,
+    variant: Variant,
+    options: &LoadOptions,
+) -> Result<Transformer, Error> {
+    let backend = GpuBackend::load(source, gpu, Some(variant), options, &mut |_| {})?;
+    Ok(Transformer::new(source.config().clone(), Box::new(backend)))
+}
+
+/// One BitLinear layer through the quantise and GEMV kernels.
+fn bitlinear(
+    gpu: &Gpu,
+    variant: Variant,
+    matrix: &TernaryMatrix,
+    x: &[f32],
+) -> Result<Vec<f32>, String> {
+    let say = |error: Error| error.to_string();
+    let packed = Packed::try_pack(variant.layout(), matrix.shape(), |n, out| matrix.row(n, out));
+    let quantized = self_test::quantize(gpu, variant, x, 1).map_err(say)?;
+    let codes = self_test::decode_codes(variant, &quantized.codes, x.len());
+    let acc = self_test::multiply(gpu, variant, &packed.map_err(say)?, &codes, 1).map_err(say)?;
+    let scales = vec![matrix.scale(); acc.len()];
+    Ok(cpu_ref::gemv::dequantize(&acc, &scales, quantized.act_scale[0]))
+}
+
+/// Every tap of a forward pass, and what it returns.
+type Trace = (Vec<(Tap, usize, Vec<f32>)>, Output);
+
+fn trace(transformer: &mut Transformer, tokens: &[u32], want: Want) -> Result<Trace, Error> {
+    let mut taps = Vec::new();
+    let output = transformer.feed_tapped(tokens, want, &mut |tap, layer, values| {
+        taps.push((tap, layer, values.to_vec()));
+    })?;
+    Ok((taps, output))
+}
+
+/// Prefill and decode: every step close to the reference's, the same greedy tokens.
+fn agrees_with_reference(
+    capabilities: Capabilities,
+    source: &SyntheticModel,
+    variant: Variant,
+) -> Result<(), Failed> {
+    let device = open(capabilities)?;
+    // Its compiler keeps products and sums apart and divides exactly.
+    let rounds_like_the_reference = device.adapter.name.starts_with("llvmpipe");
+    let mut gpu = transformer(device, source, variant, &LoadOptions::default())?;
+    let mut reference =
+        Transformer::load(source, Device::Reference, &LoadOptions::default(), &mut |_| {})?;
+    let prompt: Vec<u32> = (0..70).map(|i| i * 37 % 301).collect();
+    let (found, _) = trace(&mut gpu, &prompt, Want::LastLogits)?;
+    let (expected, _) = trace(&mut reference, &prompt, Want::LastLogits)?;
+    assert_eq!(found.len(), expected.len());
+    for ((tap, layer, found), (_, _, expected)) in found.iter().zip(&expected) {
+        // A difference in the last bits can move an int8 code by one step, 1/127 of the largest
+        // activation, in a few of the values: the mean stays below half a step. Wrong arithmetic
+        // lands at a tenth and more.
+        let scale = expected.iter().fold(0.0f32, |max, value| max.max(value.abs()));
+        let sum: f32 = found.iter().zip(expected).map(|(a, b)| (a - b).abs()).sum();
+        let mean = sum / found.len() as f32 / scale;
+        let within = mean < 4e-3 && found.len() == expected.len();
+        if rounds_like_the_reference && found != expected {
+            return Err(format!("{tap:?} of layer {layer}: not the reference's bits").into());
+        }
+        if !within {
+            return Err(format!("{tap:?} of layer {layer}: mean difference {mean}").into());
+        }
+    }
+    let mut token = prompt[0];
+    for index in 0..32 {
+        let found = gpu.feed(&[token], Want::Token)?;
+        let expected = reference.feed(&[token], Want::Token)?;
+        if found != expected {
+            return Err(format!("token {index}: {found:?}, expected {expected:?}").into());
+        }
+        if let Output::Token(next) = expected {
+            token = next;
+        }
+    }
+    Ok(())
+}
+
+/// Bindings of 24 KiB: the tables and the largest matrices fall into several shards.
+fn sharded(capabilities: Capabilities) -> Result<(), Failed> {
+    let config = ModelConfig { intermediate_size: 1000, ..tiny_llama() };
+    let source = SyntheticModel::new(config, 5);
+    for variant in Variant::ALL {
+        // Activations and the KV cache are not sharded: few enough to fit.
+        let options = LoadOptions { context: Some(40), max_batch: 2, ..LoadOptions::default() };
+        let mut whole = transformer(open(capabilities)?, &source, variant, &options)?;
+        let gpu = open(capabilities)?.with_max_binding(24 << 10);
+        let mut sharded = transformer(gpu, &source, variant, &options)?;
+        let prompt: Vec<u32> = (0..9).map(|i| i * 31).collect();
+        let expected = whole.feed(&prompt, Want::LastLogits)?;
+        if sharded.feed(&prompt, Want::LastLogits)? != expected {
+            return Err(format!("{variant:?}: shards change the logits").into());
+        }
+    }
+    let gpu = open(capabilities)?.with_max_binding(1 << 10);
+    match transformer(gpu, &source, Variant::BitSerial, &LoadOptions::default()) {
+        Err(Error::GpuLimit { .. }) => Ok(()),
+        Err(other) => Err(other.into()),
+        Ok(_) => Err("a buffer past the limit was accepted".into()),
+    }
+}
+
+fn refusals(capabilities: Capabilities) -> Result<(), Failed> {
+    let source = SyntheticModel::new(tiny_bitnet(), 1);
+    let mut model = load(capabilities, &source, Variant::BitSerial)?;
+    let vocab_size = source.config().vocab_size;
+    match model.feed(&[vocab_size as u32], Want::Token) {
+        Err(Error::TokenOutOfRange { .. }) => {}
+        other => return Err(format!("a token past the vocabulary: {other:?}").into()),
+    }
+    match model.feed(&vec![1; model.capacity() + 1], Want::Token) {
+        Err(Error::ContextOverflow { .. }) => {}
+        other => return Err(format!("a prompt past the context: {other:?}").into()),
+    }
+    // The model still works afterwards.
+    model.feed(&[1, 2, 3], Want::Token)?;
+    Ok(())
+}
+
+/// After a few steps, more decoding makes no buffer, bind group or pipeline.
+fn steady_memory(capabilities: Capabilities) -> Result<(), Failed> {
+    let source = SyntheticModel::new(tiny_bitnet(), 1);
+    let gpu = open(capabilities)?;
+    let counts = gpu.resource_counts();
+    let options = LoadOptions::default();
+    let mut backend =
+        GpuBackend::load(&source, gpu, Some(Variant::PackedDot), &options, &mut |_| {})?;
+    let loaded = backend.resource_counts();
+    if loaded == counts {
+        return Err("the counters do not count".into());
+    }
+    let layers = source.config().num_hidden_layers;
+    let mut step = |position: usize| -> Result<(), Error> {
+        let batch = sterna::backend::Batch { tokens: &[7], start: position, want: Want::Token };
+        backend.begin(batch)?;
+        backend.embed()?;
+        for layer in 0..layers {
+            backend.qkv(layer)?;
+            backend.attend(layer)?;
+            backend.project_out(layer)?;
+            backend.gate_up(layer)?;
+            backend.down(layer)?;
+        }
+        backend.head()?;
+        backend.argmax()?;
+        backend.finish().map(|_| ())
+    };
+    for position in 0..50 {
+        step(position)?;
+    }
+    let after = backend.resource_counts();
+    if after != loaded {
+        return Err(format!("{loaded:?} after loading, {after:?} after 50 tokens").into());
+    }
+    Ok(())
+}
