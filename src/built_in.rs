@@ -1,7 +1,7 @@
 //! The model inside the program: a small teller of stories.
 
+use crate::checkpoint::Checkpoint;
 use crate::error::Result;
-use crate::weights::Checkpoint;
 
 const LABEL: &str = "built-in model";
 

@@ -5,12 +5,13 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use crate::backend::{Device, LoadOptions, OnProgress, Output, Want};
+use crate::checkpoint::Checkpoint;
 use crate::error::{Error, Result};
 use crate::format::{Bytes, ModelFiles};
 use crate::model::Transformer;
 use crate::sampler::{Sampler, Sampling};
 use crate::tokenizer::{ChatTemplate, DecodeStream, Message, Source, Tokenizer, stop_ids};
-use crate::weights::{Checkpoint, WeightSource};
+use crate::weights::WeightSource;
 
 /// A model that speaks: transformer, tokenizer, chat template and stop tokens.
 pub struct Model {
@@ -92,6 +93,16 @@ impl Model {
         let transformer = Transformer::load(checkpoint, device, options, progress)?;
         let label = files.label().to_owned();
         Ok(Self { label, transformer, tokenizer, chat, stop_ids })
+    }
+
+    /// A text as tokens of a checkpoint's own tokenizer, without loading its weights.
+    ///
+    /// # Errors
+    /// If there is no `tokenizer.json`, or it does not fit the model.
+    pub fn encode(checkpoint: &Checkpoint, text: &str) -> Result<Vec<u32>> {
+        let tokenizer = SideFile::required(checkpoint.files(), "tokenizer.json")?;
+        let vocab_size = checkpoint.config().vocab_size;
+        Tokenizer::from_json(tokenizer.source(), vocab_size)?.encode(text, true)
     }
 
     /// The directory, or the name of the built-in model.

@@ -29,6 +29,7 @@ pub mod shape;
 pub mod synthetic;
 pub mod tensor_names;
 pub mod tokenizer;
+pub mod verify;
 pub mod weights;
 
 pub use backend::{Device, LoadOptions};

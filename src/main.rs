@@ -20,6 +20,7 @@ const USAGE: u8 = 2;
 static PANIC: Mutex<String> = Mutex::new(String::new());
 
 fn main() -> ExitCode {
+    quiet_device_selection();
     let arguments = match cli::Arguments::try_parse() {
         Ok(arguments) => arguments,
         Err(error) => return usage(&error),
@@ -33,7 +34,7 @@ fn main() -> ExitCode {
         Ok(Ok(())) => ExitCode::SUCCESS,
         Ok(Err(error)) if is_broken_pipe(&error) => ExitCode::SUCCESS,
         Ok(Err(error)) => {
-            fail(&format!("{error:#}"));
+            fail(&explain(&error));
             let is_usage = matches!(
                 error.downcast_ref(),
                 Some(sterna::Error::Sampling { .. } | sterna::Error::UnknownDevice { .. })
@@ -45,6 +46,17 @@ fn main() -> ExitCode {
             fail(&format!("this is a bug in sterna: {problem}"));
             ExitCode::from(FAILED)
         }
+    }
+}
+
+/// Mesa's device-select layer writes to standard error where there is no session of a desktop. It
+/// only reorders adapters, which this program orders itself.
+#[expect(unsafe_code, reason = "setting an environment variable")]
+fn quiet_device_selection() {
+    const LAYER_OFF: &str = "NODEVICE_SELECT";
+    if std::env::var_os("XDG_RUNTIME_DIR").is_none() && std::env::var_os(LAYER_OFF).is_none() {
+        // SAFETY: main has just begun and there is no other thread.
+        unsafe { std::env::set_var(LAYER_OFF, "1") };
     }
 }
 
@@ -65,10 +77,25 @@ fn usage(error: &clap::Error) -> ExitCode {
             let problem = text.split("\nUsage:").next().unwrap_or(&text);
             let problem = problem.split("\nFor more information").next().unwrap_or(problem);
             let problem = problem.strip_prefix("error: ").unwrap_or(problem);
-            fail(&format!("{}; see --help", problem.trim()));
+            let parts: Vec<&str> = problem.trim().split("\n\n").collect();
+            fail(&format!("{}; see --help", parts.join("; ")));
             ExitCode::from(USAGE)
         }
     }
+}
+
+/// The error and its causes; most of the library's errors quote their cause already.
+fn explain(error: &anyhow::Error) -> String {
+    let mut text = String::new();
+    for cause in error.chain().map(ToString::to_string) {
+        if text.is_empty() {
+            text = cause;
+        } else if !text.contains(&cause) {
+            text.push_str(": ");
+            text.push_str(&cause);
+        }
+    }
+    text
 }
 
 /// Prints the one line of a failure, whatever is in it.

@@ -299,7 +299,7 @@ pub fn devices() -> Result<Vec<AvailableDevice>> {
     let fallback = if chosen.is_none() { "no hardware GPU" } else { "a hardware GPU comes first" };
     devices.push(AvailableDevice {
         name: "cpu".to_owned(),
-        description: "SIMD".to_owned(),
+        description: simd::description(&LoadOptions::default())?,
         auto: fallback.to_owned(),
         chosen: chosen.is_none(),
     });
@@ -310,6 +310,14 @@ pub fn devices() -> Result<Vec<AvailableDevice>> {
         chosen: false,
     });
     Ok(devices)
+}
+
+/// The device that [`Device::Auto`] stands for on this machine.
+pub fn resolve_auto() -> Device {
+    match auto_adapter(&gpu::adapters()) {
+        Some(index) => Device::Gpu(Some(index)),
+        None => Device::Cpu,
+    }
 }
 
 /// The adapter that `auto` takes: the first discrete, else the first integrated GPU.
@@ -337,13 +345,7 @@ pub fn load(
         Device::Gpu(index) => {
             Ok(Box::new(gpu::GpuBackend::load(source, open(index)?, None, options, progress)?))
         }
-        Device::Auto => {
-            let device = match auto_adapter(&gpu::adapters()) {
-                Some(index) => Device::Gpu(Some(index)),
-                None => Device::Cpu,
-            };
-            load(source, device, options, progress)
-        }
+        Device::Auto => load(source, resolve_auto(), options, progress),
         Device::Cpu => Ok(Box::new(SimdBackend::load(source, options, progress)?)),
     }
 }

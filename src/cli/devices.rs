@@ -45,5 +45,5 @@ pub(super) fn run(arguments: &Arguments) -> Result<()> {
         let mark = if device.chosen { '*' } else { ' ' };
         writeln!(text, "{mark} {:6} {} [{}]", device.name, device.description, device.auto)?;
     }
-    Ok(print(&text)?)
+    print(&text)
 }

@@ -6,8 +6,9 @@ use std::path::PathBuf;
 
 use anyhow::Result;
 use serde::Serialize;
+use sterna::Checkpoint;
 use sterna::config::{ModelConfig, WeightForm};
-use sterna::weights::{Checkpoint, WeightSource};
+use sterna::weights::WeightSource;
 
 use super::{open, print, print_json};
 
@@ -76,7 +77,7 @@ struct Tensor {
 pub(super) fn run(arguments: &Arguments) -> Result<()> {
     let checkpoint = open(arguments.model.as_deref())?;
     let report = report(&checkpoint)?;
-    if arguments.json { print_json(&report) } else { Ok(print(&text(&report)?)?) }
+    if arguments.json { print_json(&report) } else { print(&text(&report)?) }
 }
 
 fn report(checkpoint: &Checkpoint) -> Result<Report> {

@@ -5,6 +5,7 @@ mod inspect;
 mod logits;
 mod progress;
 mod run;
+mod verify;
 
 use std::io::{self, Write};
 use std::path::{Path, PathBuf};
@@ -13,8 +14,8 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use anyhow::{Context, Result};
 use clap::{Args, Parser, Subcommand};
+use sterna::Checkpoint;
 use sterna::backend::{Device, LoadOptions};
-use sterna::weights::Checkpoint;
 
 /// Runs ternary language models (BitNet b1.58 and relatives) on any GPU, and on the CPU.
 #[derive(Parser)]
@@ -37,6 +38,7 @@ enum Command {
     Devices(devices::Arguments),
     Inspect(inspect::Arguments),
     Logits(logits::Arguments),
+    Verify(verify::Arguments),
 }
 
 /// Runs the command.
@@ -46,6 +48,7 @@ pub(crate) fn run(arguments: Arguments) -> Result<()> {
         Command::Devices(arguments) => devices::run(&arguments),
         Command::Inspect(arguments) => inspect::run(&arguments),
         Command::Logits(arguments) => logits::run(&arguments),
+        Command::Verify(arguments) => verify::run(&arguments),
     }
 }
 
@@ -99,16 +102,16 @@ fn open(model: Option<&Path>) -> Result<Checkpoint> {
 }
 
 /// Prints text on standard output, at once.
-fn print(text: &str) -> io::Result<()> {
+fn print(text: &str) -> Result<()> {
     let mut stdout = io::stdout().lock();
-    stdout.write_all(text.as_bytes())?;
-    stdout.flush()
+    let result = stdout.write_all(text.as_bytes()).and_then(|()| stdout.flush());
+    result.context("writing standard output")
 }
 
 /// Prints a value as one line of JSON on standard output.
 fn print_json(value: &impl serde::Serialize) -> Result<()> {
     let json = serde_json::to_string(value).context("writing JSON")?;
-    Ok(print(&(json + "\n"))?)
+    print(&(json + "\n"))
 }
 
 /// Becomes true when Ctrl-C is pressed; a second press ends the program at once.

@@ -228,7 +228,7 @@ fn make_text(generation: &mut Generation<'_>, echo: Option<&str>) -> Result<Stri
 
 fn collect(
     generation: &mut Generation<'_>,
-    mut each: impl FnMut(&str) -> io::Result<()>,
+    mut each: impl FnMut(&str) -> Result<()>,
 ) -> Result<String> {
     let interrupted = interrupt_flag()?;
     let mut text = String::new();

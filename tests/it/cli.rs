@@ -121,6 +121,7 @@ fn wrong_usage_exits_with_2() {
 fn failures_are_one_line_that_says_where() {
     let message = failure(sterna("run -m /no/such/model x"), 1);
     assert!(message.contains("/no/such/model"), "{message}");
+    assert_eq!(message.matches("No such file").count(), 1, "{message}");
     let message = failure(run_golden("--device gpu:4711 x"), 2);
     assert!(message.contains("--device"), "{message}");
     let message = failure(sterna(&format!("run -m {GOLDEN}/bitnet-a-packed/config.json x")), 1);

@@ -248,13 +248,10 @@ impl SimdBackend {
         let intermediate = config.intermediate_size;
         let widest_k = hidden.max(query).max(intermediate).next_multiple_of(CHUNK_K);
         let widest_n = hidden.max(query + 2 * config.kv_size()).max(2 * intermediate);
-        let threads = pool.threads();
-        let plural = if threads == 1 { "" } else { "s" };
-        let processor = processor_name().map(|name| format!(" ({name})")).unwrap_or_default();
         Ok(Self {
             device: DeviceInfo {
                 name: "cpu".to_owned(),
-                description: format!("{}, {threads} thread{plural}{processor}", level.title()),
+                description: describe(level, pool.threads()),
                 gemv: format!("gemv_i2 {}", level.name()),
             },
             max_batch,
@@ -511,6 +508,21 @@ fn table_rows(table: &DenseMatrix) -> TableRows<'_> {
         DenseData::F16(rows) => TableRows::F16(rows),
         DenseData::F32(rows) => TableRows::F32(rows),
     }
+}
+
+/// Level, threads and processor that these options choose on this machine.
+///
+/// # Errors
+/// If the environment asks for a level that this machine does not run.
+pub fn description(options: &LoadOptions) -> Result<String> {
+    let threads = options.threads.unwrap_or_else(default_threads);
+    Ok(describe(Level::detect()?, threads))
+}
+
+fn describe(level: Level, threads: usize) -> String {
+    let plural = if threads == 1 { "" } else { "s" };
+    let processor = processor_name().map(|name| format!(" ({name})")).unwrap_or_default();
+    format!("{}, {threads} thread{plural}{processor}", level.title())
 }
 
 /// One thread a physical core, as far as the process may use them (affinity, cgroup quota).

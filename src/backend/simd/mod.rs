@@ -27,7 +27,7 @@ use cpu_ref::mlp::Activation;
 
 use crate::error::{Error, Result};
 
-pub use cpu::SimdBackend;
+pub use cpu::{SimdBackend, description};
 pub use portable::TokenScale;
 
 /// Words of one chunk of a tile: 32 rows × 16 bytes.
@@ -68,7 +68,7 @@ impl Level {
     }
 
     /// For people.
-    fn title(self) -> &'static str {
+    pub fn title(self) -> &'static str {
         match self {
             Self::Avx512Vnni => "AVX-512 VNNI",
             Self::Avx2 => "AVX2",

@@ -21,7 +21,7 @@ pub(super) const HEAD_LANES: usize = 32;
 /// leaves the integer in the low bits of the sum.
 const ROUND: f32 = 12_582_912.0;
 
-/// One token's scale and code sum, as [`quantize_absmax`] leaves them.
+/// One token's scale and code sum, as `quantize_absmax` leaves them.
 #[derive(Debug, Clone, Copy, PartialEq, Default)]
 pub struct TokenScale {
     /// `max(absmax, 1e-5) / 127`: multiplies a code back to a real value.

@@ -1,0 +1,101 @@
+//! The SIMD kernels on plain slices.
+
+use cpu_ref::attention::Heads;
+use cpu_ref::layout::{CHUNK_K, TILE_ROWS, k_chunks};
+use cpu_ref::mlp::Activation;
+use cpu_ref::quantize_absmax::Quantized;
+
+use crate::backend::simd::{self, Activations, CacheHead, TableRows, TokenScale};
+use crate::error::Result;
+use crate::layout::{Layout, Packed};
+use crate::shape::MatShape;
+
+pub(super) struct OnCpu<'a>(pub(super) &'a dyn simd::Kernels);
+
+impl super::Kernels for OnCpu<'_> {
+    fn multiply(&self, w: &[i8], shape: MatShape, codes: &[i8]) -> Result<Vec<i32>> {
+        let chunks = k_chunks(shape.k());
+        let tokens = codes.chunks_exact(shape.k());
+        let scales: Vec<_> = tokens
+            .clone()
+            .map(|token| TokenScale {
+                act_scale: 1.0,
+                code_sum: token.iter().map(|&code| i32::from(code)).sum(),
+            })
+            .collect();
+        let mut padded = vec![0; scales.len() * chunks * CHUNK_K];
+        for (token, out) in tokens.zip(padded.chunks_exact_mut(chunks * CHUNK_K)) {
+            out[..shape.k()].copy_from_slice(token);
+        }
+        let packed = Packed::pack(Layout::I2, shape, w);
+        let m = scales.len();
+        let mut acc = vec![0; shape.n().next_multiple_of(TILE_ROWS) * m];
+        self.0.gemm(packed.words(), Activations::new(&padded, &scales, chunks), &mut acc);
+        let at = |token, n| acc[(n / TILE_ROWS * m + token) * TILE_ROWS + n % TILE_ROWS];
+        let n = shape.n();
+        Ok((0..m).flat_map(|token| (0..n).map(move |row| at(token, row))).collect())
+    }
+
+    fn quantize_absmax(&self, x: &[f32]) -> Result<Quantized> {
+        let mut codes = vec![0; x.len().next_multiple_of(CHUNK_K)];
+        let scale = self.0.quantize_absmax(x, &mut codes);
+        codes.truncate(x.len());
+        Ok(Quantized { codes, act_scale: scale.act_scale })
+    }
+
+    fn argmax(&self, logits: &[f32]) -> Result<Option<usize>> {
+        Ok(self.0.argmax(logits))
+    }
+
+    fn rmsnorm(&self, x: &[f32], weight: &[f32], eps: f32) -> Result<Vec<f32>> {
+        let mut y = vec![0.0; x.len()];
+        self.0.rmsnorm(x, weight, eps, &mut y);
+        Ok(y)
+    }
+
+    fn rope(&self, head: &[f32], position: usize, theta: f32) -> Result<Vec<f32>> {
+        let frequencies = cpu_ref::rope::inv_frequencies(theta, head.len());
+        let (cos, sin) = cpu_ref::rope::angles(position, &frequencies);
+        let mut head = head.to_vec();
+        self.0.rope(&mut head, &cos, &sin);
+        Ok(head)
+    }
+
+    fn attention(&self, q: &[f32], k: &[f32], v: &[f32], heads: Heads) -> Result<Vec<f32>> {
+        let mut out = vec![0.0; q.len()];
+        let stride = heads.kv * heads.dim;
+        let each = q.chunks_exact(heads.dim).zip(out.chunks_exact_mut(heads.dim));
+        for (head, (q, out)) in each.enumerate() {
+            let at = head / (heads.query / heads.kv) * heads.dim;
+            let (keys, values) = (&k[at..], &v[at..]);
+            let cache = CacheHead { keys, values, stride, len: k.len() / stride };
+            self.0.attend_head(q, cache, out);
+        }
+        Ok(out)
+    }
+
+    fn gated_activation(&self, gate: &[f32], up: &[f32], act: Activation) -> Result<Vec<f32>> {
+        let mut z = vec![0.0; gate.len()];
+        self.0.gated_activation(gate, up, act, &mut z);
+        Ok(z)
+    }
+
+    fn residual_add(&self, hidden: &[f32], y: &[f32]) -> Result<Vec<f32>> {
+        let mut hidden = hidden.to_vec();
+        self.0.residual_add(&mut hidden, y);
+        Ok(hidden)
+    }
+
+    /// The backend copies rows; there is no kernel.
+    fn embedding(&self, table: &[f32], k: usize, token: usize) -> Result<Vec<f32>> {
+        Ok(table[token * k..][..k].to_vec())
+    }
+
+    fn lm_head(&self, table: &[f32], x: &[f32]) -> Result<Vec<f32>> {
+        let rows = table.len() / x.len();
+        let mut logits = vec![0.0; rows.next_multiple_of(TILE_ROWS)];
+        self.0.lm_head(TableRows::F32(table), x, x.len(), &mut logits);
+        logits.truncate(rows);
+        Ok(logits)
+    }
+}

@@ -1,0 +1,147 @@
+//! The GPU kernels on plain slices: one token each, the shipped WGSL.
+
+use cpu_ref::attention::Heads;
+use cpu_ref::mlp::Activation;
+use cpu_ref::quantize_absmax::Quantized;
+
+use crate::backend::gpu::kernels::{self, DenseFormat, DenseShard, padded_rows};
+use crate::backend::gpu::self_test::{decode_codes, multiply, quantize, run};
+use crate::backend::gpu::{Call, Gpu, PassParams, Slice, Variant};
+use crate::error::Result;
+use crate::layout::Packed;
+use crate::shape::MatShape;
+
+pub(super) struct OnGpu<'a> {
+    pub(super) gpu: &'a Gpu,
+    pub(super) variant: Variant,
+}
+
+/// One token at position 0, its logits wanted.
+const ONE: PassParams = PassParams { n_tokens: 1, start: 0, first_logit_row: 0, n_logit_rows: 1 };
+
+impl OnGpu<'_> {
+    fn upload<T: bytemuck::NoUninit>(&self, values: &[T]) -> Result<Slice> {
+        self.gpu.upload("input", values)
+    }
+
+    /// Runs a kernel with inputs and one output of `len` words.
+    fn run(
+        &self,
+        call: &Call,
+        params: PassParams,
+        inputs: &[&Slice],
+        len: usize,
+    ) -> Result<Vec<u32>> {
+        let out = self.gpu.storage("output", len)?;
+        run(self.gpu, call, params, &[inputs, &[&out]].concat())?;
+        self.gpu.read(&out, len)
+    }
+
+    fn run_f32(
+        &self,
+        call: &Call,
+        params: PassParams,
+        inputs: &[&Slice],
+        len: usize,
+    ) -> Result<Vec<f32>> {
+        Ok(bytemuck::cast_vec(self.run(call, params, inputs, len)?))
+    }
+
+    /// Values as the accumulator and scales of a matrix result: multiples of 1/4096.
+    fn as_sums(&self, values: &[f32]) -> Result<[Slice; 3]> {
+        const STEP: f32 = 4096.0;
+        let mut acc: Vec<i32> = values.iter().map(|value| (value * STEP) as i32).collect();
+        acc.resize(padded_rows(values.len()), 0);
+        let weight_scale = vec![1.0 / STEP; values.len()];
+        Ok([self.upload(&acc)?, self.upload(&weight_scale)?, self.upload(&[1.0f32])?])
+    }
+
+    /// A table `[V, K]` in f32 units, and its one shard.
+    fn table(&self, table: &[f32], k: usize) -> Result<(Slice, DenseShard)> {
+        let format = DenseFormat::F32;
+        let units = format.units(k);
+        let mut words = Vec::new();
+        for row in table.chunks_exact(k) {
+            words.extend(row.iter().map(|value| value.to_bits()));
+            words.resize(words.len() + 4 * units - k, 0);
+        }
+        Ok((self.upload(&words)?, DenseShard { format, k, base: 0, rows: table.len() / k }))
+    }
+}
+
+impl super::Kernels for OnGpu<'_> {
+    fn multiply(&self, w: &[i8], shape: MatShape, codes: &[i8]) -> Result<Vec<i32>> {
+        let packed = Packed::pack(self.variant.layout(), shape, w);
+        multiply(self.gpu, self.variant, &packed, codes, codes.len() / shape.k())
+    }
+
+    fn quantize_absmax(&self, x: &[f32]) -> Result<Quantized> {
+        let found = quantize(self.gpu, self.variant, x, 1)?;
+        let codes = decode_codes(self.variant, &found.codes, x.len());
+        Ok(Quantized { codes, act_scale: found.act_scale[0] })
+    }
+
+    fn argmax(&self, logits: &[f32]) -> Result<Option<usize>> {
+        let call = kernels::argmax(logits.len());
+        let token = self.run(&call, ONE, &[&self.upload(logits)?], 1)?[0];
+        Ok((token != u32::MAX).then_some(token as usize))
+    }
+
+    fn rmsnorm(&self, x: &[f32], weight: &[f32], eps: f32) -> Result<Vec<f32>> {
+        let call = kernels::rmsnorm(x.len(), eps, false);
+        self.run_f32(&call, ONE, &[&self.upload(x)?, &self.upload(weight)?], x.len())
+    }
+
+    fn rope(&self, head: &[f32], position: usize, theta: f32) -> Result<Vec<f32>> {
+        let dim = head.len();
+        let heads = Heads { query: 1, kv: 1, dim };
+        // The head as query, key and value.
+        let [acc, weight_scale, act_scale] = self.as_sums(&[head, head, head].concat())?;
+        let frequencies = cpu_ref::rope::inv_frequencies(theta, dim);
+        let angles: Vec<[f32; 2]> = (0..=position)
+            .flat_map(|position| {
+                let (cos, sin) = cpu_ref::rope::angles(position, &frequencies);
+                cos.into_iter().zip(sin).map(|(cos, sin)| [cos, sin])
+            })
+            .collect();
+        let angles = self.upload(&angles)?;
+        let query = self.gpu.storage("query", dim)?;
+        let cache = [(); 2].map(|()| self.gpu.storage("cache", (position + 1) * dim));
+        let [keys, values] = cache;
+        let buffers = [&acc, &weight_scale, &act_scale, &angles, &query, &keys?, &values?];
+        let params = PassParams { start: position as u32, ..ONE };
+        run(self.gpu, &kernels::rope(heads), params, &buffers)?;
+        Ok(bytemuck::cast_vec(self.gpu.read(&query, dim)?))
+    }
+
+    fn attention(&self, q: &[f32], k: &[f32], v: &[f32], heads: Heads) -> Result<Vec<f32>> {
+        let positions = k.len() / (heads.kv * heads.dim);
+        let params = PassParams { start: positions as u32 - 1, ..ONE };
+        let inputs = [self.upload(q)?, self.upload(k)?, self.upload(v)?];
+        self.run_f32(&kernels::attention(heads), params, &inputs.each_ref(), q.len())
+    }
+
+    fn gated_activation(&self, gate: &[f32], up: &[f32], act: Activation) -> Result<Vec<f32>> {
+        let sums = self.as_sums(&[gate, up].concat())?;
+        let call = kernels::gated_activation(gate.len(), act);
+        self.run_f32(&call, ONE, &sums.each_ref(), gate.len())
+    }
+
+    fn residual_add(&self, hidden: &[f32], y: &[f32]) -> Result<Vec<f32>> {
+        let [acc, weight_scale, act_scale] = self.as_sums(y)?;
+        let inputs = [&self.upload(hidden)?, &acc, &weight_scale, &act_scale];
+        self.run_f32(&kernels::residual_add(y.len()), ONE, &inputs, y.len())
+    }
+
+    fn embedding(&self, table: &[f32], k: usize, token: usize) -> Result<Vec<f32>> {
+        let (rows, shard) = self.table(table, k)?;
+        let tokens = self.upload(&[token as u32])?;
+        self.run_f32(&kernels::embedding(shard), ONE, &[&tokens, &rows], k)
+    }
+
+    fn lm_head(&self, table: &[f32], x: &[f32]) -> Result<Vec<f32>> {
+        let (rows, shard) = self.table(table, x.len())?;
+        let call = kernels::lm_head(shard, shard.rows);
+        self.run_f32(&call, ONE, &[&self.upload(x)?, &rows], shard.rows)
+    }
+}
