@@ -22,6 +22,8 @@ mod pool;
 mod portable;
 mod scalar;
 
+use std::ffi::OsStr;
+
 use cpu_ref::layout::{CHUNK_K, PIECE_WORDS, TILE_ROWS};
 use cpu_ref::mlp::Activation;
 
@@ -88,11 +90,17 @@ impl Level {
     /// # Errors
     /// [`Error::CpuLevel`] if the variable names no level, or one that this machine does not run.
     pub fn detect() -> Result<Self> {
-        let Some(found) = std::env::var_os(LEVEL_VARIABLE) else {
-            return Ok(Self::available().next().unwrap_or(Self::Scalar));
-        };
-        let known = Self::available().find(|level| *level.name() == *found);
-        known.ok_or_else(|| Self::unavailable(&found.to_string_lossy()))
+        Self::choose(std::env::var_os(LEVEL_VARIABLE).as_deref())
+    }
+
+    /// [`Level::detect`], given the variable's value.
+    fn choose(forced: Option<&OsStr>) -> Result<Self> {
+        match forced {
+            None => Ok(Self::available().next().unwrap_or(Self::Scalar)),
+            Some(name) => Self::available()
+                .find(|level| level.name() == name)
+                .ok_or_else(|| Self::unavailable(&name.to_string_lossy())),
+        }
     }
 
     fn unavailable(found: &str) -> Error {
@@ -378,3 +386,23 @@ macro_rules! impl_kernels {
     };
 }
 use impl_kernels;
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_forced_level_is_taken_or_refused() {
+        assert_eq!(Level::choose(None).unwrap(), Level::available().next().unwrap());
+        for level in Level::ALL {
+            let chosen = Level::choose(Some(OsStr::new(level.name())));
+            if level.kernels().is_some() {
+                assert_eq!(chosen.unwrap(), level);
+            } else {
+                let message = chosen.unwrap_err().to_string();
+                assert!(message.contains("scalar") && message.contains(level.name()), "{message}");
+            }
+        }
+        assert!(matches!(Level::choose(Some(OsStr::new(""))), Err(Error::CpuLevel { .. })));
+    }
+}
