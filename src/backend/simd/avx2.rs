@@ -80,10 +80,20 @@ fn tokens_tile<const T: usize, const P: usize>(
                 let pairs: &[[u32; PAIR_WORDS]; P] = chunk.as_chunks().0[pass * P..]
                     .first_chunk()
                     .expect("P divides the pairs of a chunk");
-                accumulate::<0, 0, T, P>(&mut short, pairs, &tokens, c);
-                accumulate::<1, 2, T, P>(&mut short, pairs, &tokens, c);
-                accumulate::<2, 4, T, P>(&mut short, pairs, &tokens, c);
-                accumulate::<3, 6, T, P>(&mut short, pairs, &tokens, c);
+                let mut x = [[_mm256_setzero_si256(); 4]; T];
+                for (x, token) in x.iter_mut().zip(&tokens) {
+                    *x = fields(&token[c]);
+                }
+                for (p, pair) in pairs.iter().enumerate() {
+                    // Pair by pair, so that no more than one is in a register.
+                    let codes = codes(load(pair));
+                    for t in 0..T {
+                        for j in 0..4 {
+                            let products = _mm256_maddubs_epi16(codes[j], x[t][j]);
+                            short[t][p] = _mm256_add_epi16(short[t][p], products);
+                        }
+                    }
+                }
             }
             for t in 0..T {
                 for p in 0..P {
@@ -102,26 +112,17 @@ fn tokens_tile<const T: usize, const P: usize>(
     }
 }
 
-/// Adds field FIELD (at bit SHIFT) of P pairs for T tokens of chunk `c`.
+/// The codes of two rows, field by field.
 #[inline]
 #[target_feature(enable = "avx2")]
-fn accumulate<const FIELD: usize, const SHIFT: i32, const T: usize, const P: usize>(
-    short: &mut [[__m256i; P]; T],
-    pairs: &[[u32; PAIR_WORDS]; P],
-    tokens: &[&[[i8; CHUNK_K]]; T],
-    c: usize,
-) {
-    let mut x = [_mm256_setzero_si256(); T];
-    for t in 0..T {
-        x[t] = field::<FIELD>(&tokens[t][c]);
-    }
-    for p in 0..P {
-        let v = _mm256_srli_epi16::<SHIFT>(load(&pairs[p]));
-        let codes = _mm256_and_si256(v, _mm256_set1_epi8(0x03));
-        for t in 0..T {
-            short[t][p] = _mm256_add_epi16(short[t][p], _mm256_maddubs_epi16(codes, x[t]));
-        }
-    }
+fn codes(v: __m256i) -> [__m256i; 4] {
+    let low = _mm256_set1_epi8(0x03);
+    [
+        _mm256_and_si256(v, low),
+        _mm256_and_si256(_mm256_srli_epi16::<2>(v), low),
+        _mm256_and_si256(_mm256_srli_epi16::<4>(v), low),
+        _mm256_and_si256(_mm256_srli_epi16::<6>(v), low),
+    ]
 }
 
 /// The sums of the two 128-bit lanes: one a row.
@@ -134,13 +135,20 @@ fn row_sums(lanes: __m256i) -> [i32; 2] {
     out.map(|lane| lane.iter().sum())
 }
 
+/// A token's activations of one chunk, field by field, each in both 128-bit lanes.
+#[inline]
+#[target_feature(enable = "avx2")]
+fn fields(x: &[i8; CHUNK_K]) -> [__m256i; 4] {
+    let x = x.as_chunks::<16>().0;
+    [field(&x[0]), field(&x[1]), field(&x[2]), field(&x[3])]
+}
+
 /// The 16 activations of a field, in both 128-bit lanes.
 #[inline]
 #[target_feature(enable = "avx2")]
-fn field<const FIELD: usize>(x: &[i8; CHUNK_K]) -> __m256i {
-    let codes = &x.as_chunks::<16>().0[FIELD];
-    // SAFETY: `codes` has 16 bytes to read, and the load needs no alignment.
-    _mm256_broadcastsi128_si256(unsafe { _mm_loadu_si128(codes.as_ptr().cast()) })
+fn field(x: &[i8; 16]) -> __m256i {
+    // SAFETY: `x` has 16 bytes to read, and the load needs no alignment.
+    _mm256_broadcastsi128_si256(unsafe { _mm_loadu_si128(x.as_ptr().cast()) })
 }
 
 /// Two rows' pieces.

@@ -14,11 +14,15 @@ mod avx2;
 #[cfg(target_arch = "x86_64")]
 mod avx512;
 mod cpu;
-#[cfg(target_arch = "aarch64")]
+#[cfg(all(target_arch = "aarch64", target_endian = "little"))]
 mod neon;
+#[cfg(all(target_arch = "aarch64", target_endian = "little"))]
+mod neon_dotprod;
 mod pool;
 mod portable;
 mod scalar;
+
+use std::ffi::OsStr;
 
 use cpu_ref::layout::{CHUNK_K, PIECE_WORDS, TILE_ROWS};
 use cpu_ref::mlp::Activation;
@@ -86,11 +90,17 @@ impl Level {
     /// # Errors
     /// [`Error::CpuLevel`] if the variable names no level, or one that this machine does not run.
     pub fn detect() -> Result<Self> {
-        let Some(found) = std::env::var_os(LEVEL_VARIABLE) else {
-            return Ok(Self::available().next().unwrap_or(Self::Scalar));
-        };
-        let known = Self::available().find(|level| *level.name() == *found);
-        known.ok_or_else(|| Self::unavailable(&found.to_string_lossy()))
+        Self::choose(std::env::var_os(LEVEL_VARIABLE).as_deref())
+    }
+
+    /// [`Level::detect`], given the variable's value.
+    fn choose(forced: Option<&OsStr>) -> Result<Self> {
+        match forced {
+            None => Ok(Self::available().next().unwrap_or(Self::Scalar)),
+            Some(name) => Self::available()
+                .find(|level| level.name() == name)
+                .ok_or_else(|| Self::unavailable(&name.to_string_lossy())),
+        }
     }
 
     fn unavailable(found: &str) -> Error {
@@ -110,9 +120,9 @@ impl Level {
             Self::Avx512Vnni => Some(Box::new(avx512::Avx512Vnni::new()?)),
             #[cfg(target_arch = "x86_64")]
             Self::Avx2 => Some(Box::new(avx2::Avx2::new()?)),
-            #[cfg(target_arch = "aarch64")]
-            Self::NeonDotprod => Some(Box::new(neon::NeonDotprod::new()?)),
-            #[cfg(target_arch = "aarch64")]
+            #[cfg(all(target_arch = "aarch64", target_endian = "little"))]
+            Self::NeonDotprod => Some(Box::new(neon_dotprod::NeonDotprod::new()?)),
+            #[cfg(all(target_arch = "aarch64", target_endian = "little"))]
             Self::Neon => Some(Box::new(neon::Neon::new()?)),
             Self::Scalar => Some(Box::new(scalar::Scalar::new()?)),
             _ => None,
@@ -376,3 +386,23 @@ macro_rules! impl_kernels {
     };
 }
 use impl_kernels;
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_forced_level_is_taken_or_refused() {
+        assert_eq!(Level::choose(None).unwrap(), Level::available().next().unwrap());
+        for level in Level::ALL {
+            let chosen = Level::choose(Some(OsStr::new(level.name())));
+            if level.kernels().is_some() {
+                assert_eq!(chosen.unwrap(), level);
+            } else {
+                let message = chosen.unwrap_err().to_string();
+                assert!(message.contains("scalar") && message.contains(level.name()), "{message}");
+            }
+        }
+        assert!(matches!(Level::choose(Some(OsStr::new(""))), Err(Error::CpuLevel { .. })));
+    }
+}

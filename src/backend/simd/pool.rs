@@ -36,7 +36,7 @@ struct Shared {
     job: UnsafeCell<Option<*const Job<'static>>>,
     /// Whether a worker that is `active` may read `job`.
     open: AtomicBool,
-    /// Workers that look at `open` or run the job.
+    /// Workers that look at `open` or run the job; at first, those that have not started.
     active: AtomicUsize,
     /// Jobs so far.
     epoch: AtomicUsize,
@@ -73,7 +73,7 @@ impl Pool {
         let shared = Arc::new(Shared {
             job: UnsafeCell::new(None),
             open: AtomicBool::new(false),
-            active: AtomicUsize::new(0),
+            active: AtomicUsize::new(threads - 1),
             epoch: AtomicUsize::new(0),
             panicked: AtomicBool::new(false),
             stop: AtomicBool::new(false),
@@ -88,6 +88,10 @@ impl Pool {
                 .spawn(move || shared.work(index))
                 .map_err(|error| fail(error.to_string()))?;
             pool.workers.push(worker);
+        }
+        // A thread's start takes time and memory: have it here, not in the first pass.
+        while pool.shared.active.load(SeqCst) != 0 {
+            std::thread::yield_now();
         }
         Ok(pool)
     }
@@ -190,6 +194,7 @@ impl Drop for Pool {
 impl Shared {
     /// The life of worker `index`.
     fn work(&self, index: usize) {
+        drop(Active(self));
         let mut seen = 0;
         while self.wait(index, &mut seen) {
             let active = Active::enter(self);

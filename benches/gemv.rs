@@ -1,0 +1,55 @@
+//! `gemv_i2`: packed ternary matrix × one int8 vector, in bytes of packed weights per second.
+//!
+//! The weights come from memory, as in a decode step, which reads every matrix once: the bench goes
+//! through copies that no cache holds together. `gemv_i2_cached` repeats one copy. One thread.
+
+mod shapes;
+
+use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
+use sterna::backend::simd::Level;
+
+use shapes::{Product, cpu, is_test, matrices};
+
+/// More than any cache of the machines in scope.
+const COLD_BYTES: usize = 256 << 20;
+
+/// A cache line, so that copies start on one.
+#[derive(Clone, Copy, bytemuck::Pod, bytemuck::Zeroable)]
+#[repr(C, align(64))]
+struct Line([u32; 16]);
+
+fn gemv(criterion: &mut Criterion) {
+    for (n, k) in matrices() {
+        let product = Product::new(n, k, 1);
+        let words = product.packed.words();
+        let copies = if is_test() { 2 } else { COLD_BYTES.div_ceil(product.len_bytes()) };
+        let mut lines = vec![Line([0; 16]); copies * words.len() / 16];
+        for copy in bytemuck::cast_slice_mut(&mut lines).chunks_exact_mut(words.len()) {
+            copy.copy_from_slice(words);
+        }
+        let all: &[u32] = bytemuck::cast_slice(&lines);
+        for (name, copies) in [("gemv_i2", copies), ("gemv_i2_cached", 1)] {
+            let mut group = criterion.benchmark_group(name);
+            group.throughput(Throughput::Bytes(product.len_bytes() as u64)).sample_size(20);
+            group.measurement_time(std::time::Duration::from_secs(2));
+            for level in Level::available() {
+                let kernels = level.kernels().expect("an available level");
+                let mut call = cpu::Call::new(&product);
+                call.check(kernels.as_ref(), &product);
+                let id = BenchmarkId::new(format!("{n}x{k}"), format!("cpu-{}", level.name()));
+                let mut copy = 0;
+                group.bench_function(id, |bencher| {
+                    bencher.iter(|| {
+                        copy = (copy + 1) % copies;
+                        call.run(kernels.as_ref(), &all[copy * words.len()..][..words.len()]);
+                    });
+                });
+            }
+            // GPU rows: `gemv_i2/{n}x{k}/gpu`, synchronised inside the timed region.
+            group.finish();
+        }
+    }
+}
+
+criterion_group!(benches, gemv);
+criterion_main!(benches);

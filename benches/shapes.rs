@@ -1,0 +1,129 @@
+//! What the benches measure: the shapes of real models, and how to make inputs for them.
+
+#![allow(dead_code, reason = "each bench uses its part")]
+
+use sterna::layout::{Layout, Packed};
+use sterna::shape::MatShape;
+
+/// The ternary matrices `(N, K)` of BitNet b1.58 2B4T: Q, K and V together; output; gate and up
+/// together; down.
+const BITNET_2B4T: [(usize, usize); 4] = [(3840, 2560), (2560, 2560), (13_824, 2560), (2560, 6912)];
+
+/// Token counts of a matrix product: decode, a short prompt chunk, a long one.
+const TOKENS: [usize; 3] = [1, 32, 512];
+
+/// Whether each bench is only to run once, to see that it works: `cargo bench -- --test` and
+/// `cargo test --benches`.
+pub fn is_test() -> bool {
+    let has = |flag| std::env::args().any(|argument| argument == flag);
+    has("--test") || !has("--bench")
+}
+
+/// The shapes to measure; small ones in a test.
+pub fn matrices() -> Vec<(usize, usize)> {
+    if is_test() { vec![(70, 200)] } else { BITNET_2B4T.to_vec() }
+}
+
+/// The token counts to measure; small ones in a test.
+pub fn token_counts() -> Vec<usize> {
+    if is_test() { vec![1, 5] } else { TOKENS.to_vec() }
+}
+
+/// SplitMix64.
+pub struct Random(pub u64);
+
+impl Random {
+    fn next(&mut self) -> u64 {
+        self.0 = self.0.wrapping_add(0x9E37_79B9_7F4A_7C15);
+        let mut z = self.0;
+        z = (z ^ z >> 30).wrapping_mul(0xBF58_476D_1CE4_E5B9);
+        z = (z ^ z >> 27).wrapping_mul(0x94D0_49BB_1331_11EB);
+        z ^ z >> 31
+    }
+
+    pub fn trits(&mut self, len: usize) -> Vec<i8> {
+        (0..len).map(|_| (self.next() % 3) as i8 - 1).collect()
+    }
+
+    pub fn codes(&mut self, len: usize) -> Vec<i8> {
+        (0..len).map(|_| self.next() as i8).collect()
+    }
+}
+
+/// A matrix packed as I2, tokens to multiply it with, and the right answer.
+pub struct Product {
+    pub packed: Packed,
+    /// `[M, K]`.
+    pub x: Vec<i8>,
+    /// `[M, N]`.
+    pub y: Vec<i32>,
+}
+
+impl Product {
+    pub fn new(n: usize, k: usize, n_tokens: usize) -> Self {
+        let mut random = Random((n * 31 + k) as u64);
+        let (w, x) = (random.trits(n * k), random.codes(n_tokens * k));
+        let shape = MatShape::new(n, k).expect("a real shape");
+        let packed = Packed::pack(Layout::I2, shape, &w);
+        // The first and the last token tell enough.
+        let mut y = vec![0; n_tokens * n];
+        for m in [0, n_tokens - 1] {
+            y[m * n..][..n].copy_from_slice(&cpu_ref::gemv::gemv(&w, &x[m * k..][..k]));
+        }
+        Self { packed, x, y }
+    }
+
+    pub fn len_bytes(&self) -> usize {
+        size_of_val(self.packed.words())
+    }
+}
+
+/// The CPU kernels' way to call a product.
+pub mod cpu {
+    use cpu_ref::layout::{CHUNK_K, TILE_ROWS, k_chunks};
+    use sterna::backend::simd::{Activations, Kernels, TokenScale};
+
+    use super::Product;
+
+    /// A product's inputs as the kernels take them.
+    pub struct Call {
+        codes: Vec<i8>,
+        scales: Vec<TokenScale>,
+        chunks: usize,
+        pub acc: Vec<i32>,
+    }
+
+    impl Call {
+        pub fn new(product: &Product) -> Self {
+            let (n, k) = (product.packed.shape().n(), product.packed.shape().k());
+            let chunks = k_chunks(k);
+            let mut codes = Vec::new();
+            let mut scales = Vec::new();
+            for token in product.x.chunks_exact(k) {
+                codes.extend_from_slice(token);
+                codes.resize(codes.len().next_multiple_of(CHUNK_K), 0);
+                let code_sum = token.iter().map(|&code| i32::from(code)).sum();
+                scales.push(TokenScale { act_scale: 1.0, code_sum });
+            }
+            let acc = vec![0; n.next_multiple_of(TILE_ROWS) * scales.len()];
+            Self { codes, scales, chunks, acc }
+        }
+
+        pub fn run(&mut self, kernels: &dyn Kernels, words: &[u32]) {
+            let x = Activations::new(&self.codes, &self.scales, self.chunks);
+            kernels.gemm(words, x, &mut self.acc);
+        }
+
+        /// Runs once and compares with the reference's first and last token.
+        pub fn check(&mut self, kernels: &dyn Kernels, product: &Product) {
+            self.run(kernels, product.packed.words());
+            let (n, n_tokens) = (product.packed.shape().n(), self.scales.len());
+            for m in [0, n_tokens - 1] {
+                for row in 0..n {
+                    let at = (row / TILE_ROWS * n_tokens + m) * TILE_ROWS + row % TILE_ROWS;
+                    assert_eq!(self.acc[at], product.y[m * n + row], "token {m}, row {row}");
+                }
+            }
+        }
+    }
+}

@@ -1,0 +1,70 @@
+//! A decode step on the CPU allocates nothing: everything is paid at load.
+//!
+//! A binary of its own, because the allocator counts for the whole process.
+
+use std::alloc::{GlobalAlloc, Layout, System};
+use std::sync::atomic::{AtomicUsize, Ordering::SeqCst};
+
+use sterna::backend::simd::{Level, SimdBackend};
+use sterna::backend::{LoadOptions, Output, Want};
+use sterna::model::Transformer;
+use sterna::synthetic::{SyntheticModel, tiny_bitnet, tiny_llama};
+use sterna::weights::WeightSource;
+
+/// The system's allocator, counting.
+struct Counting;
+
+static ALLOCATIONS: AtomicUsize = AtomicUsize::new(0);
+
+#[expect(unsafe_code, reason = "an allocator is unsafe by its interface")]
+// SAFETY: forwards to the system's allocator.
+unsafe impl GlobalAlloc for Counting {
+    unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
+        ALLOCATIONS.fetch_add(1, SeqCst);
+        // SAFETY: the caller's promises are passed on.
+        unsafe { System.alloc(layout) }
+    }
+
+    unsafe fn dealloc(&self, pointer: *mut u8, layout: Layout) {
+        // SAFETY: the caller's promises are passed on.
+        unsafe { System.dealloc(pointer, layout) }
+    }
+}
+
+#[global_allocator]
+static ALLOCATOR: Counting = Counting;
+
+#[test]
+fn a_decode_step_allocates_nothing() {
+    for config in [tiny_bitnet(), tiny_llama()] {
+        let model = SyntheticModel::new(config, 5);
+        for level in Level::available() {
+            for threads in [1, 3] {
+                let options =
+                    LoadOptions { context: Some(100), max_batch: 8, threads: Some(threads) };
+                let backend =
+                    SimdBackend::load_on(level, &model, &options, &mut |_| {}).expect("loads");
+                let mut transformer = Transformer::new(model.config().clone(), Box::new(backend));
+                // Other threads (of the harness, of the loader) may allocate meanwhile, but not in
+                // every attempt, as a decode that allocates would.
+                let fewest = (0..5).map(|_| allocations_of_decode(&mut transformer)).min();
+                assert_eq!(fewest, Some(0), "{level:?}, {threads} threads");
+            }
+        }
+    }
+}
+
+/// Allocations while 50 tokens are decoded.
+fn allocations_of_decode(transformer: &mut Transformer) -> usize {
+    transformer.reset();
+    transformer.feed(&[1, 2, 3], Want::Nothing).expect("runs");
+    let mut token = 4;
+    let before = ALLOCATIONS.load(SeqCst);
+    for _ in 0..50 {
+        match transformer.feed(&[token], Want::Token) {
+            Ok(Output::Token(next)) => token = next,
+            other => panic!("{other:?}"),
+        }
+    }
+    ALLOCATIONS.load(SeqCst) - before
+}
