@@ -7,11 +7,12 @@ mod shapes;
 use criterion::{
     BenchmarkId, Criterion, SamplingMode, Throughput, criterion_group, criterion_main,
 };
+use sterna::backend::gpu::AdapterKind;
 use sterna::backend::{Device, LoadOptions, Output, Want};
 use sterna::model::Transformer;
 use sterna::synthetic::{SyntheticModel, bitnet_2b4t, tiny_bitnet};
 
-use shapes::is_test;
+use shapes::{gpu, is_test};
 
 /// Tokens of the prompt.
 const PROMPT: usize = 64;
@@ -24,8 +25,11 @@ fn decode(criterion: &mut Criterion) {
     let model = SyntheticModel::new(config, 1);
     let options = LoadOptions { context: Some(512), ..LoadOptions::default() };
     let prompt: Vec<u32> = (0..PROMPT as u32).map(|i| 7 * i % 301).collect();
-    // GPU rows: `("gpu", Device::Gpu(None))`.
-    let devices = [("cpu", Device::Cpu)];
+    let mut devices = vec![("cpu", Device::Cpu)];
+    // A software rasteriser takes seconds a token of a real model.
+    if gpu::open().is_some_and(|gpu| is_test() || gpu.adapter.kind != AdapterKind::Software) {
+        devices.push(("gpu", Device::Gpu(None)));
+    }
     for (name, device) in devices {
         let mut transformer = match Transformer::load(&model, device, &options, &mut |_| {}) {
             Ok(transformer) => transformer,

@@ -1,16 +1,19 @@
 //! `gemm_i2`: packed ternary matrix × M int8 vectors, in operations per second (a multiplication
-//! and an addition a weight and token). One thread.
+//! and an addition a weight and token). The CPU rows use one thread; GPU rows where there is an
+//! adapter.
 
 mod shapes;
 
 use criterion::{
     BenchmarkId, Criterion, SamplingMode, Throughput, criterion_group, criterion_main,
 };
+use sterna::backend::gpu::Variant;
 use sterna::backend::simd::Level;
 
-use shapes::{Product, cpu, matrices, token_counts};
+use shapes::{Product, cpu, gpu, matrices, token_counts};
 
 fn gemm(criterion: &mut Criterion) {
+    let gpu = gpu::open();
     for (n, k) in matrices() {
         for n_tokens in token_counts() {
             let product = Product::new(n, k, n_tokens);
@@ -33,8 +36,18 @@ fn gemm(criterion: &mut Criterion) {
                     bencher.iter(|| call.run(kernels.as_ref(), product.packed.words()));
                 });
             }
-            // GPU rows: `gemm_i2/{n_tokens}x{n}x{k}/gpu`.
             group.finish();
+            let Some(gpu) = gpu.as_ref().filter(|_| n_tokens > 1) else { continue };
+            for variant in Variant::ALL {
+                let mut group = criterion.benchmark_group(variant.gemm().name);
+                group.throughput(Throughput::Elements(2 * (n * k * n_tokens) as u64));
+                group.sampling_mode(SamplingMode::Flat).sample_size(10);
+                let call = gpu::Call::new(gpu, variant, &product, 1);
+                call.check(&product);
+                let id = BenchmarkId::new(format!("{n_tokens}x{n}x{k}"), "gpu");
+                group.bench_function(id, |bencher| bencher.iter_custom(|count| call.time(count)));
+                group.finish();
+            }
         }
     }
 }

@@ -1,14 +1,17 @@
 //! `gemv_i2`: packed ternary matrix × one int8 vector, in bytes of packed weights per second.
 //!
 //! The weights come from memory, as in a decode step, which reads every matrix once: the bench goes
-//! through copies that no cache holds together. `gemv_i2_cached` repeats one copy. One thread.
+//! through copies that no cache holds together. `gemv_i2_cached` repeats one copy. The CPU rows use
+//! one thread; the GPU rows, where there is an adapter, wait for the device inside the timed region,
+//! many dispatches a submit.
 
 mod shapes;
 
 use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
+use sterna::backend::gpu::Variant;
 use sterna::backend::simd::Level;
 
-use shapes::{Product, cpu, is_test, matrices};
+use shapes::{Product, cpu, gpu, is_test, matrices};
 
 /// More than any cache of the machines in scope.
 const COLD_BYTES: usize = 256 << 20;
@@ -19,6 +22,7 @@ const COLD_BYTES: usize = 256 << 20;
 struct Line([u32; 16]);
 
 fn gemv(criterion: &mut Criterion) {
+    let gpu = gpu::open();
     for (n, k) in matrices() {
         let product = Product::new(n, k, 1);
         let words = product.packed.words();
@@ -45,7 +49,16 @@ fn gemv(criterion: &mut Criterion) {
                     });
                 });
             }
-            // GPU rows: `gemv_i2/{n}x{k}/gpu`, synchronised inside the timed region.
+            group.finish();
+        }
+        let Some(gpu) = &gpu else { continue };
+        for variant in Variant::ALL {
+            let mut group = criterion.benchmark_group(variant.gemv().name);
+            group.throughput(Throughput::Bytes(product.len_bytes() as u64)).sample_size(10);
+            let call = gpu::Call::new(gpu, variant, &product, copies);
+            call.check(&product);
+            let id = BenchmarkId::new(format!("{n}x{k}"), "gpu");
+            group.bench_function(id, |bencher| bencher.iter_custom(|count| call.time(count)));
             group.finish();
         }
     }

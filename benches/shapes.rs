@@ -127,3 +127,98 @@ pub mod cpu {
         }
     }
 }
+
+/// The GPU kernels' way to call a product.
+pub mod gpu {
+    use std::time::{Duration, Instant};
+
+    use sterna::backend::gpu::{
+        Capabilities, Gpu, Op, PassParams, Pipelines, Slice, Variant, kernels, row_offsets,
+        self_test,
+    };
+
+    use super::Product;
+
+    /// The best adapter, or `None` with a line that says why there is none.
+    #[expect(clippy::print_stdout, reason = "a number without its machine is a rumour")]
+    pub fn open() -> Option<Gpu> {
+        match Gpu::open(None, Capabilities::Adapter) {
+            Ok(gpu) => {
+                println!("adapter: {}", gpu.adapter);
+                Some(gpu)
+            }
+            Err(error) => {
+                println!("no GPU rows: {error}");
+                None
+            }
+        }
+    }
+
+    /// A product on the device: one operation for each copy of the weights.
+    pub struct Call<'a> {
+        gpu: &'a Gpu,
+        uniform: wgpu::Buffer,
+        params: PassParams,
+        ops: Vec<Op>,
+        acc: Slice,
+    }
+
+    impl<'a> Call<'a> {
+        pub fn new(gpu: &'a Gpu, variant: Variant, product: &Product, copies: usize) -> Self {
+            let packed = product.packed.repack(variant.layout());
+            let shape = packed.shape();
+            let n_tokens = product.x.len() / shape.k();
+            let n_pad = kernels::padded_rows(shape.n());
+            let upload = |what, words: &[u32]| gpu.upload(what, words).expect("device memory");
+            let x = upload("x", &self_test::encode_codes(variant, &product.x, shape.k()));
+            let offset = upload("offset", bytemuck::cast_slice(&row_offsets(&packed)));
+            let tokens = product.x.chunks_exact(shape.k());
+            let sums: Vec<u32> = tokens
+                .map(|token| token.iter().map(|&code| i32::from(code)).sum::<i32>() as u32)
+                .collect();
+            let code_sum = upload("code_sum", &sums);
+            let acc = gpu.storage("acc", n_tokens * n_pad).expect("device memory");
+            let call = match n_tokens {
+                1 => kernels::gemv(variant, shape, 0, n_pad / 32),
+                _ => kernels::gemm(variant, shape, 0, n_pad / 32),
+            };
+            let (pipelines, uniform) = (Pipelines::default(), gpu.params_buffer());
+            let ops = (0..copies).map(|_| {
+                let w = upload("w", packed.words());
+                let mut buffers = vec![&w, &x, &offset];
+                if variant.needs_code_sum() {
+                    buffers.push(&code_sum);
+                }
+                buffers.push(&acc);
+                gpu.op(&pipelines, &call, &uniform, &buffers).expect("a pipeline")
+            });
+            let ops = ops.collect();
+            let params = PassParams { n_tokens: n_tokens as u32, ..PassParams::default() };
+            Self { gpu, uniform, params, ops, acc }
+        }
+
+        /// Runs once and compares with the reference's first and last token.
+        pub fn check(&self, product: &Product) {
+            self.gpu.run_all(&self.uniform, self.params, &self.ops[..1]).expect("the device runs");
+            let (n, n_tokens) = (product.packed.shape().n(), self.params.n_tokens as usize);
+            let n_pad = kernels::padded_rows(n);
+            let found = self.gpu.read(&self.acc, n_tokens * n_pad).expect("the device answers");
+            for m in [0, n_tokens - 1] {
+                let found: &[i32] = bytemuck::cast_slice(&found[m * n_pad..][..n]);
+                assert_eq!(found, &product.y[m * n..][..n], "token {m}");
+            }
+        }
+
+        /// The time of `count` dispatches, going round the copies, many in a submit.
+        pub fn time(&self, count: u64) -> Duration {
+            const IN_A_SUBMIT: usize = 32;
+            let mut ops = self.ops.iter().cycle().take(count as usize).peekable();
+            let start = Instant::now();
+            while ops.peek().is_some() {
+                let some: Vec<_> = ops.by_ref().take(IN_A_SUBMIT).collect();
+                self.gpu.run_all(&self.uniform, self.params, some).expect("the device runs");
+            }
+            start.elapsed()
+        }
+    }
+}

@@ -68,7 +68,6 @@ const _: () = assert!(size_of::<PassParams>() == 16);
 
 /// A dispatch that is ready to be recorded.
 pub struct Op {
-    kernel: Kernel,
     pipeline: wgpu::ComputePipeline,
     bind_group: wgpu::BindGroup,
     x: u32,
@@ -87,11 +86,6 @@ impl Op {
         pass.set_pipeline(&self.pipeline);
         pass.set_bind_group(0, &self.bind_group, &[]);
         pass.dispatch_workgroups(self.x, y, 1);
-    }
-
-    /// Which kernel it runs.
-    pub fn kernel(&self) -> Kernel {
-        self.kernel
     }
 }
 
@@ -140,7 +134,7 @@ impl Gpu {
             entries: &entries,
         });
         self.pop(scope, call.kernel.name)?;
-        Ok(Op { kernel: call.kernel, pipeline, bind_group, x: call.x, y: call.y })
+        Ok(Op { pipeline, bind_group, x: call.x, y: call.y })
     }
 
     fn pop(&self, scope: wgpu::ErrorScopeGuard, kernel: &str) -> Result<()> {
@@ -216,6 +210,27 @@ impl Gpu {
         self.pop(scope, name)?;
         self.check("make a pipeline")?;
         Ok(Pipeline { pipeline, layout })
+    }
+
+    /// Runs operations in one pass of one submit, and waits for them.
+    ///
+    /// # Errors
+    /// [`Error::Gpu`] if the driver fails.
+    pub fn run_all<'a>(
+        &self,
+        uniform: &wgpu::Buffer,
+        params: PassParams,
+        ops: impl IntoIterator<Item = &'a Op>,
+    ) -> Result<()> {
+        self.queue.write_buffer(uniform, 0, bytemuck::bytes_of(&params));
+        let mut encoder = self.device.create_command_encoder(&Default::default());
+        let mut pass = encoder.begin_compute_pass(&Default::default());
+        for op in ops {
+            op.record(&mut pass, &params);
+        }
+        drop(pass);
+        self.queue.submit([encoder.finish()]);
+        self.wait("run kernels")
     }
 
     /// The uniform buffer of [`PassParams`].

@@ -129,14 +129,8 @@ pub fn decode_codes(variant: Variant, words: &[u32], k: usize) -> Vec<i8> {
 /// [`Error::Gpu`] if the driver refuses or fails.
 pub fn run(gpu: &Gpu, call: &Call, params: PassParams, buffers: &[&Slice]) -> Result<()> {
     let uniform = gpu.params_buffer();
-    gpu.queue.write_buffer(&uniform, 0, bytemuck::bytes_of(&params));
     let op = gpu.op(&Pipelines::default(), call, &uniform, buffers)?;
-    let mut encoder = gpu.device.create_command_encoder(&Default::default());
-    let mut pass = encoder.begin_compute_pass(&Default::default());
-    op.record(&mut pass, &params);
-    drop(pass);
-    gpu.queue.submit([encoder.finish()]);
-    gpu.wait("run a kernel")
+    gpu.run_all(&uniform, params, [&op])
 }
 
 /// `acc[M, N]` of a packed matrix and int8 codes `[M, K]`: the GEMV kernel for one token, the GEMM

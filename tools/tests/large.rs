@@ -1,0 +1,83 @@
+//! The real dimensions of BitNet b1.58 2B4T, through a file on disk. Slow and large (1.2 GB on disk
+//! and in memory), so run on request: `cargo test --release -p sterna-tools -- --ignored`.
+
+use std::path::Path;
+use std::process::Command;
+use std::time::Instant;
+
+use sterna::backend::{Device, LoadOptions, Output, Want};
+use sterna::{Checkpoint, Error, Transformer};
+
+/// Bytes of this process's resident memory at its highest, where the system tells.
+fn peak_memory() -> Option<u64> {
+    let status = std::fs::read_to_string("/proc/self/status").ok()?;
+    let line = status.lines().find(|line| line.starts_with("VmHWM:"))?;
+    let kib: u64 = line.split_whitespace().nth(1)?.parse().ok()?;
+    Some(kib * 1024)
+}
+
+fn greedy(model: &mut Transformer, n_tokens: usize) -> Vec<u32> {
+    let mut token_ids = Vec::new();
+    let mut next = vec![1, 20_000, 128_000];
+    while token_ids.len() < n_tokens {
+        let Ok(Output::Token(token)) = model.feed(&next, Want::Token) else {
+            panic!("no token after {token_ids:?}");
+        };
+        token_ids.push(token);
+        next = vec![token];
+    }
+    token_ids
+}
+
+#[test]
+#[expect(clippy::print_stdout, reason = "the measured figures")]
+#[ignore = "slow: writes and loads a checkpoint of 1.2 GB"]
+fn bitnet_2b4t_loads_within_bounds_and_gpu_agrees_with_cpu() {
+    let directory = tempfile::tempdir().expect("a temporary directory");
+    let path = directory.path().join("bitnet-2b4t");
+    let status = Command::new(env!("CARGO_BIN_EXE_sterna-tools"))
+        .args(["synth", "--shape", "bitnet-2b4t", "--seed", "1", "--out"])
+        .arg(&path)
+        .status()
+        .expect("the program starts");
+    assert!(status.success());
+    let file_len = std::fs::metadata(path.join("model.safetensors")).expect("the file").len();
+
+    let cpu = load_and_decode(&path, Device::Cpu).expect("the CPU is always there");
+    println!("CPU: loaded in {:.2} s; tokens {:?}", cpu.load_seconds, cpu.token_ids);
+    assert!(cpu.load_seconds < 10.0, "{} s", cpu.load_seconds);
+    if let Some(peak) = peak_memory() {
+        let ratio = peak as f64 / file_len as f64;
+        println!("peak memory {peak} bytes, {ratio:.3} of the file");
+        assert!(ratio < 1.3, "{ratio}");
+    }
+
+    match load_and_decode(&path, Device::Gpu(None)) {
+        Ok(gpu) => {
+            println!("{}: loaded in {:.2} s", gpu.device, gpu.load_seconds);
+            assert_eq!(gpu.token_ids, cpu.token_ids, "{}", gpu.device);
+        }
+        Err(Error::NoAdapter { .. }) => {
+            let required = std::env::var_os("STERNA_REQUIRE_GPU").is_some_and(|value| value == "1");
+            assert!(!required, "no adapter");
+            println!("no adapter: the GPU part is skipped");
+        }
+        Err(error) => panic!("{error}"),
+    }
+}
+
+struct Run {
+    device: String,
+    load_seconds: f64,
+    token_ids: Vec<u32>,
+}
+
+fn load_and_decode(path: &Path, device: Device) -> Result<Run, Error> {
+    let start = Instant::now();
+    let checkpoint = Checkpoint::open(path)?;
+    let options = LoadOptions { context: Some(512), ..LoadOptions::default() };
+    let mut model = Transformer::load(&checkpoint, device, &options, &mut |_| {})?;
+    let load_seconds = start.elapsed().as_secs_f64();
+    let token_ids = greedy(&mut model, 8);
+    Ok(Run { device: model.device().description.clone(), load_seconds, token_ids })
+}
