@@ -3,6 +3,7 @@
 #![allow(dead_code, reason = "each bench uses its part")]
 
 use sterna::layout::{Layout, Packed};
+use sterna::random::Random;
 use sterna::shape::MatShape;
 
 /// The ternary matrices `(N, K)` of BitNet b1.58 2B4T: Q, K and V together; output; gate and up
@@ -29,27 +30,6 @@ pub fn token_counts() -> Vec<usize> {
     if is_test() { vec![1, 5] } else { TOKENS.to_vec() }
 }
 
-/// SplitMix64.
-pub struct Random(pub u64);
-
-impl Random {
-    fn next(&mut self) -> u64 {
-        self.0 = self.0.wrapping_add(0x9E37_79B9_7F4A_7C15);
-        let mut z = self.0;
-        z = (z ^ z >> 30).wrapping_mul(0xBF58_476D_1CE4_E5B9);
-        z = (z ^ z >> 27).wrapping_mul(0x94D0_49BB_1331_11EB);
-        z ^ z >> 31
-    }
-
-    pub fn trits(&mut self, len: usize) -> Vec<i8> {
-        (0..len).map(|_| (self.next() % 3) as i8 - 1).collect()
-    }
-
-    pub fn codes(&mut self, len: usize) -> Vec<i8> {
-        (0..len).map(|_| self.next() as i8).collect()
-    }
-}
-
 /// A matrix packed as I2, tokens to multiply it with, and the right answer.
 pub struct Product {
     pub packed: Packed,
@@ -61,7 +41,7 @@ pub struct Product {
 
 impl Product {
     pub fn new(n: usize, k: usize, n_tokens: usize) -> Self {
-        let mut random = Random((n * 31 + k) as u64);
+        let mut random = Random::new((n * 31 + k) as u64);
         let (w, x) = (random.trits(n * k), random.codes(n_tokens * k));
         let shape = MatShape::new(n, k).expect("a real shape");
         let packed = Packed::pack(Layout::I2, shape, &w);

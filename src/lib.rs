@@ -24,6 +24,7 @@ pub mod generate;
 pub mod kv_cache;
 pub mod layout;
 pub mod model;
+pub mod random;
 pub mod sampler;
 pub mod shape;
 pub mod synthetic;

@@ -15,6 +15,7 @@ use crate::backend::gpu::{Capabilities, Gpu, Variant, adapters};
 use crate::backend::simd::Level;
 use crate::backend::{self, Device};
 use crate::error::Result;
+use crate::random::Random;
 use crate::shape::MatShape;
 
 /// The kernels of one backend and variant, on plain slices.
@@ -169,35 +170,11 @@ impl Hash {
     }
 }
 
-/// SplitMix64: the same vectors on every machine.
-struct Random(u64);
-
-impl Random {
-    fn next(&mut self) -> u64 {
-        self.0 = self.0.wrapping_add(0x9E37_79B9_7F4A_7C15);
-        let mut z = self.0;
-        z = (z ^ z >> 30).wrapping_mul(0xBF58_476D_1CE4_E5B9);
-        z = (z ^ z >> 27).wrapping_mul(0x94D0_49BB_1331_11EB);
-        z ^ z >> 31
-    }
-
-    fn below(&mut self, n: u64) -> i32 {
-        (self.next() % n) as i32
-    }
-
-    fn trits(&mut self, len: usize) -> Vec<i8> {
-        (0..len).map(|_| self.below(3) as i8 - 1).collect()
-    }
-
-    fn codes(&mut self, len: usize) -> Vec<i8> {
-        (0..len).map(|_| (self.below(256) - 128) as i8).collect()
-    }
-
-    /// Multiples of 1/4096 between −magnitude and magnitude.
-    fn floats(&mut self, len: usize, magnitude: i32) -> Vec<f32> {
-        let steps = 8192 * magnitude as u64;
-        (0..len).map(|_| (self.below(steps + 1) - 4096 * magnitude) as f32 / 4096.0).collect()
-    }
+/// Multiples of 1/4096 between −magnitude and magnitude.
+fn fractions(random: &mut Random, len: usize, magnitude: i32) -> Vec<f32> {
+    let steps = 8192 * magnitude as usize;
+    let step = |random: &mut Random| random.below(steps + 1) as i32 - 4096 * magnitude;
+    (0..len).map(|_| step(random) as f32 / 4096.0).collect()
 }
 
 /// A case whose result is made of integers.
@@ -225,7 +202,7 @@ const MULTIPLY_SHAPES: [(usize, usize, usize); 9] = [
 ];
 
 fn integer_cases() -> Vec<IntegerCase> {
-    let mut random = Random(0x57E2_7A00);
+    let mut random = Random::new(0x57E2_7A00);
     let mut cases = Vec::new();
     for (n, k, m) in MULTIPLY_SHAPES {
         let shape = MatShape::new(n, k).expect("the table holds small sizes");
@@ -241,13 +218,15 @@ fn integer_cases() -> Vec<IntegerCase> {
         // Codes plus a fraction up to 0.3, the first one the largest.
         let value = |code: i32, fraction: i32| (code as f32 + fraction as f32 / 100.0) / 127.0;
         let mut x: Vec<f32> = (0..k)
-            .map(|_| magnitude * value(random.below(253) - 126, random.below(61) - 30))
+            .map(|_| {
+                magnitude * value(random.below(253) as i32 - 126, random.below(61) as i32 - 30)
+            })
             .collect();
         x[0] = -magnitude;
         cases.push(IntegerCase::Quantize { x });
     }
     for v in [1, 257, 32_002] {
-        cases.push(IntegerCase::Argmax { logits: random.floats(v, 10) });
+        cases.push(IntegerCase::Argmax { logits: fractions(&mut random, v, 10) });
     }
     cases.push(IntegerCase::Argmax { logits: vec![-2.0, -1.0, -1.0, -5.0] });
     cases.push(IntegerCase::Argmax { logits: vec![1.0, f32::NAN, 2.0] });
@@ -314,10 +293,10 @@ struct FloatCase {
 const FEW_ULP: f32 = 16.0 * f32::EPSILON;
 
 fn float_cases(kernels: &dyn Kernels) -> Result<Vec<FloatCase>> {
-    let mut random = Random(0x57E2_7A01);
+    let mut random = Random::new(0x57E2_7A01);
     let mut cases = Vec::new();
     for k in [64, 2560] {
-        let (x, w) = (random.floats(k, 4), random.floats(k, 2));
+        let (x, w) = (fractions(&mut random, k, 4), fractions(&mut random, k, 2));
         cases.push(FloatCase {
             kernel: "rmsnorm",
             shape: format!("K {k}"),
@@ -325,7 +304,7 @@ fn float_cases(kernels: &dyn Kernels) -> Result<Vec<FloatCase>> {
             expected: cpu_ref::rmsnorm::rmsnorm(&x, &w, 1e-5),
             bound: FEW_ULP,
         });
-        let y = random.floats(k, 9);
+        let y = fractions(&mut random, k, 9);
         cases.push(FloatCase {
             kernel: "residual_add",
             shape: format!("N {k}"),
@@ -344,7 +323,7 @@ fn float_cases(kernels: &dyn Kernels) -> Result<Vec<FloatCase>> {
         }
     }
     for (dim, position) in [(32, 3), (128, 200)] {
-        let head = random.floats(dim, 3);
+        let head = fractions(&mut random, dim, 3);
         let (cos, sin) =
             cpu_ref::rope::angles(position, &cpu_ref::rope::inv_frequencies(500_000.0, dim));
         let mut expected = head.clone();
@@ -360,9 +339,9 @@ fn float_cases(kernels: &dyn Kernels) -> Result<Vec<FloatCase>> {
     for (heads, positions) in
         [(Heads { query: 4, kv: 2, dim: 64 }, 7), (Heads { query: 4, kv: 1, dim: 128 }, 300)]
     {
-        let q = random.floats(heads.query * heads.dim, 1);
-        let keys = random.floats(positions * heads.kv * heads.dim, 2);
-        let values = random.floats(positions * heads.kv * heads.dim, 5);
+        let q = fractions(&mut random, heads.query * heads.dim, 1);
+        let keys = fractions(&mut random, positions * heads.kv * heads.dim, 2);
+        let values = fractions(&mut random, positions * heads.kv * heads.dim, 5);
         cases.push(FloatCase {
             kernel: "attention",
             shape: format!("{heads:?}, {positions} positions"),
@@ -372,7 +351,7 @@ fn float_cases(kernels: &dyn Kernels) -> Result<Vec<FloatCase>> {
             bound: 16.0 * FEW_ULP,
         });
     }
-    let x = random.floats(300, 7);
+    let x = fractions(&mut random, 300, 7);
     cases.push(FloatCase {
         kernel: "quantize_absmax",
         shape: "act_scale".to_owned(),
@@ -381,7 +360,7 @@ fn float_cases(kernels: &dyn Kernels) -> Result<Vec<FloatCase>> {
         bound: FEW_ULP,
     });
     let (v, k) = (50, 120);
-    let (table, x) = (random.floats(v * k, 1), random.floats(k, 2));
+    let (table, x) = (fractions(&mut random, v * k, 1), fractions(&mut random, k, 2));
     cases.push(FloatCase {
         kernel: "embedding",
         shape: format!("V {v}, K {k}"),

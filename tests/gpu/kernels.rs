@@ -6,9 +6,10 @@ use libtest_mimic::Failed;
 use sterna::backend::gpu::kernels::{self, DenseFormat, DenseShard, Variant, padded_rows};
 use sterna::backend::gpu::{Gpu, PassParams, row_offsets, self_test};
 use sterna::layout::Packed;
+use sterna::random::Random;
 use sterna::shape::MatShape;
 
-use crate::util::{Random, as_f32, as_i32, close, run_guarded, same};
+use crate::util::{as_f32, as_i32, close, run_guarded, same};
 use crate::{Body, Case};
 
 /// f32 machine epsilon: the relative error of one correctly rounded operation is half of it.

@@ -11,6 +11,7 @@ use sterna::{Error, Transformer};
 
 use crate::Case;
 use crate::golden;
+use crate::util::same;
 
 pub fn cases(capabilities: Capabilities) -> Vec<Case> {
     let mut cases: Vec<Case> = Vec::new();
@@ -45,6 +46,7 @@ pub fn cases(capabilities: Capabilities) -> Vec<Case> {
     let mut add = |name: &str, case: fn(Capabilities) -> Result<(), Failed>| {
         cases.push((name.to_owned(), Box::new(move |_| case(capabilities))));
     };
+    add("the_built_in_model_writes_the_same_text_as_ref_and_cpu", built_in_model);
     add("sharded_matrices_give_the_same_tokens", sharded);
     add("a_batch_past_the_limits_is_refused", refusals);
     add("decoding_allocates_no_gpu_memory", steady_memory);
@@ -167,6 +169,31 @@ fn sharded(capabilities: Capabilities) -> Result<(), Failed> {
         Err(other) => Err(other.into()),
         Ok(_) => Err("a buffer past the limit was accepted".into()),
     }
+}
+
+/// 64 greedy tokens on the GPU, the SIMD CPU and the reference.
+fn built_in_model(capabilities: Capabilities) -> Result<(), Failed> {
+    let checkpoint = sterna::built_in::checkpoint()?;
+    let prompt = sterna::Model::encode(&checkpoint, "Once upon a time")?;
+    let greedy = |mut model: Transformer| -> Result<Vec<u32>, Error> {
+        let mut tokens = Vec::new();
+        let mut next = prompt.clone();
+        while tokens.len() < 64 {
+            let Output::Token(token) = model.feed(&next, Want::Token)? else { break };
+            tokens.push(token);
+            next = vec![token];
+        }
+        Ok(tokens)
+    };
+    let options = LoadOptions::default();
+    let on = |device| Transformer::load(&checkpoint, device, &options, &mut |_| {});
+    let expected = greedy(on(Device::Reference)?)?;
+    same("cpu", &greedy(on(Device::Cpu)?)?, &expected)?;
+    for variant in Variant::ALL {
+        let found = greedy(load(capabilities, &checkpoint, variant)?)?;
+        same(variant.gemv().name, &found, &expected)?;
+    }
+    Ok(())
 }
 
 fn refusals(capabilities: Capabilities) -> Result<(), Failed> {

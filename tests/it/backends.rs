@@ -8,7 +8,7 @@ use sterna::model::Transformer;
 use sterna::synthetic::{SyntheticModel, tiny_bitnet, tiny_llama};
 use sterna::weights::WeightSource;
 
-use crate::util::Random;
+use sterna::random::Random;
 
 fn options(threads: usize) -> LoadOptions {
     LoadOptions { context: Some(64), max_batch: 7, threads: Some(threads) }

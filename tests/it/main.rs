@@ -1,6 +1,7 @@
 //! The integration tests that need no GPU: one binary, one module an area.
 
 mod backends;
+mod built_in;
 mod checkpoint;
 #[cfg(feature = "cli")]
 mod cli;

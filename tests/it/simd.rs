@@ -7,9 +7,10 @@ use cpu_ref::mlp::Activation;
 use sterna::backend::simd::{Activations, CacheHead, Kernels, Level, TableRows, TokenScale};
 use sterna::format::float::{bf16_to_f32, f16_to_f32, f32_to_bf16};
 use sterna::layout::{Layout, Packed};
+use sterna::random::Random;
 use sterna::shape::MatShape;
 
-use crate::util::{Random, assert_close, assert_same, first_difference, guarded};
+use crate::util::{assert_close, assert_same, first_difference, guarded};
 
 /// One test a level of this architecture, by name; a level that this machine lacks says so.
 macro_rules! on_every_level {
@@ -241,7 +242,7 @@ fn elementwise(kernels: &dyn Kernels) {
 
         let m = 1 + seed % 3;
         let acc: Vec<i32> =
-            (0..n.next_multiple_of(TILE_ROWS) * m).map(|_| random.next() as i32 >> 8).collect();
+            (0..n.next_multiple_of(TILE_ROWS) * m).map(|_| random.bits() as i32 >> 8).collect();
         for token in 0..m {
             let plain: Vec<i32> = (0..n)
                 .map(|row| acc[(row / TILE_ROWS * m + token) * TILE_ROWS + row % TILE_ROWS])
@@ -331,7 +332,7 @@ fn lm_head(kernels: &dyn Kernels) {
         let f32_table = random.floats(vocab * k, 0.5);
         let bf16_table: Vec<u16> = f32_table.iter().map(|&value| f32_to_bf16(value)).collect();
         // Every half is a value: subnormals too, but no infinity or NaN.
-        let f16_table: Vec<u16> = (0..vocab * k).map(|_| random.next() as u16 & 0xbbff).collect();
+        let f16_table: Vec<u16> = (0..vocab * k).map(|_| random.bits() as u16 & 0xbbff).collect();
         for (rows, table) in [
             (TableRows::F32(&f32_table), f32_table.clone()),
             (TableRows::Bf16(&bf16_table), bf16_table.iter().map(|&v| bf16_to_f32(v)).collect()),

@@ -1,44 +1,6 @@
-//! Random inputs, guarded outputs and comparisons that say what differs.
+//! Guarded outputs and comparisons that say what differs.
 
 use std::fmt::Debug;
-
-/// SplitMix64.
-pub(crate) struct Random(u64);
-
-impl Random {
-    pub(crate) fn new(seed: u64) -> Self {
-        Self(seed)
-    }
-
-    pub(crate) fn next(&mut self) -> u64 {
-        self.0 = self.0.wrapping_add(0x9E37_79B9_7F4A_7C15);
-        let mut z = self.0;
-        z = (z ^ z >> 30).wrapping_mul(0xBF58_476D_1CE4_E5B9);
-        z = (z ^ z >> 27).wrapping_mul(0x94D0_49BB_1331_11EB);
-        z ^ z >> 31
-    }
-
-    pub(crate) fn below(&mut self, n: usize) -> usize {
-        (self.next() % n as u64) as usize
-    }
-
-    /// Uniform in −1..1.
-    pub(crate) fn unit(&mut self) -> f32 {
-        (self.next() >> 40) as f32 / (1 << 23) as f32 - 1.0
-    }
-
-    pub(crate) fn floats(&mut self, len: usize, magnitude: f32) -> Vec<f32> {
-        (0..len).map(|_| self.unit() * magnitude).collect()
-    }
-
-    pub(crate) fn trits(&mut self, len: usize) -> Vec<i8> {
-        (0..len).map(|_| self.below(3) as i8 - 1).collect()
-    }
-
-    pub(crate) fn codes(&mut self, len: usize) -> Vec<i8> {
-        (0..len).map(|_| self.next() as i8).collect()
-    }
-}
 
 /// Elements before and after an output.
 const GUARD_LEN: usize = 64;
