@@ -1,7 +1,7 @@
 //! Whole models on the GPU, judged by the original implementation and by the reference backend.
 
 use libtest_mimic::Failed;
-use sterna::backend::gpu::{Capabilities, Gpu, GpuBackend, Variant, self_test};
+use sterna::backend::gpu::{Capabilities, Gpu, GpuBackend, Variant, WorkDone, self_test};
 use sterna::backend::{Backend, Device, LoadOptions, Output, Tap, Want};
 use sterna::config::ModelConfig;
 use sterna::layout::Packed;
@@ -49,7 +49,7 @@ pub fn cases(capabilities: Capabilities) -> Vec<Case> {
     add("the_built_in_model_writes_the_same_text_as_ref_and_cpu", built_in_model);
     add("sharded_matrices_give_the_same_tokens", sharded);
     add("a_batch_past_the_limits_is_refused", refusals);
-    add("decoding_allocates_no_gpu_memory", steady_memory);
+    add("a_decode_step_is_one_submit_and_allocates_nothing", decode_step);
     cases
 }
 
@@ -213,8 +213,9 @@ fn refusals(capabilities: Capabilities) -> Result<(), Failed> {
     Ok(())
 }
 
-/// After a few steps, more decoding makes no buffer, bind group or pipeline.
-fn steady_memory(capabilities: Capabilities) -> Result<(), Failed> {
+/// A decode step is one pass, one submit and four bytes read back, and makes no buffer, bind group
+/// or pipeline.
+fn decode_step(capabilities: Capabilities) -> Result<(), Failed> {
     let source = SyntheticModel::new(tiny_bitnet(), 1);
     let gpu = open(capabilities)?;
     let counts = gpu.resource_counts();
@@ -226,7 +227,7 @@ fn steady_memory(capabilities: Capabilities) -> Result<(), Failed> {
         return Err("the counters do not count".into());
     }
     let layers = source.config().num_hidden_layers;
-    let mut step = |position: usize| -> Result<(), Error> {
+    let step = |backend: &mut GpuBackend, position: usize| -> Result<(), Error> {
         let batch = sterna::backend::Batch { tokens: &[7], start: position, want: Want::Token };
         backend.begin(batch)?;
         backend.embed()?;
@@ -241,9 +242,16 @@ fn steady_memory(capabilities: Capabilities) -> Result<(), Failed> {
         backend.argmax()?;
         backend.finish().map(|_| ())
     };
+    let before = backend.work_done();
     for position in 0..50 {
-        step(position)?;
+        step(&mut backend, position)?;
     }
+    let WorkDone { passes, dispatches, submits, readback_bytes } =
+        backend.work_done().since(before);
+    same("passes, submits, bytes", &[passes, submits, readback_bytes], &[50, 50, 50 * 4])?;
+    // Per layer: four matrix steps of norm, quantise, matrix and epilogue, and attention; embedding,
+    // final norm, head and argmax.
+    same("dispatches", &[dispatches], &[50 * (4 * 4 * layers as u64 + layers as u64 + 4)])?;
     let after = backend.resource_counts();
     if after != loaded {
         return Err(format!("{loaded:?} after loading, {after:?} after 50 tokens").into());

@@ -2,6 +2,7 @@
 
 use std::sync::{Arc, Mutex};
 
+use super::record::Work;
 use crate::error::{Error, Result};
 
 /// An adapter as wgpu reports it.
@@ -113,6 +114,7 @@ pub struct Gpu {
     pub(crate) device: wgpu::Device,
     pub(crate) queue: wgpu::Queue,
     max_binding: u64,
+    pub(super) work: Work,
     /// The first error that no call returned: validation outside a scope, or a lost device.
     failure: Arc<Mutex<Option<String>>>,
 }
@@ -184,7 +186,8 @@ impl Gpu {
         });
         let limits = device.limits();
         let max_binding = limits.max_storage_buffer_binding_size.min(limits.max_buffer_size);
-        Ok(Self { adapter: description, device, queue, max_binding, failure })
+        let work = Work::default();
+        Ok(Self { adapter: description, device, queue, max_binding, work, failure })
     }
 
     /// The error of this device for a failed operation.

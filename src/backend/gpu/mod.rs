@@ -17,7 +17,7 @@ pub use buffer::Slice;
 pub use device::{AdapterDescription, AdapterKind, Capabilities, Gpu, ResourceCounts, adapters};
 pub use kernels::Variant;
 pub use matrix::row_offsets;
-pub use record::{Call, Op, PassParams, Pipelines, Rows};
+pub use record::{Call, Op, PassParams, Pipelines, Rows, WorkDone};
 
 use cpu_ref::rope;
 
@@ -28,6 +28,7 @@ use crate::weights::WeightSource;
 use kernels::padded_rows;
 use matrix::{GpuMatrix, GpuTable, HostMatrix};
 use readback::Staging;
+use record::Recording;
 
 /// The greedy token of NaN logits, as `argmax.wgsl` writes it.
 const NAN_TOKEN: u32 = u32::MAX;
@@ -91,12 +92,6 @@ struct Step {
     before: Vec<Op>,
     matmul: Matmul,
     after: Op,
-}
-
-/// An open command encoder with its one compute pass.
-struct Recording {
-    pass: Option<wgpu::ComputePass<'static>>,
-    encoder: wgpu::CommandEncoder,
 }
 
 /// Makes the operations of a model.
@@ -197,40 +192,36 @@ impl GpuBackend {
         self.gpu.resource_counts()
     }
 
+    /// What the device was given to do since it was opened.
+    pub fn work_done(&self) -> WorkDone {
+        self.gpu.work_done()
+    }
+
     /// Records a step around a matrix.
     fn record_step(&mut self, layer: usize, step: impl Fn(&LayerOps) -> &Step) {
         let Step { before, matmul, after } = step(&self.layers[layer]);
         let matmul = if self.batch.n_tokens == 1 { &matmul.gemv } else { &matmul.gemm };
         let ops = before.iter().chain(matmul).chain([after]);
-        record(&mut self.recording, &self.batch, ops);
-    }
-
-    fn open_pass(&mut self) {
-        let mut encoder = self.gpu.device.create_command_encoder(&Default::default());
-        let pass = encoder.begin_compute_pass(&Default::default()).forget_lifetime();
-        self.recording = Some(Recording { pass: Some(pass), encoder });
+        record(&self.gpu, &mut self.recording, &self.batch, ops);
     }
 
     /// Ends the pass, lets `copies` add to the encoder, and submits.
     fn submit(&mut self, copies: impl FnOnce(&mut wgpu::CommandEncoder, &Buffers)) {
         let recording = self.recording.take().expect("begin opens the pass");
-        let Recording { pass, mut encoder } = recording;
-        drop(pass);
-        copies(&mut encoder, &self.buffers);
-        self.gpu.queue.submit([encoder.finish()]);
+        recording.submit(&self.gpu, |encoder| copies(encoder, &self.buffers));
     }
 }
 
 /// Records operations into the open pass.
 fn record<'a>(
+    gpu: &Gpu,
     recording: &mut Option<Recording>,
     batch: &PassParams,
     ops: impl IntoIterator<Item = &'a Op>,
 ) {
-    let pass = recording.as_mut().and_then(|recording| recording.pass.as_mut());
-    let pass = pass.expect("the pass is open between begin and finish");
+    let recording = recording.as_mut().expect("the pass is open between begin and finish");
     for op in ops {
-        op.record(pass, batch);
+        recording.dispatch(gpu, op, batch);
     }
 }
 
@@ -425,12 +416,12 @@ impl Backend for GpuBackend {
         let queue = &self.gpu.queue;
         queue.write_buffer(&self.buffers.params, 0, bytemuck::bytes_of(&self.batch));
         queue.write_buffer(&self.buffers.tokens.buffer, 0, bytemuck::cast_slice(batch.tokens));
-        self.open_pass();
+        self.recording = Some(self.gpu.begin_recording());
         Ok(())
     }
 
     fn embed(&mut self) -> Result<()> {
-        record(&mut self.recording, &self.batch, &self.embed);
+        record(&self.gpu, &mut self.recording, &self.batch, &self.embed);
         self.current_hidden = 0;
         Ok(())
     }
@@ -441,7 +432,7 @@ impl Backend for GpuBackend {
     }
 
     fn attend(&mut self, layer: usize) -> Result<()> {
-        record(&mut self.recording, &self.batch, [&self.layers[layer].attend]);
+        record(&self.gpu, &mut self.recording, &self.batch, [&self.layers[layer].attend]);
         Ok(())
     }
 
@@ -463,12 +454,12 @@ impl Backend for GpuBackend {
     }
 
     fn head(&mut self) -> Result<()> {
-        record(&mut self.recording, &self.batch, &self.head);
+        record(&self.gpu, &mut self.recording, &self.batch, &self.head);
         Ok(())
     }
 
     fn argmax(&mut self) -> Result<()> {
-        record(&mut self.recording, &self.batch, [&self.argmax]);
+        record(&self.gpu, &mut self.recording, &self.batch, [&self.argmax]);
         Ok(())
     }
 
@@ -521,7 +512,7 @@ impl Backend for GpuBackend {
             Tap::Gated => (&b.gated, config.intermediate_size),
         };
         let words = self.gpu.read(slice, width * self.batch.n_tokens as usize)?;
-        self.open_pass();
+        self.recording = Some(self.gpu.begin_recording());
         Ok(bytemuck::cast_vec(words))
     }
 }

@@ -1,5 +1,7 @@
 //! Reading results back.
 
+use std::sync::atomic::Ordering;
+
 use super::buffer::Slice;
 use super::device::Gpu;
 use crate::error::Result;
@@ -34,6 +36,7 @@ impl Gpu {
         const OPERATION: &str = "read a result back";
         let (sender, receiver) = std::sync::mpsc::sync_channel(1);
         let range = 0..len_words as u64 * 4;
+        self.work.readback_bytes.fetch_add(range.end, Ordering::Relaxed);
         staging.buffer.map_async(wgpu::MapMode::Read, range.clone(), move |result| {
             // The receiver waits below; it is gone only if waiting failed.
             let _ = sender.send(result);
@@ -62,9 +65,8 @@ impl Gpu {
     /// [`crate::Error::Gpu`] if the device was lost or reported an error.
     pub fn read(&self, slice: &Slice, len_words: usize) -> Result<Vec<u32>> {
         let staging = self.staging(len_words);
-        let mut encoder = self.device.create_command_encoder(&Default::default());
-        staging.copy_from(&mut encoder, slice, 0, len_words);
-        self.queue.submit([encoder.finish()]);
+        let copy = self.begin_recording();
+        copy.submit(self, |encoder| staging.copy_from(encoder, slice, 0, len_words));
         self.read_staging(&staging, len_words, <[u32]>::to_vec)
     }
 }

@@ -2,6 +2,7 @@
 
 use std::collections::HashMap;
 use std::sync::Mutex;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use super::buffer::Slice;
 use super::device::Gpu;
@@ -75,8 +76,7 @@ pub struct Op {
 }
 
 impl Op {
-    /// Records the dispatch.
-    pub fn record(&self, pass: &mut wgpu::ComputePass<'_>, params: &PassParams) {
+    fn record(&self, pass: &mut wgpu::ComputePass<'_>, params: &PassParams) {
         let y = match self.y {
             Rows::One => 1,
             Rows::Tokens => params.n_tokens,
@@ -89,7 +89,76 @@ impl Op {
     }
 }
 
+/// An open command encoder with its one compute pass.
+pub(super) struct Recording {
+    pass: wgpu::ComputePass<'static>,
+    encoder: wgpu::CommandEncoder,
+}
+
+impl Recording {
+    /// Records a dispatch.
+    pub(super) fn dispatch(&mut self, gpu: &Gpu, op: &Op, params: &PassParams) {
+        op.record(&mut self.pass, params);
+        gpu.work.dispatches.fetch_add(1, Ordering::Relaxed);
+    }
+
+    /// Ends the pass, lets `copies` add to the encoder, and submits.
+    pub(super) fn submit(self, gpu: &Gpu, copies: impl FnOnce(&mut wgpu::CommandEncoder)) {
+        let Self { pass, mut encoder } = self;
+        drop(pass);
+        copies(&mut encoder);
+        gpu.queue.submit([encoder.finish()]);
+        gpu.work.submits.fetch_add(1, Ordering::Relaxed);
+    }
+}
+
+/// Counts what a device was given to do.
+#[derive(Debug, Default)]
+pub(super) struct Work {
+    passes: AtomicU64,
+    dispatches: AtomicU64,
+    submits: AtomicU64,
+    pub(super) readback_bytes: AtomicU64,
+}
+
+/// What a device was given to do since it was opened, counted where it is recorded.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct WorkDone {
+    /// Command encoders, each with one compute pass.
+    pub passes: u64,
+    /// Dispatches.
+    pub dispatches: u64,
+    /// Submits to the queue.
+    pub submits: u64,
+    /// Bytes read back.
+    pub readback_bytes: u64,
+}
+
+impl WorkDone {
+    /// What was done since `earlier`.
+    #[must_use]
+    pub fn since(self, earlier: Self) -> Self {
+        Self {
+            passes: self.passes - earlier.passes,
+            dispatches: self.dispatches - earlier.dispatches,
+            submits: self.submits - earlier.submits,
+            readback_bytes: self.readback_bytes - earlier.readback_bytes,
+        }
+    }
+}
+
 impl Gpu {
+    /// What this device was given to do since it was opened.
+    pub fn work_done(&self) -> WorkDone {
+        let read = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
+        WorkDone {
+            passes: read(&self.work.passes),
+            dispatches: read(&self.work.dispatches),
+            submits: read(&self.work.submits),
+            readback_bytes: read(&self.work.readback_bytes),
+        }
+    }
+
     /// Makes an operation: `buffers` in the order of the kernel's storage bindings.
     ///
     /// # Errors
@@ -223,14 +292,20 @@ impl Gpu {
         ops: impl IntoIterator<Item = &'a Op>,
     ) -> Result<()> {
         self.queue.write_buffer(uniform, 0, bytemuck::bytes_of(&params));
-        let mut encoder = self.device.create_command_encoder(&Default::default());
-        let mut pass = encoder.begin_compute_pass(&Default::default());
+        let mut recording = self.begin_recording();
         for op in ops {
-            op.record(&mut pass, &params);
+            recording.dispatch(self, op, &params);
         }
-        drop(pass);
-        self.queue.submit([encoder.finish()]);
+        recording.submit(self, |_| {});
         self.wait("run kernels")
+    }
+
+    /// Opens a command encoder with its one compute pass.
+    pub(super) fn begin_recording(&self) -> Recording {
+        let mut encoder = self.device.create_command_encoder(&Default::default());
+        let pass = encoder.begin_compute_pass(&Default::default()).forget_lifetime();
+        self.work.passes.fetch_add(1, Ordering::Relaxed);
+        Recording { pass, encoder }
     }
 
     /// The uniform buffer of [`PassParams`].
