@@ -237,7 +237,7 @@ pub enum Error {
         problem: String,
     },
     /// Every variant of a kernel failed its exactness check on this adapter.
-    #[error("{device}: kernel {kernel} gives wrong results here: {problem}; use --device cpu")]
+    #[error("{device}: kernel {kernel} gives wrong results here: {problem}")]
     SelfTest {
         /// The device.
         device: String,

@@ -189,9 +189,13 @@ impl LoadOptions {
     /// Positions the KV cache gets for this model.
     ///
     /// # Errors
-    /// [`Error::ContextOverflow`] if more are asked for than the model was made for.
+    /// [`Error::ContextOverflow`] if more are asked for than the model was made for,
+    /// [`Error::Dimension`] if there is no room for a token in context or batch.
     pub fn capacity(&self, config: &ModelConfig) -> Result<usize> {
         let max = config.max_position_embeddings;
+        if self.max_batch == 0 {
+            return Err(Error::Dimension { name: "max_batch", found: 0, max });
+        }
         match self.context {
             None => Ok(max.min(DEFAULT_CONTEXT)),
             Some(0) => Err(Error::Dimension { name: "context", found: 0, max }),

@@ -172,7 +172,7 @@ pub(super) fn run(arguments: Arguments) -> Result<()> {
         });
     }
     let seed = seed.map(|seed| format!("; seed {seed}")).unwrap_or_default();
-    let device = format!("{} ({})", device.name, device.description);
+    let device = format!("{} ({}), {}", device.name, device.description, device.gemv);
     let status = format!("{device}: {}; {finish_reason}{seed}", speed(&generation));
     // The text is out: a closed standard error is no failure.
     let _ = writeln!(io::stderr(), "{status}");

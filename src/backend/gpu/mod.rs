@@ -125,10 +125,10 @@ impl GpuBackend {
                 max: kernels::MAX_HEAD_DIM,
             });
         }
-        let variant = match variant {
+        let (variant, refused) = match variant {
             Some(variant) => {
                 self_test::check(&gpu, variant)?;
-                variant
+                (variant, None)
             }
             None => self_test::choose(&gpu)?,
         };
@@ -167,7 +167,10 @@ impl GpuBackend {
         let device = DeviceInfo {
             name: format!("gpu:{}", adapter.index),
             description: adapter.to_string(),
-            gemv: variant.gemv().name.to_owned(),
+            gemv: match refused {
+                None => variant.gemv().name.to_owned(),
+                Some(problem) => format!("{} ({problem})", variant.gemv().name),
+            },
         };
         Ok(Self {
             device,

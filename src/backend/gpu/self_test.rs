@@ -22,13 +22,20 @@ fn preference(gpu: &Gpu) -> [Variant; 2] {
     }
 }
 
-/// The first variant in order of preference that is exact on this adapter.
+/// The first variant in order of preference that is exact on this adapter, and why an earlier one
+/// is not used.
 ///
 /// # Errors
-/// The last variant's error if none is.
-pub fn choose(gpu: &Gpu) -> Result<Variant> {
+/// The last variant's error if none is exact.
+pub fn choose(gpu: &Gpu) -> Result<(Variant, Option<Error>)> {
     let [first, second] = preference(gpu);
-    check(gpu, first).map(|()| first).or_else(|_| check(gpu, second).map(|()| second))
+    match check(gpu, first) {
+        Ok(()) => Ok((first, None)),
+        Err(problem @ Error::SelfTest { .. }) => {
+            check(gpu, second).map(|()| (second, Some(problem)))
+        }
+        Err(error) => Err(error),
+    }
 }
 
 /// Rows, columns and tokens of the check: partial tiles, partial chunks, a partial token tile.

@@ -222,9 +222,6 @@ impl SimdBackend {
         let config = source.config().clone();
         let capacity = options.capacity(&config)?;
         let max_batch = options.max_batch;
-        if max_batch == 0 {
-            return Err(Error::Dimension { name: "max_batch", found: 0, max: capacity });
-        }
         let pool = Pool::new(options.threads.unwrap_or_else(default_threads))?;
         let total = config.num_hidden_layers;
         let mut layers = Vec::with_capacity(total);
