@@ -133,11 +133,24 @@ pub enum Error {
         /// The configuration file.
         file: String,
         /// The key, dotted for nested ones.
-        key: &'static str,
+        key: String,
         /// What is supported or consistent.
         expected: String,
         /// What the file says.
         found: String,
+    },
+    /// int8 activations were asked for where they are no choice.
+    #[error(
+        "int8 activations are for models whose weights have a scale for each group of inputs; this one has int8 activations by definition"
+    )]
+    Int8Activations,
+    /// The device's kernels do not run this model.
+    #[error("{device} does not run models with {what}")]
+    UnsupportedOnDevice {
+        /// The kind of device.
+        device: &'static str,
+        /// What of the model it has no kernel for.
+        what: &'static str,
     },
     /// The tokenizer file cannot be used.
     #[error("{file}: {problem}")]

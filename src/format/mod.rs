@@ -14,6 +14,8 @@ pub use files::ModelFiles;
 pub enum Dtype {
     /// Unsigned byte: four packed ternary codes.
     U8,
+    /// Unsigned word: packed codes of MLX.
+    U32,
     /// bfloat16.
     Bf16,
     /// IEEE half.
@@ -25,13 +27,16 @@ pub enum Dtype {
 impl Dtype {
     /// The type of that safetensors name; `None` for one that no checkpoint in scope uses.
     pub fn from_name(name: &str) -> Option<Self> {
-        [Self::U8, Self::Bf16, Self::F16, Self::F32].into_iter().find(|dtype| dtype.name() == name)
+        [Self::U8, Self::U32, Self::Bf16, Self::F16, Self::F32]
+            .into_iter()
+            .find(|dtype| dtype.name() == name)
     }
 
     /// As safetensors spells it.
     pub fn name(self) -> &'static str {
         match self {
             Self::U8 => "U8",
+            Self::U32 => "U32",
             Self::Bf16 => "BF16",
             Self::F16 => "F16",
             Self::F32 => "F32",
@@ -43,7 +48,7 @@ impl Dtype {
         match self {
             Self::U8 => 1,
             Self::Bf16 | Self::F16 => 2,
-            Self::F32 => 4,
+            Self::U32 | Self::F32 => 4,
         }
     }
 }
