@@ -236,7 +236,7 @@ pub(crate) fn row(seed: u64, alphabet: Alphabet, n: usize, out: &mut [i8], scale
     }
     if !scales.is_empty() {
         // The power of two below the scale that keeps the variance, times 1 to 2.
-        let exponent = ((1.5 / out.len() as f32).sqrt().to_bits() >> 23) as u16 - 127 + 15;
+        let exponent = ((1.5 / out.len() as f32).sqrt().to_bits() >> 23) as u16 - (127 - 15);
         let row = hash(hash(seed, n as u64), u64::MAX);
         for (g, scale) in scales.iter_mut().enumerate() {
             *scale = exponent << 10 | (hash(row, g as u64) >> 54) as u16;
