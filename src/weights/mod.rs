@@ -1,11 +1,13 @@
 //! Named tensors → typed weights, with every shape and scale checked here.
 
+mod packed;
 mod table;
 mod ternary;
 
 use std::sync::Arc;
 
 pub use crate::checkpoint::{Checkpoint, MemorySummary};
+pub use packed::{PackedRun, RunScales, is_binary};
 pub use table::{Codes, Table, TableData};
 pub use ternary::{Alphabet, TernaryMatrix, WeightScale};
 
@@ -46,10 +48,12 @@ impl Rotation {
     }
 }
 
-/// Splits matrices that read the same vector into runs that take it through the same [`Input`], so
-/// that each run is one matrix to a backend: usually one run.
+/// Splits matrices that read the same vector into runs that take it through the same [`Input`] and
+/// have scales of the same groups, so that each run is one matrix to a backend: usually one run.
 pub fn runs_of_input<'a, 'b>(matrices: &'b [&'a TernaryMatrix]) -> Vec<&'b [&'a TernaryMatrix]> {
-    matrices.chunk_by(|a, b| a.input() == b.input()).collect()
+    let alike =
+        |a: &&TernaryMatrix, b: &&TernaryMatrix| a.input() == b.input() && a.groups() == b.groups();
+    matrices.chunk_by(alike).collect()
 }
 
 /// The weights of one layer.
