@@ -11,6 +11,7 @@ use sterna::{Checkpoint, Transformer};
 pub const MODELS: [&str; 3] = ["bitnet-a-bf16", "bitnet-a-packed", "llama-a-bitlinear"];
 
 /// Bonsai's MLX form: binary weights with a scale for every 128 inputs, float activations.
+#[allow(dead_code, reason = "a device may not run it")]
 pub const BONSAI: &str = "qwen3-1bit-mlx";
 
 fn golden(path: impl AsRef<Path>) -> PathBuf {
