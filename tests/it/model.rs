@@ -46,6 +46,13 @@ fn bonsai_on_ref() {
 }
 
 #[test]
+fn bonsai_on_cpu() {
+    let mut transformer = load(golden::BONSAI, Device::Cpu);
+    golden::check_logits(golden::BONSAI, &mut transformer).unwrap();
+    golden::check_greedy(golden::BONSAI, &mut transformer).unwrap();
+}
+
+#[test]
 fn single_matrices_on_ref() {
     let bitlinear = |matrix: &TernaryMatrix, x: &[f32]| {
         let (n, k) = (matrix.shape().n(), matrix.shape().k());
