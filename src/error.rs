@@ -212,6 +212,28 @@ pub enum Error {
         /// What of the model it has no kernel for.
         what: &'static str,
     },
+    /// A conversion would replace a file.
+    #[error("{}: it is there already; --force replaces it", path.display())]
+    Exists {
+        /// The output.
+        path: PathBuf,
+    },
+    /// The target of a conversion cannot hold the model.
+    #[error("the model cannot be converted: {problem}")]
+    Conversion {
+        /// Why, and what would do.
+        problem: &'static str,
+    },
+    /// Two models that should hold the same weights do not.
+    #[error("{what}: expected {expected}, found {found}")]
+    Differs {
+        /// The tensor and the place.
+        what: String,
+        /// The first model's value.
+        expected: String,
+        /// The second model's value.
+        found: String,
+    },
     /// The tokenizer file cannot be used.
     #[error("{file}: {problem}")]
     Tokenizer {

@@ -106,6 +106,22 @@ impl TernaryType {
         if k.is_multiple_of(elements) { (k / elements).checked_mul(bytes) } else { None }
     }
 
+    /// The bits of a row's scales alone, group after group; none where the tensor has one.
+    ///
+    /// # Panics
+    /// If the row is no whole number of blocks.
+    pub fn scales(self, bytes: &[u8]) -> impl Iterator<Item = u16> {
+        let (_, len_bytes) = self.block();
+        assert!(bytes.len().is_multiple_of(len_bytes), "{self:?}: whole blocks");
+        let at = match self {
+            Self::I2S | Self::I2SArm => None,
+            Self::Q1_0 | Self::Q2_0 | Self::Pq2_0 => Some(0),
+            Self::Tq1_0 | Self::Tq2_0 | Self::Ptq1_0 => Some(len_bytes - SCALE_BYTES),
+        };
+        let scale = move |block: &[u8]| at.map(|at| u16::from_le_bytes([block[at], block[at + 1]]));
+        bytes.chunks_exact(len_bytes).filter_map(scale)
+    }
+
     /// A row's K trits and the bits of its f16 scales, which may be anything: the caller checks
     /// them. Base-3 bytes that no encoder writes decode as in the original implementation.
     ///
