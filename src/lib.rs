@@ -21,6 +21,8 @@ pub mod config;
 pub mod error;
 pub mod format;
 pub mod generate;
+#[cfg(feature = "hub")]
+pub mod hub;
 pub mod kv_cache;
 pub mod layout;
 pub mod model;
