@@ -150,9 +150,8 @@ mod tests {
 
     #[test]
     fn names_of_files() {
-        for name in ["config.json", "a/b.gguf", "a b", "é", "..a", ".a", "console.txt", "com.txt1"]
-        {
-            assert!(is_relative_path(name) == (name != "com.txt1"), "{name}");
+        for name in ["config.json", "a/b.gguf", "a b", "é", "..a", ".a", "console.txt"] {
+            assert!(is_relative_path(name), "{name}");
         }
         let (long, longer) = ("a".repeat(201), "a/".repeat(600) + "a");
         for name in [

@@ -8,6 +8,10 @@ mod cli;
 mod generate;
 #[path = "../common/golden.rs"]
 mod golden;
+#[cfg(feature = "cli")]
+mod hub;
+#[cfg(feature = "cli")]
+mod hub_server;
 mod model;
 mod shaders;
 mod simd;
