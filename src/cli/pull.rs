@@ -38,7 +38,9 @@ pub(super) struct Arguments {
     #[command(flatten)]
     hub: Offline,
 
-    /// Write one JSON object with path, commit and files, and what each was checked against
+    /// Write one JSON object with path, commit and files, and what each is checked against
+    ///
+    /// Offline, commit is null and files are none: only the hub knows them.
     #[arg(long)]
     json: bool,
 }

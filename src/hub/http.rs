@@ -1,5 +1,6 @@
 //! Requests to the hub: redirects, the token's way, retries, and what a status means.
 
+use std::io::ErrorKind;
 use std::time::Duration;
 
 use percent_encoding::{AsciiSet, NON_ALPHANUMERIC, utf8_percent_encode};
@@ -219,6 +220,8 @@ fn transport(what: &str, url: &str, reason: &ureq::Error) -> Failure {
     let problem = format!("{host}:{port}: {reason}");
     let error = Error::HubConnection { what: what.to_owned(), problem };
     match reason {
+        // A certificate that is not trusted now will not be in a second.
+        Io(reason) if reason.kind() == ErrorKind::InvalidData => Failure::Final(error),
         Io(_) | Timeout(_) | HostNotFound | ConnectionFailed | Protocol(_) => {
             Failure::Transient { error, progress: false }
         }
