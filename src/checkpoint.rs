@@ -11,11 +11,10 @@ use crate::format::float::{Float, first_non_finite};
 use crate::format::{Dtype, ModelFiles, TensorInfo, TensorView, quoted};
 use crate::shape::MatShape;
 use crate::tensor_names::{
-    ATTN_SUB_NORM, DOWN_PROJ, EMBEDDING, FFN_SUB_NORM, FINAL_NORM, GATE_PROJ, INPUT_LAYERNORM,
-    K_PROJ, LINEARS, LM_HEAD, Linear, Norm, O_PROJ, POST_ATTENTION_LAYERNORM, Q_PROJ, UP_PROJ,
-    V_PROJ, norms,
+    ATTN_SUB_NORM, DOWN_PROJ, FFN_SUB_NORM, GATE_PROJ, INPUT_LAYERNORM, K_NORM, K_PROJ, LINEARS,
+    Linear, Naming, Norm, O_PROJ, POST_ATTENTION_LAYERNORM, Q_NORM, Q_PROJ, UP_PROJ, V_PROJ, norms,
 };
-use crate::weights::{DenseData, DenseMatrix, LayerWeights, TernaryMatrix, WeightSource};
+use crate::weights::{Input, LayerWeights, Table, TableData, TernaryMatrix, WeightSource};
 
 const CONFIG: &str = "config.json";
 
@@ -99,56 +98,142 @@ impl Checkpoint {
     pub fn memory(&self) -> MemorySummary {
         let config = &self.config;
         let layers = config.num_hidden_layers as u64;
-        let words = |(n, k): (usize, usize)| cpu_ref::layout::len_words(n, k) as u64;
+        let naming = self.naming();
+        let words = |(n, k): (usize, usize)| match config.weight_form {
+            WeightForm::Mlx { bits, group } => packed_words(bits, group, n, k),
+            _ => cpu_ref::layout::len_words(n, k) as u64,
+        };
         let ternary: u64 = LINEARS.iter().map(|linear| words((linear.shape)(config))).sum();
         let norms: u64 = norms(config).map(|norm| (norm.len)(config) as u64).sum();
-        let len_bytes = |name| self.files.info(name).map_or(0, |info| info.len_bytes);
+        let table = |name| match config.weight_form {
+            WeightForm::Mlx { .. } => 4 * words((config.vocab_size, config.hidden_size)),
+            _ => self.files.info(name).map_or(0, |info| info.len_bytes),
+        };
         MemorySummary {
             ternary: 4 * layers * ternary,
-            embedding: len_bytes(EMBEDDING),
-            lm_head: if config.tie_word_embeddings { 0 } else { len_bytes(LM_HEAD) },
+            embedding: table(naming.embedding()),
+            lm_head: if config.tie_word_embeddings { 0 } else { table(naming.lm_head()) },
             norms: 4 * (layers * norms + config.hidden_size as u64),
             kv_per_position: 4 * layers * 2 * config.kv_size() as u64,
         }
     }
 
+    fn naming(&self) -> Naming {
+        Naming::of(&self.config)
+    }
+
+    /// Types of GGML in a safetensors file.
+    fn not_in_this_container(&self) -> Error {
+        let found = "GGML types".to_owned();
+        let expected = "a GGUF file".to_owned();
+        Error::Config {
+            file: self.files.join(CONFIG),
+            key: "weight form".to_owned(),
+            expected,
+            found,
+        }
+    }
+
     /// Checks presence, type and shape of every tensor that the model needs; returns their names.
     fn check_tensors(&self) -> Result<BTreeSet<String>> {
-        let config = &self.config;
+        let (config, naming) = (&self.config, self.naming());
         let mut used = BTreeSet::new();
-        let vocabulary = [config.vocab_size, config.hidden_size];
-        self.float_info(EMBEDDING, &vocabulary, None)?;
-        used.insert(EMBEDDING.to_owned());
+        let vocabulary = (config.vocab_size, config.hidden_size);
+        used.extend(self.check_table(naming.embedding(), None)?);
+        let lm_head = naming.lm_head();
         if !config.tie_word_embeddings {
-            self.float_info(LM_HEAD, &vocabulary, Some("tie_word_embeddings is false"))?;
-            used.insert(LM_HEAD.to_owned());
-        } else if let Some(info) = self.files.info(LM_HEAD) {
+            used.extend(self.check_table(lm_head, Some("tie_word_embeddings is false"))?);
+        } else if let Some(info) = self.files.info(lm_head) {
             // Not used, but a head of another shape is no copy of the embeddings.
-            self.check_shape(info, &vocabulary)?;
+            self.check_shape(info, &[vocabulary.0, vocabulary.1])?;
         }
-        self.float_info(FINAL_NORM, &[config.hidden_size], None)?;
-        used.insert(FINAL_NORM.to_owned());
+        self.float_info(naming.final_norm(), &[config.hidden_size], None)?;
+        used.insert(naming.final_norm().to_owned());
         for layer in 0..config.num_hidden_layers {
             for norm in norms(config) {
-                let name = norm.weight(layer);
+                let name = norm.weight(naming, layer);
                 self.float_info(&name, &[(norm.len)(config)], None)?;
                 used.insert(name);
             }
             for linear in &LINEARS {
-                let name = linear.weight(layer);
-                let (n, k) = (linear.shape)(config);
-                if config.weight_form == WeightForm::Online {
-                    self.master_info(&name, [n, k])?;
-                } else {
-                    self.packed_info(&name, [n, k])?;
-                    let scale = linear.weight_scale(layer);
-                    self.scale_info(&scale)?;
-                    used.insert(scale);
-                }
-                used.insert(name);
+                used.extend(self.check_linear(linear, layer)?);
             }
         }
         Ok(used)
+    }
+
+    /// Checks the tensors of a linear layer; returns their names.
+    fn check_linear(&self, linear: &Linear, layer: usize) -> Result<Vec<String>> {
+        let naming = self.naming();
+        let name = linear.weight(naming, layer);
+        let (n, k) = (linear.shape)(&self.config);
+        let mut used = match self.config.weight_form {
+            WeightForm::Online => {
+                self.master_info(&name, [n, k])?;
+                vec![name]
+            }
+            WeightForm::PackedMultiply | WeightForm::PackedDivide => {
+                self.packed_info(&name, [n, k])?;
+                let scale = linear.weight_scale(naming, layer);
+                self.scale_info(&scale)?;
+                vec![name, scale]
+            }
+            WeightForm::Mlx { bits, group } => self.check_mlx(&name, (n, k), bits, group)?,
+            WeightForm::Ggml => return Err(self.not_in_this_container()),
+        };
+        if self.config.linear_norm_eps.is_some() {
+            let norm = linear.norm(naming, layer);
+            self.float_info(&norm, &[k], Some("use_rms_norm is true"))?;
+            used.push(norm);
+        }
+        Ok(used)
+    }
+
+    /// Checks the three tensors of a matrix in an MLX pack; returns their names.
+    fn check_mlx(
+        &self,
+        name: &str,
+        (n, k): (usize, usize),
+        bits: usize,
+        group: usize,
+    ) -> Result<Vec<String>> {
+        let info = self.info(name, None)?;
+        if !k.is_multiple_of(group) {
+            let expected = "a multiple of the group size in config.json";
+            return Err(self.value_error(
+                info,
+                expected,
+                format!("{k} columns, groups of {group}"),
+            ));
+        }
+        if info.dtype != Dtype::U32.name() {
+            return Err(self.dtype_error(info, "U32 (quantization says packed weights)"));
+        }
+        self.check_shape(info, &[n, k * bits / 32])?;
+        let [scales, biases] = mlx_names(name);
+        for name in [&scales, &biases] {
+            let info = self.info(name, Some("quantization says packed weights"))?;
+            if info.dtype != Dtype::F16.name() {
+                return Err(self.dtype_error(info, "F16"));
+            }
+            self.check_shape(info, &[n, k / group])?;
+        }
+        Ok(vec![name.to_owned(), scales, biases])
+    }
+
+    /// Checks the tensors of the embedding table or the LM head; returns their names.
+    fn check_table(&self, name: &str, hint: Option<&'static str>) -> Result<Vec<String>> {
+        let (v, k) = (self.config.vocab_size, self.config.hidden_size);
+        match self.config.weight_form {
+            WeightForm::Mlx { bits, group } => {
+                self.info(name, hint)?;
+                self.check_mlx(name, (v, k), bits, group)
+            }
+            _ => {
+                self.float_info(name, &[v, k], hint)?;
+                Ok(vec![name.to_owned()])
+            }
+        }
     }
 
     /// The tensors that are not in `used`; an error if one of them would change the computation.
@@ -169,25 +254,30 @@ impl Checkpoint {
 
     /// Why a tensor of this name, which the model does not use, cannot be left out.
     fn objection(&self, name: &str) -> Option<&'static str> {
-        let layer = name.strip_prefix("model.layers.").and_then(|rest| rest.split('.').next());
-        if let Some(layer) = layer.and_then(|layer| layer.parse::<usize>().ok())
-            && layer >= self.config.num_hidden_layers
-        {
+        let layer = self.naming().layer_of(name);
+        if layer.is_some_and(|layer| layer >= self.config.num_hidden_layers) {
             return Some("num_hidden_layers in config.json is smaller");
         }
         let mut reason = None;
         for part in name.split('.') {
             reason = match part {
                 "bias" => Some("this version has no biases"),
-                "attn_sub_norm" | "ffn_sub_norm" => Some("this architecture has no sub-norms"),
+                "attn_sub_norm" | "ffn_sub_norm" if !self.config.has_sub_norms() => {
+                    Some("this architecture has no sub-norms")
+                }
+                "attn_sub_norm" | "ffn_sub_norm" => {
+                    Some("these sub-norms belong to another architecture, BitNetForCausalLM")
+                }
                 "inner_attn_ln" | "ffn_layernorm" => {
                     Some("these sub-norms belong to another architecture, BitnetForCausalLM")
                 }
                 "q_norm" | "k_norm" => Some("this architecture does not normalise heads"),
-                "rms_norm" | "norm" if name != FINAL_NORM && layer.is_some() => {
-                    Some("this architecture has no norms inside its linear layers")
+                "rms_norm" | "norm" if layer.is_some() => {
+                    Some("config.json does not say use_rms_norm, a norm inside every linear layer")
                 }
-                "weight_scale" => Some("config.json does not say that this matrix is packed"),
+                "weight_scale" | "scales" | "biases" => {
+                    Some("config.json does not say that this matrix is packed")
+                }
                 _ => reason,
             };
         }
@@ -277,7 +367,7 @@ impl Checkpoint {
         let [stored] = stored;
         let scale = match self.config.weight_form {
             WeightForm::PackedDivide => 1.0 / stored,
-            WeightForm::PackedMultiply | WeightForm::Online => stored,
+            _ => stored,
         };
         // The reciprocal of a subnormal is infinite: both ends must be usable.
         let usable = |scale: f32| scale.is_finite() && scale > 0.0;
@@ -303,23 +393,27 @@ impl Checkpoint {
         }
     }
 
-    /// A matrix in the file's precision, copied piece by piece: the pages of the file never stand
+    /// A table in the file's precision, copied piece by piece: the pages of the file never stand
     /// in memory beside the whole copy.
-    fn dense(&self, name: &str) -> Result<DenseMatrix> {
+    fn table(&self, name: &str) -> Result<Table> {
         let shape = MatShape::new(self.config.vocab_size, self.config.hidden_size)?;
+        if let WeightForm::Mlx { bits, group } = self.config.weight_form {
+            let matrix = self.mlx_matrix(shape, name, bits, group)?;
+            return Ok(Table::new(shape, TableData::Groups(matrix)));
+        }
         let (info, float) = self.float_info(name, &[shape.n(), shape.k()], None)?;
         let data = match float {
-            Float::Bf16 => DenseData::Bf16(
+            Float::Bf16 => TableData::Bf16(
                 self.elements(info, u16::from_le_bytes, |bits| bits & 0x7f80 != 0x7f80)?,
             ),
-            Float::F16 => DenseData::F16(
+            Float::F16 => TableData::F16(
                 self.elements(info, u16::from_le_bytes, |bits| bits & 0x7c00 != 0x7c00)?,
             ),
             Float::F32 => {
-                DenseData::F32(self.elements(info, f32::from_le_bytes, f32::is_finite)?)
+                TableData::F32(self.elements(info, f32::from_le_bytes, f32::is_finite)?)
             }
         };
-        Ok(DenseMatrix::new(shape, data))
+        Ok(Table::new(shape, data))
     }
 
     fn elements<T: Copy + Default + Send, const SIZE: usize>(
@@ -350,17 +444,41 @@ impl Checkpoint {
     }
 
     fn matrix(&self, layer: usize, linear: &Linear) -> Result<TernaryMatrix> {
-        let name = linear.weight(layer);
+        let naming = self.naming();
+        let name = linear.weight(naming, layer);
         let (n, k) = (linear.shape)(&self.config);
         let shape = MatShape::new(n, k)?;
-        if self.config.weight_form == WeightForm::Online {
-            let float = self.master_info(&name, [n, k])?;
-            TernaryMatrix::from_master(shape, self.tensor(&name)?, float)
-        } else {
-            self.packed_info(&name, [n, k])?;
-            let scale = self.scale(&linear.weight_scale(layer))?;
-            Ok(TernaryMatrix::from_hf_packed(shape, self.tensor(&name)?, scale))
-        }
+        let matrix = match self.config.weight_form {
+            WeightForm::Online => {
+                let float = self.master_info(&name, [n, k])?;
+                TernaryMatrix::from_master(shape, self.tensor(&name)?, float)?
+            }
+            WeightForm::PackedMultiply | WeightForm::PackedDivide => {
+                self.packed_info(&name, [n, k])?;
+                let scale = self.scale(&linear.weight_scale(naming, layer))?;
+                TernaryMatrix::from_hf_packed(shape, self.tensor(&name)?, scale)
+            }
+            WeightForm::Mlx { bits, group } => self.mlx_matrix(shape, &name, bits, group)?,
+            WeightForm::Ggml => return Err(self.not_in_this_container()),
+        };
+        let norm = match self.config.linear_norm_eps {
+            None => None,
+            Some(_) => Some(self.vector(&linear.norm(naming, layer), k)?.into()),
+        };
+        Ok(matrix.with_input(Input { norm, rotation: None }))
+    }
+
+    fn mlx_matrix(
+        &self,
+        shape: MatShape,
+        name: &str,
+        bits: usize,
+        group: usize,
+    ) -> Result<TernaryMatrix> {
+        self.check_mlx(name, (shape.n(), shape.k()), bits, group)?;
+        let [scales, biases] = mlx_names(name);
+        let tensors = [self.tensor(name)?, self.tensor(&scales)?, self.tensor(&biases)?];
+        TernaryMatrix::from_mlx(shape, tensors, bits, group)
     }
 
     fn tensor(&self, name: &str) -> Result<TensorView> {
@@ -373,7 +491,7 @@ impl Checkpoint {
     }
 
     fn norm(&self, layer: usize, norm: &Norm) -> Result<Vec<f32>> {
-        self.vector(&norm.weight(layer), (norm.len)(&self.config))
+        self.vector(&norm.weight(self.naming(), layer), (norm.len)(&self.config))
     }
 }
 
@@ -382,34 +500,56 @@ impl WeightSource for Checkpoint {
         &self.config
     }
 
-    fn embedding(&self) -> Result<DenseMatrix> {
-        self.dense(EMBEDDING)
+    fn embedding(&self) -> Result<Table> {
+        self.table(self.naming().embedding())
     }
 
-    fn lm_head(&self) -> Result<Option<DenseMatrix>> {
-        if self.config.tie_word_embeddings { Ok(None) } else { self.dense(LM_HEAD).map(Some) }
+    fn lm_head(&self) -> Result<Option<Table>> {
+        if self.config.tie_word_embeddings {
+            return Ok(None);
+        }
+        self.table(self.naming().lm_head()).map(Some)
     }
 
     fn final_norm(&self) -> Result<Vec<f32>> {
-        self.vector(FINAL_NORM, self.config.hidden_size)
+        self.vector(self.naming().final_norm(), self.config.hidden_size)
     }
 
     fn layer(&self, index: usize) -> Result<LayerWeights> {
-        let has_sub_norms = self.config.has_sub_norms();
-        let sub_norm =
-            |norm| if has_sub_norms { self.norm(index, norm).map(Some) } else { Ok(None) };
+        let norm_if = |norm: &Norm| match (norm.is_in)(&self.config) {
+            true => self.norm(index, norm).map(Some),
+            false => Ok(None),
+        };
         Ok(LayerWeights {
             input_layernorm: self.norm(index, &INPUT_LAYERNORM)?,
             q_proj: self.matrix(index, &Q_PROJ)?,
             k_proj: self.matrix(index, &K_PROJ)?,
             v_proj: self.matrix(index, &V_PROJ)?,
-            attn_sub_norm: sub_norm(&ATTN_SUB_NORM)?,
+            q_norm: norm_if(&Q_NORM)?,
+            k_norm: norm_if(&K_NORM)?,
+            attn_sub_norm: norm_if(&ATTN_SUB_NORM)?,
             o_proj: self.matrix(index, &O_PROJ)?,
             post_attention_layernorm: self.norm(index, &POST_ATTENTION_LAYERNORM)?,
             gate_proj: self.matrix(index, &GATE_PROJ)?,
             up_proj: self.matrix(index, &UP_PROJ)?,
-            ffn_sub_norm: sub_norm(&FFN_SUB_NORM)?,
+            ffn_sub_norm: norm_if(&FFN_SUB_NORM)?,
             down_proj: self.matrix(index, &DOWN_PROJ)?,
         })
     }
+}
+
+/// The scales and biases beside an MLX pack `<prefix>.weight`.
+fn mlx_names(weight: &str) -> [String; 2] {
+    let prefix = weight.strip_suffix(".weight").unwrap_or(weight);
+    [".scales", ".biases"].map(|suffix| format!("{prefix}{suffix}"))
+}
+
+/// Words of a matrix `[N, K]` of that many bits a weight with an f16 scale for each group.
+fn packed_words(bits: usize, group: usize, n: usize, k: usize) -> u64 {
+    use cpu_ref::layout;
+    let weights = match bits {
+        1 => layout::signs::len_words(n, k),
+        _ => layout::len_words(n, k),
+    };
+    (weights + layout::group_scales::len_words(n, k / group)) as u64
 }

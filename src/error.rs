@@ -43,6 +43,66 @@ pub enum Error {
         /// What is inconsistent, in numbers.
         problem: String,
     },
+    /// A GGUF header or its offsets do not describe the file.
+    #[error("{file}: not a valid GGUF file: {problem}")]
+    Gguf {
+        /// The file.
+        file: String,
+        /// What is inconsistent, in numbers.
+        problem: String,
+    },
+    /// A GGUF file is of another version or byte order.
+    #[error(
+        "{file}: expected GGUF version 2 or 3 in little-endian order, found {found}; convert the model again"
+    )]
+    GgufVersion {
+        /// The file.
+        file: String,
+        /// Its version.
+        found: String,
+    },
+    /// The parts of a split GGUF model do not belong together.
+    #[error("{file}: expected {expected}, found {found}")]
+    GgufSplit {
+        /// The part.
+        file: String,
+        /// What the other parts, or the file's name, ask for.
+        expected: String,
+        /// What the part says.
+        found: String,
+    },
+    /// A directory holds several models.
+    #[error("{}: expected one model, found {found}; name one of the files", path.display())]
+    SeveralModels {
+        /// The directory.
+        path: PathBuf,
+        /// Their files.
+        found: String,
+    },
+    /// A key of a GGUF file is missing or has another type than its meaning requires.
+    #[error("{file}: {key}: expected {expected}, found {found}")]
+    Metadata {
+        /// The GGUF file.
+        file: String,
+        /// The key.
+        key: String,
+        /// The type that would do.
+        expected: &'static str,
+        /// The value in the file.
+        found: String,
+    },
+    /// The model needs a tensor whose element type this version does not read.
+    #[error("{file}: tensor {tensor}: this version does not read {found}: {remedy}")]
+    GgmlType {
+        /// The GGUF file.
+        file: String,
+        /// The tensor's name.
+        tensor: String,
+        /// The type.
+        found: String,
+        /// What would help.
+        remedy: &'static str,
+    },
     /// The index of a sharded checkpoint names a file outside its directory.
     #[error("{file}: expected the name of a file in the same directory, found {found}")]
     ShardName {
@@ -133,11 +193,24 @@ pub enum Error {
         /// The configuration file.
         file: String,
         /// The key, dotted for nested ones.
-        key: &'static str,
+        key: String,
         /// What is supported or consistent.
         expected: String,
         /// What the file says.
         found: String,
+    },
+    /// int8 activations were asked for where they are no choice.
+    #[error(
+        "int8 activations are for models whose weights have a scale for each group of inputs; this one has int8 activations by definition"
+    )]
+    Int8Activations,
+    /// The device's kernels do not run this model.
+    #[error("{device} does not run models with {what}")]
+    UnsupportedOnDevice {
+        /// The kind of device.
+        device: &'static str,
+        /// What of the model it has no kernel for.
+        what: &'static str,
     },
     /// The tokenizer file cannot be used.
     #[error("{file}: {problem}")]

@@ -5,15 +5,17 @@
 
 use rayon::prelude::*;
 
-use crate::config::{Activation, Architecture, ModelConfig, WeightForm};
+use crate::config::{Activation, Activations, Architecture, ModelConfig, RopeScaling, WeightForm};
 use crate::error::Result;
 use crate::format::float::{bf16_to_f32, f32_to_bf16};
 use crate::shape::MatShape;
 use crate::tensor_names::{
-    ATTN_SUB_NORM, DOWN_PROJ, FFN_SUB_NORM, GATE_PROJ, INPUT_LAYERNORM, K_PROJ, Linear, Norm,
-    O_PROJ, POST_ATTENTION_LAYERNORM, Q_PROJ, UP_PROJ, V_PROJ,
+    ATTN_SUB_NORM, DOWN_PROJ, FFN_SUB_NORM, GATE_PROJ, INPUT_LAYERNORM, K_NORM, K_PROJ, Linear,
+    Norm, O_PROJ, POST_ATTENTION_LAYERNORM, Q_NORM, Q_PROJ, UP_PROJ, V_PROJ,
 };
-use crate::weights::{DenseData, DenseMatrix, LayerWeights, TernaryMatrix, WeightSource};
+use crate::weights::{
+    Alphabet, Input, LayerWeights, Table, TableData, TernaryMatrix, WeightScale, WeightSource,
+};
 
 /// Standard deviation of the embedding's elements.
 const EMBEDDING_STD: f32 = 0.02;
@@ -23,6 +25,7 @@ pub fn bitnet_2b4t() -> ModelConfig {
     ModelConfig {
         architecture: Architecture::BitNet,
         weight_form: WeightForm::PackedMultiply,
+        activations: Activations::Int8Token,
         vocab_size: 128_256,
         hidden_size: 2560,
         intermediate_size: 6912,
@@ -33,7 +36,9 @@ pub fn bitnet_2b4t() -> ModelConfig {
         hidden_act: Activation::Relu2,
         max_position_embeddings: 4096,
         rms_norm_eps: 1e-5,
+        linear_norm_eps: None,
         rope_theta: 500_000.0,
+        rope_scaling: RopeScaling::None,
         tie_word_embeddings: true,
     }
 }
@@ -61,6 +66,42 @@ pub fn tiny_llama() -> ModelConfig {
         hidden_act: Activation::Silu,
         head_dim: 32,
         tie_word_embeddings: false,
+        ..tiny_bitnet()
+    }
+}
+
+/// A Bonsai-shaped model that runs in a moment: Qwen3 with YaRN; `bits` a weight (1 binary, 2
+/// ternary), a scale for every `group` inputs, the table packed like the rest.
+pub fn tiny_bonsai(bits: usize, group: usize) -> ModelConfig {
+    ModelConfig {
+        architecture: Architecture::Qwen3,
+        weight_form: WeightForm::Mlx { bits, group },
+        activations: Activations::Float,
+        hidden_act: Activation::Silu,
+        hidden_size: 256,
+        intermediate_size: 512,
+        head_dim: 128,
+        rms_norm_eps: 1e-6,
+        rope_theta: 1e6,
+        rope_scaling: RopeScaling::Yarn {
+            factor: 4.0,
+            original_context: 128.0,
+            beta_fast: 32.0,
+            beta_slow: 1.0,
+            attention_factor: RopeScaling::yarn_attention_factor(4.0),
+        },
+        ..tiny_bitnet()
+    }
+}
+
+/// A model with an RMSNorm inside every linear layer that runs in a moment, shaped like
+/// bitnet-embedding-0.6b.
+pub fn tiny_normed() -> ModelConfig {
+    ModelConfig {
+        architecture: Architecture::Qwen3,
+        hidden_act: Activation::Silu,
+        linear_norm_eps: Some(1e-6),
+        head_dim: 32,
         ..tiny_bitnet()
     }
 }
@@ -95,7 +136,7 @@ impl SyntheticModel {
         let scale = (1.5 / k as f32).sqrt();
         f32_to_bf16(match self.config.weight_form {
             WeightForm::PackedDivide => 1.0 / scale,
-            WeightForm::PackedMultiply | WeightForm::Online => scale,
+            _ => scale,
         })
     }
 
@@ -103,22 +144,42 @@ impl SyntheticModel {
         hash(self.seed, u64::MAX - table)
     }
 
-    fn table(&self, row: impl Fn(usize, &mut [u16]) + Sync) -> Result<DenseMatrix> {
+    /// How matrices that are packed by groups are scaled, and their alphabet.
+    fn groups(&self) -> Option<(WeightScale, Alphabet)> {
+        match self.config.weight_form {
+            WeightForm::Mlx { bits: 1, group } => {
+                Some((WeightScale::Groups { group }, Alphabet::Binary))
+            }
+            WeightForm::Mlx { group, .. } => {
+                Some((WeightScale::Groups { group }, Alphabet::Ternary))
+            }
+            _ => None,
+        }
+    }
+
+    fn table(&self, table: u64, row: impl Fn(usize, &mut [u16]) + Sync) -> Result<Table> {
         let shape = MatShape::new(self.config.vocab_size, self.config.hidden_size)?;
+        if let Some((scale, alphabet)) = self.groups() {
+            let matrix = TernaryMatrix::synthetic(shape, self.table_seed(table), scale, alphabet);
+            return Ok(Table::new(shape, TableData::Groups(matrix)));
+        }
         let mut bits = vec![0; shape.len()];
         bits.par_chunks_exact_mut(shape.k()).enumerate().for_each(|(n, out)| row(n, out));
-        Ok(DenseMatrix::new(shape, DenseData::Bf16(bits)))
+        Ok(Table::new(shape, TableData::Bf16(bits)))
     }
 
     fn matrix(&self, layer: usize, linear: &Linear) -> Result<TernaryMatrix> {
         let (n, k) = (linear.shape)(&self.config);
         let stored = bf16_to_f32(self.stored_scale(k));
-        let scale = match self.config.weight_form {
+        let tensor = WeightScale::Tensor(match self.config.weight_form {
             WeightForm::PackedDivide => 1.0 / stored,
-            WeightForm::PackedMultiply | WeightForm::Online => stored,
-        };
+            _ => stored,
+        });
+        let (scale, alphabet) = self.groups().unwrap_or((tensor, Alphabet::Ternary));
         let seed = hash_name(hash(self.seed, layer as u64), linear.path);
-        Ok(TernaryMatrix::synthetic(MatShape::new(n, k)?, seed, scale))
+        let norm = self.config.linear_norm_eps.map(|_| norm_weights(hash(seed, 0), k).into());
+        let matrix = TernaryMatrix::synthetic(MatShape::new(n, k)?, seed, scale, alphabet);
+        Ok(matrix.with_input(Input { norm, rotation: None }))
     }
 
     fn norm(&self, layer: usize, norm: &Norm) -> Vec<f32> {
@@ -132,15 +193,15 @@ impl WeightSource for SyntheticModel {
         &self.config
     }
 
-    fn embedding(&self) -> Result<DenseMatrix> {
-        self.table(|n, out| self.embedding_row(n, out))
+    fn embedding(&self) -> Result<Table> {
+        self.table(0, |n, out| self.embedding_row(n, out))
     }
 
-    fn lm_head(&self) -> Result<Option<DenseMatrix>> {
+    fn lm_head(&self) -> Result<Option<Table>> {
         if self.config.tie_word_embeddings {
             return Ok(None);
         }
-        self.table(|n, out| self.lm_head_row(n, out)).map(Some)
+        self.table(1, |n, out| self.lm_head_row(n, out)).map(Some)
     }
 
     fn final_norm(&self) -> Result<Vec<f32>> {
@@ -148,26 +209,52 @@ impl WeightSource for SyntheticModel {
     }
 
     fn layer(&self, index: usize) -> Result<LayerWeights> {
-        let has_sub_norms = self.config.has_sub_norms();
-        let sub_norm = |norm| has_sub_norms.then(|| self.norm(index, norm));
+        let norm_if = |norm: &Norm| (norm.is_in)(&self.config).then(|| self.norm(index, norm));
         Ok(LayerWeights {
             input_layernorm: self.norm(index, &INPUT_LAYERNORM),
             q_proj: self.matrix(index, &Q_PROJ)?,
             k_proj: self.matrix(index, &K_PROJ)?,
             v_proj: self.matrix(index, &V_PROJ)?,
-            attn_sub_norm: sub_norm(&ATTN_SUB_NORM),
+            q_norm: norm_if(&Q_NORM),
+            k_norm: norm_if(&K_NORM),
+            attn_sub_norm: norm_if(&ATTN_SUB_NORM),
             o_proj: self.matrix(index, &O_PROJ)?,
             post_attention_layernorm: self.norm(index, &POST_ATTENTION_LAYERNORM),
             gate_proj: self.matrix(index, &GATE_PROJ)?,
             up_proj: self.matrix(index, &UP_PROJ)?,
-            ffn_sub_norm: sub_norm(&FFN_SUB_NORM),
+            ffn_sub_norm: norm_if(&FFN_SUB_NORM),
             down_proj: self.matrix(index, &DOWN_PROJ)?,
         })
     }
 }
 
-/// Row `n` of a random ternary matrix.
-pub(crate) fn trits(seed: u64, n: usize, out: &mut [i8]) {
+/// Row `n` of a random matrix: trits, and the f16 scales of its groups if there are any.
+pub(crate) fn row(seed: u64, alphabet: Alphabet, n: usize, out: &mut [i8], scales: &mut [u16]) {
+    match alphabet {
+        Alphabet::Binary => signs(seed, n, out),
+        Alphabet::Ternary => trits(seed, n, out),
+    }
+    if !scales.is_empty() {
+        // The power of two below the scale that keeps the variance, times 1 to 2.
+        let exponent = ((1.5 / out.len() as f32).sqrt().to_bits() >> 23) as u16 - (127 - 15);
+        let row = hash(hash(seed, n as u64), u64::MAX);
+        for (g, scale) in scales.iter_mut().enumerate() {
+            *scale = exponent << 10 | (hash(row, g as u64) >> 54) as u16;
+        }
+    }
+}
+
+fn signs(seed: u64, n: usize, out: &mut [i8]) {
+    let row = hash(seed, n as u64);
+    for (i, group) in out.chunks_mut(64).enumerate() {
+        let bits = hash(row, i as u64);
+        for (bit, sign) in group.iter_mut().enumerate() {
+            *sign = 2 * (bits >> bit & 1) as i8 - 1;
+        }
+    }
+}
+
+fn trits(seed: u64, n: usize, out: &mut [i8]) {
     let row = hash(seed, n as u64);
     for (i, group) in out.chunks_mut(8).enumerate() {
         for (trit, byte) in group.iter_mut().zip(hash(row, i as u64).to_le_bytes()) {
@@ -239,29 +326,52 @@ mod tests {
         let mut row = vec![0.0; embedding.shape().k()];
         let mut sum = 0.0;
         for n in 0..embedding.shape().n() {
-            embedding.row(n, &mut row);
+            embedding.row(n, &mut row).unwrap();
             sum += row.iter().map(|x| x * x).sum::<f32>();
         }
         let std = (sum / embedding.shape().len() as f32).sqrt();
         assert!((std - EMBEDDING_STD).abs() < 0.001, "{std}");
-        assert_ne!(model.lm_head().unwrap(), Some(embedding));
+        let mut other = row.clone();
+        model.lm_head().unwrap().unwrap().row(embedding.shape().n() - 1, &mut other).unwrap();
+        assert_ne!(row, other);
     }
 
     #[test]
     fn layers_have_the_shapes_of_the_configuration() {
-        for config in [tiny_bitnet(), tiny_llama(), bitnet_2b4t()] {
+        for config in [tiny_bitnet(), tiny_llama(), tiny_normed(), bitnet_2b4t()] {
             let model = SyntheticModel::new(config.clone(), 7);
             let layer = model.layer(1).unwrap();
             for (linear, matrix) in layer.linears() {
                 let (n, k) = (linear.shape)(&config);
                 assert_eq!(matrix.shape(), MatShape::new(n, k).unwrap());
-                assert!((matrix.scale() - (1.5 / k as f32).sqrt()).abs() < 0.01 * matrix.scale());
+                let WeightScale::Tensor(scale) = matrix.scale() else { panic!("one scale") };
+                assert!((scale - (1.5 / k as f32).sqrt()).abs() < 0.01 * scale);
+                assert_eq!(matrix.input().norm.is_some(), config.linear_norm_eps.is_some());
             }
             assert_eq!(layer.norms().count(), crate::tensor_names::norms(&config).count());
             for (norm, weights) in layer.norms() {
                 assert_eq!(weights.len(), (norm.len)(&config));
                 assert!(weights.iter().all(|weight| (0.75..=1.25).contains(weight)));
             }
+        }
+    }
+
+    #[test]
+    fn groups_have_scales_near_the_one_that_keeps_the_variance() {
+        for (bits, group) in [(1, 128), (2, 64)] {
+            let config = tiny_bonsai(bits, group);
+            let layer = SyntheticModel::new(config, 3).layer(0).unwrap();
+            let matrix = &layer.down_proj;
+            let k = matrix.shape().k();
+            let (mut row, mut scales) = (vec![0; k], vec![0; k / group]);
+            matrix.row_with_scales(5, &mut row, &mut scales).unwrap();
+            let keeping = (1.5 / k as f32).sqrt();
+            for &scale in &scales {
+                let ratio = crate::format::float::f16_to_f32(scale) / keeping;
+                assert!((0.5..2.0).contains(&ratio), "{ratio}");
+            }
+            assert_eq!(row.contains(&0), bits == 2);
+            assert!(row.contains(&1) && row.contains(&-1));
         }
     }
 }

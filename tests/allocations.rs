@@ -40,8 +40,12 @@ fn a_decode_step_allocates_nothing() {
         let model = SyntheticModel::new(config, 5);
         for level in Level::available() {
             for threads in [1, 3] {
-                let options =
-                    LoadOptions { context: Some(100), max_batch: 8, threads: Some(threads) };
+                let options = LoadOptions {
+                    context: Some(100),
+                    max_batch: 8,
+                    threads: Some(threads),
+                    ..LoadOptions::default()
+                };
                 let backend =
                     SimdBackend::load_on(level, &model, &options, &mut |_| {}).expect("loads");
                 let mut transformer = Transformer::new(model.config().clone(), Box::new(backend));

@@ -1,7 +1,7 @@
 //! The packed layouts, each defined by a slow `get(words, n, k)`.
 //!
-//! Both store a ternary matrix `[N,K]` in tiles of 32 rows × 64 columns. A tile row's share of a
-//! chunk is one *piece* of 16 bytes (four little-endian u32 words):
+//! `i2` and `planes` store a ternary matrix `[N,K]` in tiles of 32 rows × 64 columns. A tile row's
+//! share of a chunk is one *piece* of 16 bytes (four little-endian u32 words):
 //!
 //! ```text
 //! words[tile = n/32][chunk = k/64][row = n%32][4]
@@ -9,7 +9,9 @@
 //!
 //! so that 32 GPU lanes, one per row, read 512 contiguous bytes, and a 128-bit SIMD register holds
 //! one row's piece. N is padded to a multiple of 32 and K to a multiple of 64 with weight 0.
-//! Storage is 2 bits a weight in either layout.
+//! Storage is 2 bits a weight in either layout. `signs` stores a binary matrix {−1, +1} in the same
+//! way at 1 bit a weight: its chunks are 128 columns. Scales of groups of inputs lie apart, in
+//! `group_scales`.
 
 /// Rows of a tile.
 pub const TILE_ROWS: usize = 32;
@@ -70,9 +72,80 @@ pub mod planes {
     }
 }
 
+/// The binary layout: bit `b` of word `i` of a piece is 1 for −1, 0 for +1, at
+/// `k = 128·chunk + 32·i + b`. The padding is +1: activations past K must be 0.
+pub mod signs {
+    use super::{PIECE_WORDS, TILE_ROWS, piece_index};
+
+    /// Columns (k) of a chunk.
+    pub const CHUNK_K: usize = 128;
+
+    /// Chunks along K: `ceil(K/128)`.
+    pub fn k_chunks(k: usize) -> usize {
+        k.div_ceil(CHUNK_K)
+    }
+
+    /// Words of a packed `[N,K]` matrix.
+    pub fn len_words(n: usize, k: usize) -> usize {
+        n.div_ceil(TILE_ROWS) * k_chunks(k) * TILE_ROWS * PIECE_WORDS
+    }
+
+    /// Weight `w[n,k]` of a matrix with `chunks = k_chunks(K)`.
+    pub fn get(words: &[u32], chunks: usize, n: usize, k: usize) -> i8 {
+        let (chunk, within) = (k / CHUNK_K, k % CHUNK_K);
+        let word = words[piece_index(chunks, n, chunk) + within / 32];
+        if word >> (within % 32) & 1 == 1 { -1 } else { 1 }
+    }
+}
+
+/// Scales of groups of inputs, beside any of the layouts: IEEE half, two rows a word, the even row
+/// in the low half:
+///
+/// ```text
+/// words[tile = n/32][g][(n%32)/2]
+/// ```
+///
+/// Rows of the padding have scale 0.
+pub mod group_scales {
+    use super::TILE_ROWS;
+
+    /// Words of the scales of `[N,K]` with `groups = K/group`.
+    pub fn len_words(n: usize, groups: usize) -> usize {
+        n.div_ceil(TILE_ROWS) * groups * TILE_ROWS / 2
+    }
+
+    /// The bits of the half that scales group `g` of row `n`.
+    pub fn get(words: &[u32], groups: usize, n: usize, g: usize) -> u16 {
+        let row = n % TILE_ROWS;
+        let word = words[(n / TILE_ROWS * groups + g) * (TILE_ROWS / 2) + row / 2];
+        (word >> (16 * (row % 2))) as u16
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn signs_are_one_bit_a_weight() {
+        let mut words = vec![0; signs::len_words(33, 200)];
+        assert_eq!(words.len(), 2 * 2 * 32 * 4);
+        // Row 32, k = 128 + 37: tile 1, chunk 1, word 1, bit 5.
+        words[piece_index(2, 32, 1) + 1] = 1 << 5;
+        assert_eq!(signs::get(&words, 2, 32, 165), -1);
+        assert_eq!(signs::get(&words, 2, 32, 164), 1);
+        assert_eq!(signs::get(&words, 2, 31, 165), 1);
+    }
+
+    #[test]
+    fn group_scales_pair_rows() {
+        let mut words = vec![0; group_scales::len_words(40, 3)];
+        assert_eq!(words.len(), 2 * 3 * 16);
+        // Row 35 (tile 1, row 3), group 2: word 1 of its 16, high half.
+        words[(3 + 2) * 16 + 1] = 0x3c00_0000;
+        assert_eq!(group_scales::get(&words, 3, 35, 2), 0x3c00);
+        assert_eq!(group_scales::get(&words, 3, 34, 2), 0);
+    }
 
     #[test]
     fn i2_places_fields_16_apart() {

@@ -24,6 +24,8 @@ pub mod embedding;
 pub mod exp;
 pub mod gemm;
 pub mod gemv;
+pub mod group_gemv;
+pub mod hadamard;
 pub mod layout;
 pub mod lm_head;
 pub mod mlp;

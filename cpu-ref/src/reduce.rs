@@ -9,6 +9,8 @@
 pub const NORM_LANES: usize = 256;
 /// Lanes of the dot product of a query and a key.
 pub const DOT_LANES: usize = 16;
+/// Lanes of the sum over groups in `group_gemv` with int8 activations.
+pub const GROUP_LANES: usize = 8;
 /// Keys that attention takes at a time, and lanes of the sum of their weights.
 pub const KEY_LANES: usize = 128;
 

@@ -4,7 +4,7 @@ pub mod gpu;
 pub mod reference;
 pub mod simd;
 
-use crate::config::ModelConfig;
+use crate::config::{Activations, ModelConfig};
 use crate::error::{Error, Result};
 use crate::weights::WeightSource;
 
@@ -174,11 +174,14 @@ pub struct LoadOptions {
     pub max_batch: usize,
     /// CPU threads; `None`: one per physical core.
     pub threads: Option<usize>,
+    /// Quantises the activations of a model that is defined with f32 ones: faster, and not the
+    /// model's own numbers. See [`Activations::Int8Group`].
+    pub int8_activations: bool,
 }
 
 impl Default for LoadOptions {
     fn default() -> Self {
-        Self { context: None, max_batch: 64, threads: None }
+        Self { context: None, max_batch: 64, threads: None, int8_activations: false }
     }
 }
 
@@ -186,6 +189,18 @@ impl Default for LoadOptions {
 const DEFAULT_CONTEXT: usize = 4096;
 
 impl LoadOptions {
+    /// What the linear layers of this model multiply with.
+    ///
+    /// # Errors
+    /// [`Error::Int8Activations`] if int8 is asked for and the model has it by definition.
+    pub fn activations(&self, config: &ModelConfig) -> Result<Activations> {
+        match (config.activations, self.int8_activations) {
+            (Activations::Float, true) => Ok(Activations::Int8Group),
+            (_, true) => Err(Error::Int8Activations),
+            (activations, false) => Ok(activations),
+        }
+    }
+
     /// Positions the KV cache gets for this model.
     ///
     /// # Errors

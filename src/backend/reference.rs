@@ -3,47 +3,63 @@
 //! Slow, and right by inspection; the other backends are judged by it.
 
 use cpu_ref::gemv::{dequantize, ternary_dot};
-use cpu_ref::quantize_absmax::{Quantized, quantize_absmax};
+use cpu_ref::group_gemv::{group_dot, group_dot_int8, quantize_absmax_groups};
+use cpu_ref::quantize_absmax::quantize_absmax;
 use cpu_ref::rmsnorm::rmsnorm;
 use cpu_ref::{attention::attention, lm_head, mlp, residual::residual_add, rope};
 
 use super::{Backend, Batch, DeviceInfo, LoadOptions, OnProgress, Output, Progress, Tap, Want};
-use crate::config::ModelConfig;
+use crate::config::{Activations, ModelConfig};
 use crate::error::{Error, Result};
+use crate::format::float::f16_to_f32;
 use crate::kv_cache::KvCache;
-use crate::weights::{DenseMatrix, TernaryMatrix, WeightSource};
+use crate::weights::{Input, Table, TernaryMatrix, WeightScale, WeightSource, runs_of_input};
 
 /// A model on the reference backend.
 pub struct Reference {
     device: DeviceInfo,
     config: ModelConfig,
     max_batch: usize,
-    embedding: DenseMatrix,
-    lm_head: Option<DenseMatrix>,
+    embedding: Table,
+    lm_head: Option<Table>,
     final_norm: Vec<f32>,
     layers: Vec<Layer>,
-    inv_freq: Vec<f32>,
+    frequencies: rope::Frequencies,
     cache: KvCache,
     pass: Pass,
 }
 
-/// A ternary matrix as plain trits `[N, K]`.
+/// Matrices that read the same vector, `[N, K]` one after another.
+struct Linears(Vec<Trits>);
+
+/// Matrices that read the same vector through the same [`Input`], as plain trits `[N, K]`.
 struct Trits {
     k: usize,
     trits: Vec<i8>,
-    weight_scale: Vec<f32>,
+    scales: Scales,
+    input: Input,
+    /// eps of the input's norm.
+    eps: f32,
+}
+
+enum Scales {
+    /// One a row.
+    Rows(Vec<f32>),
+    /// `[N, K/group]`, and whether activations are quantised a group.
+    Groups { scales: Vec<f32>, groups: usize, int8: bool },
 }
 
 struct Layer {
     input_layernorm: Vec<f32>,
-    qkv: Trits,
+    qkv: Linears,
+    q_norm: Option<Vec<f32>>,
+    k_norm: Option<Vec<f32>>,
     attn_sub_norm: Option<Vec<f32>>,
-    o: Trits,
+    o: Linears,
     post_attention_layernorm: Vec<f32>,
-    gate: Trits,
-    up: Trits,
+    gate_up: Linears,
     ffn_sub_norm: Option<Vec<f32>>,
-    down: Trits,
+    down: Linears,
 }
 
 /// The state of one forward pass: one vector a token.
@@ -60,32 +76,72 @@ struct Pass {
     token: Option<u32>,
 }
 
+impl Linears {
+    fn new(parts: &[&TernaryMatrix], config: &ModelConfig, options: &LoadOptions) -> Result<Self> {
+        let int8 = options.activations(config)? == Activations::Int8Group;
+        let eps = config.linear_norm_eps.unwrap_or_default();
+        let runs = runs_of_input(parts).into_iter().map(|run| Trits::concat(run, eps, int8));
+        runs.collect::<Result<_>>().map(Self)
+    }
+
+    /// `W·x` of every matrix, one after another.
+    fn apply(&self, x: &[f32]) -> Vec<f32> {
+        self.0.iter().flat_map(|trits| trits.apply(x)).collect()
+    }
+}
+
 impl Trits {
     /// The rows of `parts` one after another.
-    fn concat(parts: &[&TernaryMatrix]) -> Result<Self> {
+    fn concat(parts: &[&TernaryMatrix], eps: f32, int8: bool) -> Result<Self> {
         let k = parts[0].shape().k();
         let rows: usize = parts.iter().map(|part| part.shape().n()).sum();
         let mut trits = vec![0; rows * k];
-        let mut weight_scale = Vec::with_capacity(rows);
+        let mut row_scales = Vec::with_capacity(rows);
+        let mut group_scales = Vec::new();
         let mut out = trits.chunks_exact_mut(k);
         for part in parts {
+            let mut scales = vec![0; part.groups()];
             for (n, row) in (0..part.shape().n()).zip(out.by_ref()) {
-                part.row(n, row)?;
-                weight_scale.push(part.scale());
+                part.row_with_scales(n, row, &mut scales)?;
+                match part.scale() {
+                    WeightScale::Tensor(scale) => row_scales.push(scale),
+                    WeightScale::Groups { .. } => {
+                        group_scales.extend(scales.iter().map(|&bits| f16_to_f32(bits)));
+                    }
+                }
             }
         }
-        Ok(Self { k, trits, weight_scale })
+        let scales = match parts[0].groups() {
+            0 => Scales::Rows(row_scales),
+            groups => Scales::Groups { scales: group_scales, groups, int8 },
+        };
+        Ok(Self { k, trits, scales, input: parts[0].input().clone(), eps })
     }
 
-    /// The BitLinear layer: `W · quantize(x)`, scaled back.
-    fn bitlinear(&self, x: &[f32]) -> Vec<f32> {
-        self.apply(&quantize_absmax(x))
-    }
-
-    fn apply(&self, x: &Quantized) -> Vec<f32> {
-        let acc: Vec<i32> =
-            self.trits.chunks_exact(self.k).map(|row| ternary_dot(row, &x.codes)).collect();
-        dequantize(&acc, &self.weight_scale, x.act_scale)
+    /// The linear layer: what its input wants, then `W·x`, with int8 activations where the model
+    /// has them.
+    fn apply(&self, x: &[f32]) -> Vec<f32> {
+        let normed = self.input.norm.as_ref().map(|weight| rmsnorm(x, weight, self.eps));
+        let x = normed.as_deref().unwrap_or(x);
+        let rotated = self.input.rotation.as_ref().map(|rotation| rotation.rotate(x));
+        let x = rotated.as_deref().unwrap_or(x);
+        let rows = self.trits.chunks_exact(self.k);
+        match &self.scales {
+            Scales::Rows(weight_scale) => {
+                let x = quantize_absmax(x);
+                let acc: Vec<i32> = rows.map(|row| ternary_dot(row, &x.codes)).collect();
+                dequantize(&acc, weight_scale, x.act_scale)
+            }
+            Scales::Groups { scales, groups, int8: false } => {
+                let rows = rows.zip(scales.chunks_exact(*groups));
+                rows.map(|(row, scales)| group_dot(row, scales, x)).collect()
+            }
+            Scales::Groups { scales, groups, int8: true } => {
+                let (codes, act_scales) = quantize_absmax_groups(x, self.k / groups);
+                let rows = rows.zip(scales.chunks_exact(*groups));
+                rows.map(|(row, scales)| group_dot_int8(row, scales, &codes, &act_scales)).collect()
+            }
+        }
     }
 }
 
@@ -106,16 +162,18 @@ impl Reference {
         for index in 0..total {
             progress(Progress { done: index, total });
             let layer = source.layer(index)?;
+            let linears = |parts: &[&TernaryMatrix]| Linears::new(parts, &config, options);
             layers.push(Layer {
+                qkv: linears(&[&layer.q_proj, &layer.k_proj, &layer.v_proj])?,
+                o: linears(&[&layer.o_proj])?,
+                gate_up: linears(&[&layer.gate_proj, &layer.up_proj])?,
+                down: linears(&[&layer.down_proj])?,
                 input_layernorm: layer.input_layernorm,
-                qkv: Trits::concat(&[&layer.q_proj, &layer.k_proj, &layer.v_proj])?,
+                q_norm: layer.q_norm,
+                k_norm: layer.k_norm,
                 attn_sub_norm: layer.attn_sub_norm,
-                o: Trits::concat(&[&layer.o_proj])?,
                 post_attention_layernorm: layer.post_attention_layernorm,
-                gate: Trits::concat(&[&layer.gate_proj])?,
-                up: Trits::concat(&[&layer.up_proj])?,
                 ffn_sub_norm: layer.ffn_sub_norm,
-                down: Trits::concat(&[&layer.down_proj])?,
             });
         }
         progress(Progress { done: total, total });
@@ -130,7 +188,7 @@ impl Reference {
             lm_head: source.lm_head()?,
             final_norm: source.final_norm()?,
             layers,
-            inv_freq: rope::inv_frequencies(config.rope_theta, config.head_dim),
+            frequencies: source.frequencies()?,
             cache: KvCache::new(total, capacity, config.kv_size()),
             pass: Pass::default(),
             config,
@@ -171,23 +229,31 @@ impl Backend for Reference {
         let pass = &mut self.pass;
         for &token in &pass.tokens {
             let mut row = vec![0.0; self.config.hidden_size];
-            self.embedding.row(token as usize, &mut row);
+            self.embedding.row(token as usize, &mut row)?;
+            if let Some(rotation) = self.embedding.rotation() {
+                row = rotation.rotate_back(&row);
+            }
             pass.hidden.push(row);
         }
         Ok(())
     }
 
     fn qkv(&mut self, layer: usize) -> Result<()> {
-        let Layer { input_layernorm, qkv, .. } = &self.layers[layer];
+        let Layer { input_layernorm, qkv, q_norm, k_norm, .. } = &self.layers[layer];
         let (dim, query_size) = (self.config.head_dim, self.config.query_size());
         self.pass.query.clear();
         for (m, hidden) in self.pass.hidden.iter().enumerate() {
             let position = self.pass.start + m;
             let normed = rmsnorm(hidden, input_layernorm, self.config.rms_norm_eps);
-            let mut rows = qkv.bitlinear(&normed);
-            let (cos, sin) = rope::angles(position, &self.inv_freq);
+            let mut rows = qkv.apply(&normed);
+            let (cos, sin) = rope::angles(position, &self.frequencies);
             let (query_key, value) = rows.split_at_mut(query_size + self.config.kv_size());
-            for head in query_key.chunks_exact_mut(dim) {
+            for (index, head) in query_key.chunks_exact_mut(dim).enumerate() {
+                let norm = if index * dim < query_size { q_norm } else { k_norm };
+                if let Some(weight) = norm {
+                    let normed = rmsnorm(head, weight, self.config.rms_norm_eps);
+                    head.copy_from_slice(&normed);
+                }
                 rope::rotate(head, &cos, &sin);
             }
             let (query, key) = query_key.split_at(query_size);
@@ -212,19 +278,19 @@ impl Backend for Reference {
         let Layer { attn_sub_norm, o, .. } = &self.layers[layer];
         for (hidden, attended) in self.pass.hidden.iter_mut().zip(&self.pass.attended) {
             let x = Self::sub_norm(attended, attn_sub_norm.as_ref(), self.config.rms_norm_eps);
-            *hidden = residual_add(hidden, &o.bitlinear(&x));
+            *hidden = residual_add(hidden, &o.apply(&x));
         }
         Ok(())
     }
 
     fn gate_up(&mut self, layer: usize) -> Result<()> {
-        let Layer { post_attention_layernorm, gate, up, .. } = &self.layers[layer];
+        let Layer { post_attention_layernorm, gate_up, .. } = &self.layers[layer];
         self.pass.gated.clear();
         for hidden in &self.pass.hidden {
             let normed = rmsnorm(hidden, post_attention_layernorm, self.config.rms_norm_eps);
-            let x = quantize_absmax(&normed);
-            let (gate, up) = (gate.apply(&x), up.apply(&x));
-            self.pass.gated.push(mlp::gated_activation(&gate, &up, self.config.hidden_act));
+            let rows = gate_up.apply(&normed);
+            let (gate, up) = rows.split_at(self.config.intermediate_size);
+            self.pass.gated.push(mlp::gated_activation(gate, up, self.config.hidden_act));
         }
         Ok(())
     }
@@ -233,7 +299,7 @@ impl Backend for Reference {
         let Layer { ffn_sub_norm, down, .. } = &self.layers[layer];
         for (hidden, gated) in self.pass.hidden.iter_mut().zip(&self.pass.gated) {
             let x = Self::sub_norm(gated, ffn_sub_norm.as_ref(), self.config.rms_norm_eps);
-            *hidden = residual_add(hidden, &down.bitlinear(&x));
+            *hidden = residual_add(hidden, &down.apply(&x));
         }
         Ok(())
     }
@@ -246,12 +312,15 @@ impl Backend for Reference {
         };
         let mut row = vec![0.0; self.config.hidden_size];
         for hidden in &self.pass.hidden[first..] {
-            let normed = rmsnorm(hidden, &self.final_norm, self.config.rms_norm_eps);
+            let mut normed = rmsnorm(hidden, &self.final_norm, self.config.rms_norm_eps);
+            if let Some(rotation) = table.rotation() {
+                normed = rotation.rotate(&normed);
+            }
             let logits = (0..self.config.vocab_size).map(|v| {
-                table.row(v, &mut row);
-                lm_head::logit(&row, &normed)
+                table.row(v, &mut row)?;
+                Ok(lm_head::logit(&row, &normed))
             });
-            self.pass.logits.push(logits.collect());
+            self.pass.logits.push(logits.collect::<Result<_>>()?);
         }
         Ok(())
     }

@@ -20,7 +20,7 @@ impl Float {
             Dtype::Bf16 => Some(Self::Bf16),
             Dtype::F16 => Some(Self::F16),
             Dtype::F32 => Some(Self::F32),
-            Dtype::U8 => None,
+            Dtype::U8 | Dtype::U32 => None,
         }
     }
 

@@ -2,9 +2,12 @@
 
 mod files;
 pub mod float;
+pub mod ggml;
+pub mod gguf;
 mod mapped;
 mod safetensors;
 
+use std::ops::Range;
 use std::sync::Arc;
 
 pub use files::ModelFiles;
@@ -14,6 +17,8 @@ pub use files::ModelFiles;
 pub enum Dtype {
     /// Unsigned byte: four packed ternary codes.
     U8,
+    /// Unsigned word: packed codes of MLX.
+    U32,
     /// bfloat16.
     Bf16,
     /// IEEE half.
@@ -25,13 +30,16 @@ pub enum Dtype {
 impl Dtype {
     /// The type of that safetensors name; `None` for one that no checkpoint in scope uses.
     pub fn from_name(name: &str) -> Option<Self> {
-        [Self::U8, Self::Bf16, Self::F16, Self::F32].into_iter().find(|dtype| dtype.name() == name)
+        [Self::U8, Self::U32, Self::Bf16, Self::F16, Self::F32]
+            .into_iter()
+            .find(|dtype| dtype.name() == name)
     }
 
     /// As safetensors spells it.
     pub fn name(self) -> &'static str {
         match self {
             Self::U8 => "U8",
+            Self::U32 => "U32",
             Self::Bf16 => "BF16",
             Self::F16 => "F16",
             Self::F32 => "F32",
@@ -43,7 +51,7 @@ impl Dtype {
         match self {
             Self::U8 => 1,
             Self::Bf16 | Self::F16 => 2,
-            Self::F32 => 4,
+            Self::U32 | Self::F32 => 4,
         }
     }
 }
@@ -55,8 +63,27 @@ pub enum Bytes {
     Mapped(Arc<memmap2::Mmap>),
     /// Read into memory.
     Owned(Arc<[u8]>),
+    /// A range of a file that is in memory.
+    Part(Arc<[u8]>, Range<usize>),
     /// Part of the program.
     Static(&'static [u8]),
+}
+
+impl Bytes {
+    /// The same bytes from `start`, `len` of them.
+    ///
+    /// # Panics
+    /// If there are not that many, or they are a map: those are made in the size that is needed.
+    fn part(&self, start: usize, len: usize) -> Self {
+        match self {
+            Self::Owned(bytes) => {
+                assert!(len <= bytes.len() && start <= bytes.len() - len);
+                Self::Part(bytes.clone(), start..start + len)
+            }
+            Self::Static(bytes) => Self::Static(&bytes[start..][..len]),
+            Self::Mapped(_) | Self::Part(..) => panic!("not a whole file in memory"),
+        }
+    }
 }
 
 impl std::ops::Deref for Bytes {
@@ -66,8 +93,15 @@ impl std::ops::Deref for Bytes {
         match self {
             Self::Mapped(map) => map,
             Self::Owned(bytes) => bytes,
+            Self::Part(bytes, range) => &bytes[range.clone()],
             Self::Static(bytes) => bytes,
         }
+    }
+}
+
+impl std::fmt::Debug for Bytes {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "{} bytes", self.len())
     }
 }
 
@@ -76,11 +110,13 @@ impl std::ops::Deref for Bytes {
 pub struct TensorInfo {
     /// The tensor's name.
     pub name: String,
-    /// Element type as the file spells it; it need not be a [`Dtype`].
+    /// Element type as the file spells it; it need not be a [`Dtype`]. In a GGUF file the name of a
+    /// [`GgmlType`](ggml::GgmlType), or a name for messages if it is none.
     pub dtype: String,
     /// Row-major shape, last axis contiguous.
     pub shape: Vec<usize>,
-    /// Length of the elements.
+    /// Length of the elements; in a GGUF file, of all bytes to the next tensor if the type is
+    /// unknown.
     pub len_bytes: u64,
     /// Where the elements begin in their file.
     offset: u64,

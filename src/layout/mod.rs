@@ -1,18 +1,40 @@
 //! Ternary matrix ↔ packed words.
 //!
-//! Both layouts share the tiling that `cpu_ref::layout` defines (32 rows × 64 columns, 16 bytes a
-//! row and chunk); they differ in how the 16 bytes of a piece hold 64 weights. Packing goes row by
-//! row, so that a matrix never has to stand unpacked in memory.
+//! All layouts share the tiling that `cpu_ref::layout` defines (32 rows × 64 columns, or 128 of
+//! binary ones, 16 bytes a row and chunk); they differ in how the 16 bytes of a piece hold the
+//! weights. Packing goes row by row, so that a matrix never has to stand unpacked in memory. Scales
+//! of groups of inputs lie beside it.
 
+pub mod group_scales;
 pub mod i2;
 pub mod planes;
+mod signs;
 
-use cpu_ref::layout::{CHUNK_K, PIECE_WORDS, TILE_ROWS, k_chunks, len_words, piece_index};
+use cpu_ref::layout::{PIECE_WORDS, TILE_ROWS, piece_index};
 use rayon::prelude::*;
 
 use crate::shape::MatShape;
 
-/// Which packed layout.
+/// How the 16 bytes of a piece hold the weights of a row's chunk.
+pub trait Pieces: Copy + Sync {
+    /// Columns of a chunk.
+    const CHUNK_K: usize;
+    /// The weight of padding rows and columns; 1 where there is no 0.
+    const PADDING: i8;
+
+    /// Packs the trits of one chunk; a 0 is as good as the padding.
+    fn pack_piece(self, trits: &[i8]) -> [u32; PIECE_WORDS];
+
+    /// Unpacks the first trits of one piece into `out`, at most a chunk.
+    fn unpack_piece(self, piece: [u32; PIECE_WORDS], out: &mut [i8]);
+
+    /// Chunks along K.
+    fn k_chunks(k: usize) -> usize {
+        k.div_ceil(Self::CHUNK_K)
+    }
+}
+
+/// Which packed layout of ternary matrices.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Layout {
     /// 2-bit codes, four fields a byte: see `cpu_ref::layout::i2`.
@@ -21,34 +43,59 @@ pub enum Layout {
     Planes,
 }
 
-impl Layout {
-    /// Packs 64 trits into one piece.
-    fn pack_piece(self, trits: &[i8; CHUNK_K]) -> [u32; PIECE_WORDS] {
+impl Pieces for Layout {
+    const CHUNK_K: usize = cpu_ref::layout::CHUNK_K;
+    const PADDING: i8 = 0;
+
+    fn pack_piece(self, trits: &[i8]) -> [u32; PIECE_WORDS] {
+        let trits = trits.try_into().expect("a whole chunk");
         match self {
             Self::I2 => i2::pack_piece(trits),
             Self::Planes => planes::pack_piece(trits),
         }
     }
 
-    /// Unpacks one piece into 64 trits.
-    fn unpack_piece(self, piece: [u32; PIECE_WORDS]) -> [i8; CHUNK_K] {
-        match self {
+    fn unpack_piece(self, piece: [u32; PIECE_WORDS], out: &mut [i8]) {
+        let trits = match self {
             Self::I2 => i2::unpack_piece(piece),
             Self::Planes => planes::unpack_piece(piece),
-        }
+        };
+        out.copy_from_slice(&trits[..out.len()]);
     }
 }
 
-/// A packed ternary matrix: N padded to whole tiles of 32 rows, K to whole chunks of 64 columns,
-/// both with weight 0.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Packed {
-    layout: Layout,
-    shape: MatShape,
-    words: Vec<u32>,
+/// The packed layout of binary matrices, one bit a weight: see `cpu_ref::layout::signs`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub struct Signs;
+
+impl Pieces for Signs {
+    const CHUNK_K: usize = cpu_ref::layout::signs::CHUNK_K;
+    const PADDING: i8 = 1;
+
+    fn pack_piece(self, trits: &[i8]) -> [u32; PIECE_WORDS] {
+        signs::pack_piece(trits.try_into().expect("a whole chunk"))
+    }
+
+    fn unpack_piece(self, piece: [u32; PIECE_WORDS], out: &mut [i8]) {
+        out.copy_from_slice(&signs::unpack_piece(piece)[..out.len()]);
+    }
 }
 
-impl Packed {
+/// A cache line of packed weights: a matrix that starts on one never has a load across two.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, bytemuck::Pod, bytemuck::Zeroable)]
+#[repr(C, align(64))]
+struct Line([u32; 16]);
+
+/// A packed matrix: ternary in a [`Layout`], binary in [`Signs`]. N is padded to whole tiles of 32
+/// rows, K to whole chunks of columns, both with [`Pieces::PADDING`].
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Packed<L = Layout> {
+    layout: L,
+    shape: MatShape,
+    lines: Vec<Line>,
+}
+
+impl<L: Pieces> Packed<L> {
     /// Packs `shape.n()` rows that `row(n, trits)` writes, in parallel tiles.
     ///
     /// `row` fills all `shape.k()` trits of row `n`, each in {−1, 0, +1}; its first error ends the
@@ -56,39 +103,74 @@ impl Packed {
     ///
     /// # Errors
     /// Whatever `row` returns.
+    ///
+    /// # Panics
+    /// If the layout is [`Signs`] and a trit is 0.
     pub fn try_pack<E: Send>(
-        layout: Layout,
+        layout: L,
         shape: MatShape,
         row: impl Fn(usize, &mut [i8]) -> Result<(), E> + Sync,
     ) -> Result<Self, E> {
-        let chunks = k_chunks(shape.k());
-        let mut words = vec![0u32; len_words(shape.n(), shape.k())];
+        Self::try_pack_with_scales(layout, shape, 0, |n, trits, _| row(n, trits))
+            .map(|(packed, _)| packed)
+    }
+
+    /// [`Packed::try_pack`] of rows that come with the f16 bits of `groups` scales each:
+    /// `row(n, trits, scales)`. The scales are returned as `cpu_ref::layout::group_scales` lays them
+    /// out.
+    ///
+    /// # Errors
+    /// Whatever `row` returns.
+    ///
+    /// # Panics
+    /// As [`Packed::try_pack`].
+    pub fn try_pack_with_scales<E: Send>(
+        layout: L,
+        shape: MatShape,
+        groups: usize,
+        row: impl Fn(usize, &mut [i8], &mut [u16]) -> Result<(), E> + Sync,
+    ) -> Result<(Self, Vec<u32>), E> {
+        let chunks = L::k_chunks(shape.k());
         let tile_words = chunks * TILE_ROWS * PIECE_WORDS;
-        words.par_chunks_exact_mut(tile_words).enumerate().try_for_each(|(tile, out)| {
+        let tiles = shape.n().div_ceil(TILE_ROWS);
+        let mut lines = vec![Line([0; 16]); tiles * tile_words / 16];
+        let mut scale_words = vec![0; cpu_ref::layout::group_scales::len_words(shape.n(), groups)];
+        let mut rest = &mut scale_words[..];
+        let scale_tiles: Vec<&mut [u32]> = (0..tiles)
+            .map(|_| rest.split_off_mut(..groups * TILE_ROWS / 2).expect("a tile's scales"))
+            .collect();
+        let words: &mut [u32] = bytemuck::cast_slice_mut(&mut lines);
+        let packed_tiles = words.par_chunks_exact_mut(tile_words).zip(scale_tiles).enumerate();
+        packed_tiles.try_for_each(|(tile, (out, out_scales))| {
             // Columns past K stay zero for every row.
-            let mut trits = vec![0i8; chunks * CHUNK_K];
+            let mut trits = vec![0i8; chunks * L::CHUNK_K];
+            let mut scales = vec![0; groups];
             for in_tile in 0..TILE_ROWS {
                 let n = tile * TILE_ROWS + in_tile;
                 if n < shape.n() {
-                    row(n, &mut trits[..shape.k()])?;
+                    let trits = &mut trits[..shape.k()];
+                    row(n, trits, &mut scales)?;
+                    let binary = L::PADDING != 0;
+                    assert!(!binary || !trits.contains(&0), "row {n}: 0 is no binary weight");
+                    group_scales::pack_row(in_tile, &scales, out_scales);
                 } else {
                     trits.fill(0);
                 }
-                for (chunk, group) in trits.as_chunks::<CHUNK_K>().0.iter().enumerate() {
+                for (chunk, group) in trits.chunks_exact(L::CHUNK_K).enumerate() {
                     let at = piece_index(chunks, in_tile, chunk);
                     out[at..at + PIECE_WORDS].copy_from_slice(&layout.pack_piece(group));
                 }
             }
             Ok(())
         })?;
-        Ok(Self { layout, shape, words })
+        Ok((Self { layout, shape, lines }, scale_words))
     }
 
     /// Packs plain trits `[N, K]`.
     ///
     /// # Panics
-    /// If the length does not match the shape.
-    pub fn pack(layout: Layout, shape: MatShape, trits: &[i8]) -> Self {
+    /// If the length does not match the shape; as [`Packed::try_pack`].
+    pub fn pack(layout: L, shape: MatShape, trits: &[i8]) -> Self {
         assert_eq!(trits.len(), shape.len());
         let packed: Result<Self, std::convert::Infallible> =
             Self::try_pack(layout, shape, |n, out| {
@@ -117,18 +199,21 @@ impl Packed {
     /// If `n` is not below N or `out` is not K long.
     pub fn unpack_row(&self, n: usize, out: &mut [i8]) {
         assert!(n < self.shape.n() && out.len() == self.shape.k());
-        let chunks = k_chunks(self.shape.k());
-        for (chunk, group) in out.chunks_mut(CHUNK_K).enumerate() {
+        let chunks = L::k_chunks(self.shape.k());
+        for (chunk, group) in out.chunks_mut(L::CHUNK_K).enumerate() {
             let at = piece_index(chunks, n, chunk);
-            let piece = self.words[at..].first_chunk().expect("a piece is four words");
-            group.copy_from_slice(&self.layout.unpack_piece(*piece)[..group.len()]);
+            let piece = self.words()[at..].first_chunk().expect("a piece is four words");
+            self.layout.unpack_piece(*piece, group);
         }
     }
 
     /// The same matrix in another layout.
-    pub fn repack(&self, layout: Layout) -> Self {
-        let repacked: Result<Self, std::convert::Infallible> =
-            Self::try_pack(layout, self.shape, |n, out| {
+    ///
+    /// # Panics
+    /// As [`Packed::try_pack`].
+    pub fn repack<M: Pieces>(&self, layout: M) -> Packed<M> {
+        let repacked: Result<_, std::convert::Infallible> =
+            Packed::try_pack(layout, self.shape, |n, out| {
                 self.unpack_row(n, out);
                 Ok(())
             });
@@ -139,7 +224,7 @@ impl Packed {
     }
 
     /// Which layout.
-    pub fn layout(&self) -> Layout {
+    pub fn layout(&self) -> L {
         self.layout
     }
 
@@ -148,9 +233,9 @@ impl Packed {
         self.shape
     }
 
-    /// `words[ceil(N/32)][ceil(K/64)][32][4]`.
+    /// `words[ceil(N/32)][chunks][32][4]`; the first is on a cache line's boundary.
     pub fn words(&self) -> &[u32] {
-        &self.words
+        bytemuck::cast_slice(&self.lines)
     }
 }
 
@@ -168,37 +253,82 @@ mod tests {
             .collect()
     }
 
-    fn get(packed: &Packed, n: usize, k: usize) -> Option<i8> {
-        let chunks = k_chunks(packed.shape().k());
-        match packed.layout() {
-            Layout::I2 => cpu_ref::layout::i2::get(packed.words(), chunks, n, k),
-            Layout::Planes => cpu_ref::layout::planes::get(packed.words(), chunks, n, k),
+    /// Every place of the padded matrix, against the definition.
+    fn check_places<L: Pieces + std::fmt::Debug>(packed: &Packed<L>, plain: &[i8], get: Get) {
+        let (n, k) = (packed.shape().n(), packed.shape().k());
+        for row in 0..n.next_multiple_of(32) {
+            for column in 0..k.next_multiple_of(L::CHUNK_K) {
+                let inside = row < n && column < k;
+                let expected = if inside { plain[row * k + column] } else { L::PADDING };
+                let found = get(packed.words(), L::k_chunks(k), row, column);
+                assert_eq!(found, Some(expected), "{:?} {}", packed.layout(), packed.shape());
+            }
         }
     }
 
+    type Get = fn(&[u32], usize, usize, usize) -> Option<i8>;
+
+    const SHAPES: [(usize, usize); 9] =
+        [(1, 1), (1, 64), (31, 63), (32, 64), (33, 65), (7, 130), (100, 100), (64, 5), (33, 257)];
+
     #[test]
     fn packing_is_exact_for_every_shape() {
-        for (n, k) in [(1, 1), (1, 64), (31, 63), (32, 64), (33, 65), (7, 130), (100, 100), (64, 5)]
-        {
+        for (n, k) in SHAPES {
             let shape = MatShape::new(n, k).unwrap();
             let plain = trits(n * k, (n * 1000 + k) as u64);
-            for layout in [Layout::I2, Layout::Planes] {
+            let layouts: [(_, Get); 2] = [
+                (Layout::I2, cpu_ref::layout::i2::get),
+                (Layout::Planes, cpu_ref::layout::planes::get),
+            ];
+            for (layout, get) in layouts {
                 let packed = Packed::pack(layout, shape, &plain);
-                assert_eq!(packed.words().len(), len_words(n, k));
+                assert_eq!(packed.words().len(), cpu_ref::layout::len_words(n, k));
                 assert_eq!(packed.unpack(), plain, "{layout:?} {shape}");
-                // Every place of the padded matrix, against the definition.
-                for row in 0..n.div_ceil(32) * 32 {
-                    for column in 0..k.div_ceil(64) * 64 {
-                        let inside = row < n && column < k;
-                        let expected = if inside { plain[row * k + column] } else { 0 };
-                        assert_eq!(get(&packed, row, column), Some(expected), "{layout:?} {shape}");
-                    }
-                }
+                check_places(&packed, &plain, get);
                 for other in [Layout::I2, Layout::Planes] {
                     assert_eq!(packed.repack(other), Packed::pack(other, shape, &plain));
                 }
             }
+            let binary: Vec<i8> = plain.iter().map(|&trit| if trit < 0 { -1 } else { 1 }).collect();
+            let packed = Packed::pack(Signs, shape, &binary);
+            assert_eq!(packed.words().len(), cpu_ref::layout::signs::len_words(n, k));
+            assert_eq!(packed.unpack(), binary, "{shape}");
+            check_places(&packed, &binary, |words, chunks, n, k| {
+                Some(cpu_ref::layout::signs::get(words, chunks, n, k))
+            });
+            assert_eq!(packed.repack(Layout::I2), Packed::pack(Layout::I2, shape, &binary));
+            assert_eq!(packed.repack(Layout::I2).repack(Signs), packed);
         }
+    }
+
+    #[test]
+    fn scales_are_where_the_definition_has_them() {
+        for (n, groups) in [(1, 1), (31, 3), (32, 2), (33, 1), (100, 5)] {
+            let shape = MatShape::new(n, 64 * groups).unwrap();
+            let bits: Vec<u16> = (0..n * groups).map(|i| (i * 40_503) as u16).collect();
+            let (packed, words) =
+                Packed::try_pack_with_scales(Layout::I2, shape, groups, |n, trits, scales| {
+                    trits.fill(-1);
+                    scales.copy_from_slice(&bits[n * groups..][..groups]);
+                    Ok::<(), ()>(())
+                })
+                .unwrap();
+            assert_eq!(packed, Packed::pack(Layout::I2, shape, &vec![-1; shape.len()]));
+            assert_eq!(words, group_scales::pack(n, groups, &bits));
+            for row in 0..n.next_multiple_of(32) {
+                for g in 0..groups {
+                    let expected = bits.get(row * groups + g).copied().unwrap_or(0);
+                    let found = cpu_ref::layout::group_scales::get(&words, groups, row, g);
+                    assert_eq!(found, expected, "{shape}, row {row}, group {g}");
+                }
+            }
+        }
+    }
+
+    #[test]
+    #[should_panic(expected = "0 is no binary weight")]
+    fn a_zero_is_not_packed_as_a_sign() {
+        Packed::pack(Signs, MatShape::new(1, 2).unwrap(), &[1, 0]);
     }
 
     #[test]

@@ -54,7 +54,8 @@ impl super::Kernels for OnCpu<'_> {
     }
 
     fn rope(&self, head: &[f32], position: usize, theta: f32) -> Result<Vec<f32>> {
-        let frequencies = cpu_ref::rope::inv_frequencies(theta, head.len());
+        let frequencies =
+            cpu_ref::rope::frequencies(theta, head.len(), cpu_ref::rope::Scaling::None);
         let (cos, sin) = cpu_ref::rope::angles(position, &frequencies);
         let mut head = head.to_vec();
         self.0.rope(&mut head, &cos, &sin);

@@ -97,7 +97,7 @@ impl super::Kernels for OnGpu<'_> {
         let heads = Heads { query: 1, kv: 1, dim };
         // The head as query, key and value.
         let [acc, weight_scale, act_scale] = self.as_sums(&[head, head, head].concat())?;
-        let frequencies = cpu_ref::rope::inv_frequencies(theta, dim);
+        let frequencies = cpu_ref::rope::frequencies(theta, dim, cpu_ref::rope::Scaling::None);
         let angles: Vec<[f32; 2]> = (0..=position)
             .flat_map(|position| {
                 let (cos, sin) = cpu_ref::rope::angles(position, &frequencies);

@@ -324,8 +324,10 @@ fn float_cases(kernels: &dyn Kernels) -> Result<Vec<FloatCase>> {
     }
     for (dim, position) in [(32, 3), (128, 200)] {
         let head = fractions(&mut random, dim, 3);
-        let (cos, sin) =
-            cpu_ref::rope::angles(position, &cpu_ref::rope::inv_frequencies(500_000.0, dim));
+        let (cos, sin) = cpu_ref::rope::angles(
+            position,
+            &cpu_ref::rope::frequencies(500_000.0, dim, cpu_ref::rope::Scaling::None),
+        );
         let mut expected = head.clone();
         cpu_ref::rope::rotate(&mut expected, &cos, &sin);
         cases.push(FloatCase {
@@ -453,7 +455,8 @@ mod tests {
             Ok(y)
         }
         fn rope(&self, head: &[f32], position: usize, theta: f32) -> Result<Vec<f32>> {
-            let frequencies = cpu_ref::rope::inv_frequencies(theta, head.len());
+            let frequencies =
+                cpu_ref::rope::frequencies(theta, head.len(), cpu_ref::rope::Scaling::None);
             let (cos, sin) = cpu_ref::rope::angles(position, &frequencies);
             let mut head = head.to_vec();
             cpu_ref::rope::rotate(&mut head, &cos, &sin);

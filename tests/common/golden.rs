@@ -10,6 +10,10 @@ use sterna::{Checkpoint, Transformer};
 /// The golden checkpoints.
 pub const MODELS: [&str; 3] = ["bitnet-a-bf16", "bitnet-a-packed", "llama-a-bitlinear"];
 
+/// Bonsai's MLX form: binary weights with a scale for every 128 inputs, float activations.
+#[allow(dead_code, reason = "a device may not run it")]
+pub const BONSAI: &str = "qwen3-1bit-mlx";
+
 fn golden(path: impl AsRef<Path>) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden").join(path)
 }
@@ -27,7 +31,7 @@ struct Expected {
 
 impl Expected {
     fn of(model: &str) -> Self {
-        let path = golden(format!("expected/{model}"));
+        let path = golden(format!("expected/{}", model.trim_end_matches("-mlx")));
         let read = |extension| std::fs::read(path.with_extension(extension)).expect("golden file");
         let json = serde_json::from_slice(&read("json")).expect("golden JSON");
         Self { tensors: read("safetensors"), json }

@@ -262,7 +262,8 @@ fn rope(gpu: &Gpu) -> Result<(), Failed> {
         let (m, start, capacity) = (3, 5, 9);
         let (query_size, kv_size) = (heads.query * heads.dim, heads.kv * heads.dim);
         let sums = Sums::random(&mut random, m, query_size + 2 * kv_size);
-        let inv_freq = cpu_ref::rope::inv_frequencies(10_000.0, heads.dim);
+        let inv_freq =
+            cpu_ref::rope::frequencies(10_000.0, heads.dim, cpu_ref::rope::Scaling::None);
         let angles: Vec<[f32; 2]> = (0..capacity)
             .flat_map(|position| {
                 let (cos, sin) = cpu_ref::rope::angles(position, &inv_freq);

@@ -6,7 +6,7 @@ use sterna::backend::{Backend, Device, LoadOptions, Output, Tap, Want};
 use sterna::config::ModelConfig;
 use sterna::layout::Packed;
 use sterna::synthetic::{SyntheticModel, tiny_bitnet, tiny_llama};
-use sterna::weights::{TernaryMatrix, WeightSource};
+use sterna::weights::{TernaryMatrix, WeightScale, WeightSource};
 use sterna::{Error, Transformer};
 
 use crate::Case;
@@ -87,7 +87,8 @@ fn bitlinear(
     let quantized = self_test::quantize(gpu, variant, x, 1).map_err(say)?;
     let codes = self_test::decode_codes(variant, &quantized.codes, x.len());
     let acc = self_test::multiply(gpu, variant, &packed.map_err(say)?, &codes, 1).map_err(say)?;
-    let scales = vec![matrix.scale(); acc.len()];
+    let WeightScale::Tensor(scale) = matrix.scale() else { panic!("one scale") };
+    let scales = vec![scale; acc.len()];
     Ok(cpu_ref::gemv::dequantize(&acc, &scales, quantized.act_scale[0]))
 }
 

@@ -11,7 +11,12 @@ use sterna::weights::WeightSource;
 use sterna::random::Random;
 
 fn options(threads: usize) -> LoadOptions {
-    LoadOptions { context: Some(64), max_batch: 7, threads: Some(threads) }
+    LoadOptions {
+        context: Some(64),
+        max_batch: 7,
+        threads: Some(threads),
+        ..LoadOptions::default()
+    }
 }
 
 fn models() -> [SyntheticModel; 2] {
@@ -148,10 +153,10 @@ fn nan_weights_are_an_error_and_not_a_token() {
         fn config(&self) -> &sterna::config::ModelConfig {
             self.0.config()
         }
-        fn embedding(&self) -> sterna::Result<sterna::weights::DenseMatrix> {
+        fn embedding(&self) -> sterna::Result<sterna::weights::Table> {
             self.0.embedding()
         }
-        fn lm_head(&self) -> sterna::Result<Option<sterna::weights::DenseMatrix>> {
+        fn lm_head(&self) -> sterna::Result<Option<sterna::weights::Table>> {
             self.0.lm_head()
         }
         fn final_norm(&self) -> sterna::Result<Vec<f32>> {

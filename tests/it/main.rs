@@ -6,6 +6,8 @@ mod checkpoint;
 #[cfg(feature = "cli")]
 mod cli;
 mod generate;
+mod ggml;
+mod gguf;
 #[path = "../common/golden.rs"]
 mod golden;
 #[cfg(feature = "cli")]

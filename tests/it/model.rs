@@ -2,7 +2,7 @@
 
 use sterna::Transformer;
 use sterna::backend::{Device, LoadOptions};
-use sterna::weights::TernaryMatrix;
+use sterna::weights::{TernaryMatrix, WeightScale};
 
 use crate::golden;
 
@@ -39,6 +39,13 @@ fn greedy_tokens_on_cpu() {
 }
 
 #[test]
+fn bonsai_on_ref() {
+    let mut transformer = load(golden::BONSAI, Device::Reference);
+    golden::check_logits(golden::BONSAI, &mut transformer).unwrap();
+    golden::check_greedy(golden::BONSAI, &mut transformer).unwrap();
+}
+
+#[test]
 fn single_matrices_on_ref() {
     let bitlinear = |matrix: &TernaryMatrix, x: &[f32]| {
         let (n, k) = (matrix.shape().n(), matrix.shape().k());
@@ -48,7 +55,8 @@ fn single_matrices_on_ref() {
         }
         let x = cpu_ref::quantize_absmax::quantize_absmax(x);
         let acc = cpu_ref::gemv::gemv(&trits, &x.codes);
-        Ok(cpu_ref::gemv::dequantize(&acc, &vec![matrix.scale(); n], x.act_scale))
+        let WeightScale::Tensor(scale) = matrix.scale() else { return Err("one scale".to_owned()) };
+        Ok(cpu_ref::gemv::dequantize(&acc, &vec![scale; n], x.act_scale))
     };
     for model in golden::MODELS {
         golden::check_io(model, &bitlinear).unwrap_or_else(|problem| panic!("{problem}"));

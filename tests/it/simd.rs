@@ -255,7 +255,7 @@ fn elementwise(kernels: &dyn Kernels) {
         }
     }
     for dim in [2, 20, 32, 64, 128] {
-        let inv_freq = cpu_ref::rope::inv_frequencies(10_000.0, dim);
+        let inv_freq = cpu_ref::rope::frequencies(10_000.0, dim, cpu_ref::rope::Scaling::None);
         let (cos, sin) = cpu_ref::rope::angles(1234, &inv_freq);
         let mut heads = Random::new(dim as u64).floats(3 * dim, 4.0);
         let mut expected = heads.clone();

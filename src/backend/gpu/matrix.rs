@@ -7,10 +7,10 @@ use cpu_ref::layout::{PIECE_WORDS, TILE_ROWS, k_chunks};
 use super::buffer::Slice;
 use super::device::Gpu;
 use super::kernels::{DenseFormat, DenseShard, Variant, padded_rows};
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::layout::{Layout, Packed, i2, planes};
 use crate::shape::MatShape;
-use crate::weights::{DenseData, DenseMatrix, TernaryMatrix};
+use crate::weights::{Input, Table, TableData, TernaryMatrix, WeightScale};
 
 /// A ternary matrix as its variant reads it, still on the host.
 pub struct HostMatrix {
@@ -39,10 +39,16 @@ impl HostMatrix {
             }
             unreachable!("rows are below the sum of the parts")
         })?;
-        let weight_scale = parts
-            .iter()
-            .flat_map(|part| std::iter::repeat_n(part.scale(), part.shape().n()))
-            .collect();
+        let mut weight_scale = Vec::with_capacity(n);
+        for part in parts {
+            let WeightScale::Tensor(scale) = part.scale() else {
+                return Err(unsupported("scales of groups of inputs"));
+            };
+            if part.input() != &Input::default() {
+                return Err(unsupported("a norm or rotation inside linear layers"));
+            }
+            weight_scale.extend(std::iter::repeat_n(scale, part.shape().n()));
+        }
         Ok(Self { offset: row_offsets(&packed), packed, weight_scale })
     }
 
@@ -123,11 +129,14 @@ impl GpuTable {
     ///
     /// # Errors
     /// [`crate::Error::GpuLimit`] if a row does not fit.
-    pub fn upload(gpu: &Gpu, what: &str, table: &DenseMatrix) -> Result<Self> {
+    pub fn upload(gpu: &Gpu, what: &str, table: &Table) -> Result<Self> {
         let format = match table.data() {
-            DenseData::Bf16(_) => DenseFormat::Bf16,
-            DenseData::F16(_) => DenseFormat::F16,
-            DenseData::F32(_) => DenseFormat::F32,
+            TableData::Bf16(_) => DenseFormat::Bf16,
+            TableData::F16(_) => DenseFormat::F16,
+            TableData::F32(_) => DenseFormat::F32,
+            TableData::Codes(_) | TableData::Groups(_) => {
+                return Err(unsupported("a packed embedding table"));
+            }
         };
         let (n, k) = (table.shape().n(), table.shape().k());
         let row_bytes = format.units(k) * 16;
@@ -144,11 +153,14 @@ impl GpuTable {
                 for (row, out) in bytes.chunks_exact_mut(row_bytes).take(count).enumerate() {
                     let at = (base + first + row) * k..(base + first + row + 1) * k;
                     match table.data() {
-                        DenseData::Bf16(bits) | DenseData::F16(bits) => {
+                        TableData::Bf16(bits) | TableData::F16(bits) => {
                             out[..2 * k].copy_from_slice(bytemuck::cast_slice(&bits[at]));
                         }
-                        DenseData::F32(values) => {
+                        TableData::F32(values) => {
                             out[..4 * k].copy_from_slice(bytemuck::cast_slice(&values[at]));
+                        }
+                        TableData::Codes(_) | TableData::Groups(_) => {
+                            unreachable!("refused above")
                         }
                     }
                 }
@@ -161,4 +173,8 @@ impl GpuTable {
         }
         Ok(Self { shards })
     }
+}
+
+fn unsupported(what: &'static str) -> Error {
+    Error::UnsupportedOnDevice { device: "the GPU backend", what }
 }

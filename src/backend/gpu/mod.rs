@@ -137,7 +137,7 @@ impl GpuBackend {
         let builder =
             Builder { gpu: &gpu, pipelines: Pipelines::default(), variant, buffers: &buffers };
         let heads = config.heads();
-        let inv_freq = rope::inv_frequencies(config.rope_theta, config.head_dim);
+        let inv_freq = source.frequencies()?;
         let angles: Vec<[f32; 2]> = (0..capacity)
             .flat_map(|position| {
                 let (cos, sin) = rope::angles(position, &inv_freq);
@@ -323,6 +323,10 @@ impl Builder<'_> {
     ) -> Result<LayerOps> {
         let config = source.config();
         let weights = source.layer(index)?;
+        if weights.q_norm.is_some() || weights.k_norm.is_some() {
+            let (device, what) = ("the GPU backend", "normalised heads");
+            return Err(Error::UnsupportedOnDevice { device, what });
+        }
         let pack = |parts: &[&_]| HostMatrix::pack(self.variant, parts);
         let host = [
             pack(&[&weights.q_proj, &weights.k_proj, &weights.v_proj])?,

@@ -1,7 +1,7 @@
 //! The backend: packed weights, buffers and threads around the kernels.
 
 use cpu_ref::layout::{CHUNK_K, TILE_ROWS, k_chunks};
-use cpu_ref::rope::inv_frequencies;
+use cpu_ref::rope::Frequencies;
 
 use super::pool::{Pool, Split};
 use super::{Activations, CHUNK_WORDS, CacheHead, Kernels, Level, TableRows, TokenScale};
@@ -13,7 +13,7 @@ use crate::error::{Error, Result};
 use crate::kv_cache::KvCache;
 use crate::layout::{Layout, Packed};
 use crate::shape::MatShape;
-use crate::weights::{DenseData, DenseMatrix, TernaryMatrix, WeightSource};
+use crate::weights::{Input, Table, TableData, TernaryMatrix, WeightScale, WeightSource};
 
 /// A model on the CPU.
 ///
@@ -23,11 +23,11 @@ pub struct SimdBackend {
     device: DeviceInfo,
     config: ModelConfig,
     max_batch: usize,
-    embedding: DenseMatrix,
-    lm_head: Option<DenseMatrix>,
+    embedding: Table,
+    lm_head: Option<Table>,
     final_norm: Vec<f32>,
     layers: Vec<Layer>,
-    inv_freq: Vec<f32>,
+    frequencies: Frequencies,
     cache: KvCache,
     work: Work,
     pass: Pass,
@@ -64,7 +64,13 @@ impl Matrix {
         // (part, row) of each row.
         let mut origin = Vec::new();
         for part in parts {
-            weight_scale.extend((0..part.shape().n()).map(|_| part.scale()));
+            let WeightScale::Tensor(scale) = part.scale() else {
+                return Err(unsupported("scales of groups of inputs"));
+            };
+            if part.input() != &Input::default() {
+                return Err(unsupported("a norm or rotation inside linear layers"));
+            }
+            weight_scale.extend((0..part.shape().n()).map(|_| scale));
             origin.extend((0..part.shape().n()).map(|n| (part, n)));
         }
         let shape = MatShape::new(origin.len(), parts[0].shape().k())?;
@@ -228,6 +234,9 @@ impl SimdBackend {
         for index in 0..total {
             progress(Progress { done: index, total });
             let layer = source.layer(index)?;
+            if layer.q_norm.is_some() || layer.k_norm.is_some() {
+                return Err(unsupported("normalised heads"));
+            }
             layers.push(Layer {
                 input_layernorm: layer.input_layernorm,
                 qkv: Matrix::concat(&[&layer.q_proj, &layer.k_proj, &layer.v_proj])?,
@@ -256,7 +265,7 @@ impl SimdBackend {
             lm_head: source.lm_head()?,
             final_norm: source.final_norm()?,
             layers,
-            inv_freq: inv_frequencies(config.rope_theta, config.head_dim),
+            frequencies: source.frequencies()?,
             cache: KvCache::new(total, capacity, config.kv_size()),
             work: Work {
                 pool,
@@ -305,10 +314,10 @@ impl Backend for SimdBackend {
         pass.tokens.clear();
         pass.tokens.extend_from_slice(batch.tokens);
         (pass.start, pass.want, pass.token) = (batch.start, batch.want, None);
-        let half = self.inv_freq.len();
+        let half = self.frequencies.inv_freq.len();
         let angles = pass.cos.chunks_exact_mut(half).zip(pass.sin.chunks_exact_mut(half));
         for (position, (cos, sin)) in (batch.start..).zip(angles).take(batch.tokens.len()) {
-            rope_angles(position, &self.inv_freq, cos, sin);
+            rope_angles(position, &self.frequencies, cos, sin);
         }
         Ok(())
     }
@@ -316,7 +325,7 @@ impl Backend for SimdBackend {
     fn embed(&mut self) -> Result<()> {
         let rows = self.pass.hidden.chunks_exact_mut(self.config.hidden_size);
         for (&token, row) in self.pass.tokens.iter().zip(rows) {
-            self.embedding.row(token as usize, row);
+            self.embedding.row(token as usize, row)?;
         }
         Ok(())
     }
@@ -327,7 +336,7 @@ impl Backend for SimdBackend {
         let Pass { tokens, start, cos, sin, hidden, query, .. } = &mut self.pass;
         let n_tokens = tokens.len();
         let (cos, sin) = (&*cos, &*sin);
-        let half = self.inv_freq.len();
+        let half = self.frequencies.inv_freq.len();
         self.work.bitlinear(
             qkv,
             &hidden[..n_tokens * self.config.hidden_size],
@@ -439,7 +448,7 @@ impl Backend for SimdBackend {
         if logits.len() < len {
             logits.resize(len, 0.0);
         }
-        let table = table_rows(self.lm_head.as_ref().unwrap_or(&self.embedding));
+        let table = table_rows(self.lm_head.as_ref().unwrap_or(&self.embedding))?;
         let per_tile = Split { len: tile_len, cost: 2 * TILE_ROWS * k * rows };
         pool.stripes(&mut logits[..len], per_tile, |first, logits| {
             let tiles = logits.len() / tile_len.max(1);
@@ -491,20 +500,24 @@ impl Backend for SimdBackend {
 }
 
 /// `cpu_ref::rope::angles` into buffers that are there.
-fn rope_angles(position: usize, inv_freq: &[f32], cos: &mut [f32], sin: &mut [f32]) {
-    for ((&frequency, cos), sin) in inv_freq.iter().zip(cos).zip(sin) {
-        let angle = f64::from(position as f32 * frequency);
-        (*cos, *sin) = (angle.cos() as f32, angle.sin() as f32);
+fn rope_angles(position: usize, frequencies: &Frequencies, cos: &mut [f32], sin: &mut [f32]) {
+    for ((&frequency, cos), sin) in frequencies.inv_freq.iter().zip(cos).zip(sin) {
+        (*cos, *sin) = cpu_ref::rope::angle(position, frequency, frequencies.attention_factor);
     }
 }
 
 /// The whole table, as the kernels take it.
-fn table_rows(table: &DenseMatrix) -> TableRows<'_> {
-    match table.data() {
-        DenseData::Bf16(rows) => TableRows::Bf16(rows),
-        DenseData::F16(rows) => TableRows::F16(rows),
-        DenseData::F32(rows) => TableRows::F32(rows),
-    }
+fn table_rows(table: &Table) -> Result<TableRows<'_>> {
+    Ok(match table.data() {
+        TableData::Bf16(rows) => TableRows::Bf16(rows),
+        TableData::F16(rows) => TableRows::F16(rows),
+        TableData::F32(rows) => TableRows::F32(rows),
+        TableData::Codes(_) | TableData::Groups(_) => return Err(unsupported("a packed LM head")),
+    })
+}
+
+fn unsupported(what: &'static str) -> Error {
+    Error::UnsupportedOnDevice { device: "the CPU backend", what }
 }
 
 /// Level, threads and processor that these options choose on this machine.
@@ -541,7 +554,7 @@ mod tests {
 
     #[test]
     fn angles_are_those_of_the_reference() {
-        let inv_freq = inv_frequencies(500_000.0, 128);
+        let inv_freq = cpu_ref::rope::frequencies(500_000.0, 128, cpu_ref::rope::Scaling::None);
         let (mut cos, mut sin) = ([0.0; 64], [0.0; 64]);
         for position in [0, 1, 77, 4095] {
             rope_angles(position, &inv_freq, &mut cos, &mut sin);

@@ -1,155 +1,27 @@
-//! `config.json` → validated numbers.
-//!
-//! The file decides, never a guess: what it leaves out has the default of the original class where
-//! that is documented and an error otherwise; what it says twice must agree; what this version does
-//! not compute is refused by name.
+//! `config.json` of a Hugging Face or MLX checkpoint.
 
 use serde::Deserialize;
 use serde_json::{Map, Value};
 
-pub use cpu_ref::mlp::Activation;
-
+use super::{
+    Activation, Activations, Architecture, File, MAX_HEADS, MAX_LAYERS, ModelConfig, RopeScaling,
+    WeightForm,
+};
 use crate::error::{Error, Result};
 use crate::format::{quoted, shortened};
 use crate::shape::MAX_DIMENSION;
 
-/// Most layers.
-const MAX_LAYERS: usize = 1 << 12;
-
-/// Most heads, and values a head.
-const MAX_HEADS: usize = 1 << 16;
-
-/// What `max_position_embeddings` is where the file leaves it out: the default of both classes.
+/// What `max_position_embeddings` is where the file leaves it out: the default of the classes.
 const DEFAULT_MAX_POSITION_EMBEDDINGS: usize = 2048;
 
-/// The transformer architectures this version runs.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Architecture {
-    /// `BitNetForCausalLM`: BitNet b1.58 2B4T. Sub-norms before `o_proj` and `down_proj`.
-    BitNet,
-    /// `LlamaForCausalLM` with ternary linears: Falcon3-1.58, Falcon-E, Llama3-8B-1.58.
-    Llama,
-}
+/// The rotary base of the 1bitLLM class where the file leaves it out.
+const BITNET_1BITLLM_THETA: f64 = 10_000.0;
 
-/// How the ternary weights are stored, as `quantization_config` says.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum WeightForm {
-    /// Packed U8; the stored `weight_scale` multiplies (`autobitlinear`, `offline`).
-    PackedMultiply,
-    /// Packed U8; the stored `weight_scale` divides (`bitlinear`).
-    PackedDivide,
-    /// Master weights, ternarised at load by absmean (`autobitlinear`, `online`).
-    Online,
-}
-
-/// The model's dimensions and switches, spelled as in `config.json`; checked against each other.
-#[derive(Debug, Clone, PartialEq)]
-pub struct ModelConfig {
-    /// Which transformer.
-    pub architecture: Architecture,
-    /// How the ternary weights are stored.
-    pub weight_form: WeightForm,
-    /// V.
-    pub vocab_size: usize,
-    /// Width of the residual stream.
-    pub hidden_size: usize,
-    /// Width of the gated MLP.
-    pub intermediate_size: usize,
-    /// Layers.
-    pub num_hidden_layers: usize,
-    /// H, query heads.
-    pub num_attention_heads: usize,
-    /// G, key/value heads; divides H.
-    pub num_key_value_heads: usize,
-    /// D, values a head; even.
-    pub head_dim: usize,
-    /// The gate's activation function.
-    pub hidden_act: Activation,
-    /// The most positions the model was made for.
-    pub max_position_embeddings: usize,
-    /// eps of every RMSNorm.
-    pub rms_norm_eps: f32,
-    /// Base of the rotary frequencies.
-    pub rope_theta: f32,
-    /// Whether the LM head is the embedding table.
-    pub tie_word_embeddings: bool,
-}
-
-impl Architecture {
-    /// All, in the words of an error message.
-    const NAMES: &str = "BitNetForCausalLM and LlamaForCausalLM";
-
-    /// The class of that name. `BitnetForCausalLM` (1bitLLM) is another architecture than
-    /// `BitNetForCausalLM`.
-    fn from_name(name: &str) -> Option<Self> {
-        match name {
-            "BitNetForCausalLM" => Some(Self::BitNet),
-            "LlamaForCausalLM" => Some(Self::Llama),
-            _ => None,
-        }
-    }
-
-    /// As `architectures` spells it.
-    pub fn name(self) -> &'static str {
-        match self {
-            Self::BitNet => "BitNetForCausalLM",
-            Self::Llama => "LlamaForCausalLM",
-        }
-    }
-
-    /// The `model_type` of the class.
-    pub fn model_type(self) -> &'static str {
-        match self {
-            Self::BitNet => "bitnet",
-            Self::Llama => "llama",
-        }
-    }
-
-    /// The default `hidden_act` of the class.
-    fn default_hidden_act(self) -> Activation {
-        match self {
-            Self::BitNet => Activation::Relu2,
-            Self::Llama => Activation::Silu,
-        }
-    }
-}
-
-impl ModelConfig {
-    /// Reads `config.json`; `file` names it in errors.
-    ///
-    /// # Errors
-    /// [`Error::Json`] if it does not parse, [`Error::UnknownArchitecture`],
-    /// [`Error::Config`] for a value that is missing, out of range, unsupported or contradicts
-    /// another.
-    pub fn parse(file: &str, json: &[u8]) -> Result<Self> {
-        let raw: Raw = serde_json::from_slice(json)
-            .map_err(|source| Error::Json { file: file.to_owned(), source })?;
-        raw.check(&File(file))
-    }
-
-    /// Query width: `H·D`.
-    pub fn query_size(&self) -> usize {
-        self.num_attention_heads * self.head_dim
-    }
-
-    /// Key (and value) width: `G·D`.
-    pub fn kv_size(&self) -> usize {
-        self.num_key_value_heads * self.head_dim
-    }
-
-    /// Whether a layer has RMSNorms before `o_proj` and `down_proj`.
-    pub fn has_sub_norms(&self) -> bool {
-        self.architecture == Architecture::BitNet
-    }
-
-    /// Head counts as the attention kernels take them.
-    pub fn heads(&self) -> cpu_ref::attention::Heads {
-        cpu_ref::attention::Heads {
-            query: self.num_attention_heads,
-            kv: self.num_key_value_heads,
-            dim: self.head_dim,
-        }
-    }
+/// Reads `config.json`; `file` names it in errors.
+pub(super) fn parse(file: &str, json: &[u8]) -> Result<ModelConfig> {
+    let raw: Raw = serde_json::from_slice(json)
+        .map_err(|source| Error::Json { file: file.to_owned(), source })?;
+    raw.check(&File(file))
 }
 
 /// The keys of `config.json` that decide what is computed. A repeated key is an error of serde's.
@@ -158,6 +30,9 @@ struct Raw {
     architectures: Option<Vec<String>>,
     model_type: Option<String>,
     quantization_config: Option<RawQuantization>,
+    quantization: Option<RawMlx>,
+    weight_bits: Option<u64>,
+    input_bits: Option<u64>,
     vocab_size: Option<u64>,
     hidden_size: Option<u64>,
     intermediate_size: Option<u64>,
@@ -174,6 +49,7 @@ struct Raw {
     partial_rotary_factor: Option<f64>,
     attention_bias: Option<bool>,
     mlp_bias: Option<bool>,
+    use_sliding_window: Option<bool>,
     tie_word_embeddings: Option<bool>,
 }
 
@@ -183,67 +59,27 @@ struct RawQuantization {
     linear_class: Option<String>,
     quantization_mode: Option<String>,
     use_rms_norm: Option<bool>,
+    rms_norm_eps: Option<f64>,
     modules_to_not_convert: Option<Vec<String>>,
+    // MLX repeats its `quantization` here.
+    bits: Option<u64>,
 }
 
-/// The file's name, for errors.
-struct File<'a>(&'a str);
-
-impl File<'_> {
-    fn error(
-        &self,
-        key: &'static str,
-        expected: impl Into<String>,
-        found: impl Into<String>,
-    ) -> Error {
-        Error::Config {
-            file: self.0.to_owned(),
-            key,
-            expected: expected.into(),
-            found: found.into(),
-        }
-    }
-
-    /// A dimension that the file must give, 1 to `max`.
-    fn dimension(&self, key: &'static str, value: Option<u64>, max: usize) -> Result<usize> {
-        let expected = || format!("1 to {max}");
-        let value = value.ok_or_else(|| self.error(key, expected(), "nothing"))?;
-        match usize::try_from(value) {
-            Ok(size) if (1..=max).contains(&size) => Ok(size),
-            _ => Err(self.error(key, expected(), value.to_string())),
-        }
-    }
-
-    /// A number that is finite and positive as f32.
-    fn positive(&self, key: &'static str, value: Option<f64>) -> Result<f32> {
-        const EXPECTED: &str = "a positive number";
-        let value = value.ok_or_else(|| self.error(key, EXPECTED, "nothing"))?;
-        let narrowed = value as f32;
-        if narrowed.is_finite() && narrowed > 0.0 {
-            Ok(narrowed)
-        } else {
-            Err(self.error(key, EXPECTED, format!("{value:?}")))
-        }
-    }
-
-    fn must_be_false(&self, key: &'static str, value: Option<bool>) -> Result<()> {
-        match value {
-            Some(true) => Err(self.error(key, "false", "true")),
-            Some(false) | None => Ok(()),
-        }
-    }
+/// `quantization` of MLX; a key of a module's name would give that module other numbers.
+#[derive(Deserialize)]
+struct RawMlx {
+    group_size: Option<u64>,
+    bits: Option<u64>,
+    mode: Option<String>,
+    #[serde(flatten)]
+    rest: Map<String, Value>,
 }
 
 impl Raw {
     fn check(self, file: &File<'_>) -> Result<ModelConfig> {
         let architecture = self.architecture(file)?;
-        let weight_form = match &self.quantization_config {
-            Some(quantization) => quantization.weight_form(file)?,
-            None => {
-                let expected = "a BitNet quantization (this version runs ternary weights only)";
-                return Err(file.error("quantization_config", expected, "nothing"));
-            }
-        };
+        let weight_form = self.weight_form(file, architecture)?;
+        let (rope_theta, rope_scaling) = self.rope(file, architecture)?;
         let hidden_size = file.dimension("hidden_size", self.hidden_size, MAX_DIMENSION)?;
         let num_attention_heads =
             file.dimension("num_attention_heads", self.num_attention_heads, MAX_HEADS)?;
@@ -262,6 +98,10 @@ impl Raw {
         let config = ModelConfig {
             architecture,
             weight_form,
+            activations: match weight_form {
+                WeightForm::Mlx { .. } => Activations::Float,
+                _ => Activations::Int8Token,
+            },
             vocab_size: file.dimension("vocab_size", self.vocab_size, MAX_DIMENSION)?,
             hidden_size,
             intermediate_size: file.dimension(
@@ -290,12 +130,52 @@ impl Raw {
                 some => file.dimension("max_position_embeddings", some, MAX_DIMENSION)?,
             },
             rms_norm_eps: file.positive("rms_norm_eps", self.rms_norm_eps)?,
-            rope_theta: self.rope_theta(file)?,
+            linear_norm_eps: match &self.quantization_config {
+                Some(quantization) => quantization.linear_norm_eps(file)?,
+                None => None,
+            },
+            rope_theta,
+            rope_scaling,
             tie_word_embeddings: self.tie_word_embeddings.unwrap_or(false),
         };
         file.must_be_false("attention_bias", self.attention_bias)?;
         file.must_be_false("mlp_bias", self.mlp_bias)?;
+        file.must_be_false("use_sliding_window", self.use_sliding_window)?;
         Ok(config)
+    }
+
+    fn weight_form(&self, file: &File<'_>, architecture: Architecture) -> Result<WeightForm> {
+        if let Some(mlx) = &self.quantization {
+            if let Some(method) =
+                self.quantization_config.as_ref().and_then(|q| q.quant_method.as_deref())
+            {
+                let expected = "nothing beside MLX's quantization";
+                return Err(file.error(
+                    "quantization_config.quant_method",
+                    expected,
+                    quoted(method),
+                ));
+            }
+            return mlx.weight_form(file);
+        }
+        match &self.quantization_config {
+            Some(quantization) => quantization.weight_form(file),
+            None if architecture == Architecture::Bitnet1bitLlm => {
+                for (key, bits, expected) in
+                    [("weight_bits", self.weight_bits, 1), ("input_bits", self.input_bits, 8)]
+                {
+                    if let Some(bits) = bits.filter(|&bits| bits != expected) {
+                        return Err(file.error(key, expected.to_string(), bits.to_string()));
+                    }
+                }
+                Ok(WeightForm::Online)
+            }
+            None => {
+                let expected = "a BitNet or MLX quantization (this version runs ternary weights \
+                                only; dense weights of a ternary model do not tell its scales)";
+                Err(file.error("quantization_config", expected, "nothing"))
+            }
+        }
     }
 
     fn architecture(&self, file: &File<'_>) -> Result<Architecture> {
@@ -333,6 +213,8 @@ impl Raw {
         const KEY: &str = "head_dim";
         let head_dim = match self.head_dim {
             Some(_) => file.dimension(KEY, self.head_dim, MAX_HEADS)?,
+            // The default of that class, whatever the other sizes.
+            None if architecture == Architecture::Qwen3 => 128,
             None if hidden_size.is_multiple_of(num_attention_heads) => {
                 hidden_size / num_attention_heads
             }
@@ -351,82 +233,205 @@ impl Raw {
             let expected = format!("num_attention_heads x head_dim at most {MAX_DIMENSION}");
             return Err(file.error(KEY, expected, query_size.to_string()));
         }
-        // The original class gives attn_sub_norm the width of the residual stream.
-        if architecture == Architecture::BitNet && query_size != hidden_size as u64 {
+        // The original classes give attn_sub_norm the width of the residual stream.
+        if architecture.has_sub_norms() && query_size != hidden_size as u64 {
             let expected = format!("num_attention_heads x head_dim = hidden_size = {hidden_size}");
             return Err(file.error(KEY, expected, query_size.to_string()));
         }
         Ok(head_dim)
     }
 
-    /// The rotary base, which stands at the top level or in one of two objects; and a refusal of
-    /// everything but plain RoPE.
-    fn rope_theta(&self, file: &File<'_>) -> Result<f32> {
-        let scaling = RopeObject::check(
-            file,
-            self.rope_scaling.as_ref(),
-            ["rope_scaling", "rope_scaling.rope_theta"],
-        )?;
-        let parameters = RopeObject::check(
-            file,
-            self.rope_parameters.as_ref(),
-            ["rope_parameters", "rope_parameters.rope_theta"],
-        )?;
+    /// The rotary base, which stands at the top level or in one of two objects, and the scaling,
+    /// which stands in one of them or in both alike.
+    fn rope(&self, file: &File<'_>, architecture: Architecture) -> Result<(f32, RopeScaling)> {
         if let Some(factor) = self.partial_rotary_factor.filter(|&factor| factor != 1.0) {
             return Err(file.error("partial_rotary_factor", "1", factor.to_string()));
         }
-        let mut given = [self.rope_theta.map(|theta| ("rope_theta", theta)), parameters, scaling]
-            .into_iter()
-            .flatten();
-        let (key, theta) = given.next().map_or(("rope_theta", None), |(k, theta)| (k, Some(theta)));
-        if let Some((other, second)) = given.find(|&(_, second)| Some(second) != theta) {
+        let objects =
+            [("rope_parameters", &self.rope_parameters), ("rope_scaling", &self.rope_scaling)];
+        let mut thetas =
+            Vec::from_iter(self.rope_theta.map(|theta| ("rope_theta".to_owned(), theta)));
+        let mut scalings = Vec::new();
+        for (key, object) in objects {
+            let Some(object) = object else { continue };
+            let rope = RopeObject { file, key, object };
+            thetas.extend(
+                rope.number("rope_theta")?.map(|theta| (format!("{key}.rope_theta"), theta)),
+            );
+            scalings.push((key, rope.scaling(self.max_position_embeddings)?));
+        }
+        let default = (architecture == Architecture::Bitnet1bitLlm).then_some(BITNET_1BITLLM_THETA);
+        let (key, theta) = match thetas.first() {
+            Some((key, theta)) => (key.as_str(), Some(*theta)),
+            None => ("rope_theta", default),
+        };
+        if let Some((other, second)) = thetas.iter().find(|(_, second)| Some(*second) != theta) {
             let expected = format!("the same as {key} = {}", theta.unwrap_or_default());
             return Err(file.error(other, expected, second.to_string()));
         }
-        file.positive(key, theta)
+        let scaling = match scalings[..] {
+            [] => RopeScaling::None,
+            [(_, scaling)] => scaling,
+            [(first, scaling), (second, other), ..] if scaling != other => {
+                let expected = format!("the same as {first}");
+                return Err(file.error(second, expected, "another scaling"));
+            }
+            [(_, scaling), ..] => scaling,
+        };
+        Ok((file.positive(key, theta)?, scaling))
     }
 }
 
 /// `rope_scaling` or `rope_parameters`.
-struct RopeObject;
+struct RopeObject<'a> {
+    file: &'a File<'a>,
+    key: &'static str,
+    object: &'a Map<String, Value>,
+}
 
-impl RopeObject {
-    /// Its `rope_theta`, if it asks for nothing but plain RoPE.
-    fn check(
-        file: &File<'_>,
-        object: Option<&Map<String, Value>>,
-        [key, theta_key]: [&'static str; 2],
-    ) -> Result<Option<(&'static str, f64)>> {
-        let mut theta = None;
-        for (name, value) in object.into_iter().flatten() {
-            let plain = match name.as_str() {
-                "rope_type" | "type" => value == "default",
+impl RopeObject<'_> {
+    /// A number, if it is there; null counts as absent.
+    fn number(&self, name: &str) -> Result<Option<f64>> {
+        match self.object.get(name) {
+            None | Some(Value::Null) => Ok(None),
+            Some(value) => value.as_f64().map(Some).ok_or_else(|| {
+                let key = format!("{}.{name}", self.key);
+                self.file.error(&key, "a number", shortened(&value.to_string()))
+            }),
+        }
+    }
+
+    /// A number that must be there and positive.
+    fn positive(&self, name: &str, value: Option<f64>) -> Result<f32> {
+        self.file.positive(&format!("{}.{name}", self.key), value)
+    }
+
+    /// The kind of scaling and its numbers; whatever else the object says is refused.
+    fn scaling(&self, max_position_embeddings: Option<u64>) -> Result<RopeScaling> {
+        let kind = match self.object.get("rope_type").or_else(|| self.object.get("type")) {
+            None | Some(Value::Null) => "default",
+            Some(Value::String(kind)) => kind,
+            Some(other) => {
+                let found = shortened(&other.to_string());
+                return Err(self.file.error(self.key, "a rope_type in quotes", found));
+            }
+        };
+        let known: &[&str] = match kind {
+            "default" => &[],
+            "linear" => &["factor"],
+            "yarn" => &[
+                "factor",
+                "original_max_position_embeddings",
+                "beta_fast",
+                "beta_slow",
+                "attention_factor",
+                "truncate",
+            ],
+            "llama3" => &[
+                "factor",
+                "low_freq_factor",
+                "high_freq_factor",
+                "original_max_position_embeddings",
+            ],
+            other => {
+                let expected = "rope_type default, linear, yarn or llama3";
+                return Err(self.file.error(self.key, expected, quoted(other)));
+            }
+        };
+        for (name, value) in self.object {
+            let allowed = match name.as_str() {
+                "rope_type" | "type" | "rope_theta" => true,
                 "partial_rotary_factor" => value.as_f64() == Some(1.0),
-                "rope_theta" => {
-                    theta = value.as_f64();
-                    theta.is_some()
-                }
-                _ => false,
+                "truncate" => known.contains(&"truncate") && value == true,
+                name => known.contains(&name),
             };
-            if !plain && !value.is_null() {
+            if !allowed && !value.is_null() {
+                let expected = format!("rope_type {kind} and its own keys");
                 let found = format!("{}: {}", quoted(name), shortened(&value.to_string()));
-                return Err(file.error(key, "rope_type default and nothing else", found));
+                return Err(self.file.error(self.key, expected, found));
             }
         }
-        Ok(theta.map(|theta| (theta_key, theta)))
+        let given = |name: &str| self.positive(name, self.number(name)?);
+        let or =
+            |name: &str, default: f64| self.positive(name, self.number(name)?.or(Some(default)));
+        Ok(match kind {
+            "linear" => RopeScaling::Linear { factor: given("factor")? },
+            "yarn" => {
+                let factor = given("factor")?;
+                let attention_factor = match self.number("attention_factor")? {
+                    None => RopeScaling::yarn_attention_factor(factor),
+                    some => self.positive("attention_factor", some)?,
+                };
+                let original = self.number("original_max_position_embeddings")?;
+                let original = original.or(max_position_embeddings.map(|context| context as f64));
+                RopeScaling::Yarn {
+                    factor,
+                    original_context: self
+                        .positive("original_max_position_embeddings", original)?,
+                    beta_fast: or("beta_fast", 32.0)?,
+                    beta_slow: or("beta_slow", 1.0)?,
+                    attention_factor,
+                }
+            }
+            "llama3" => RopeScaling::Llama3 {
+                factor: given("factor")?,
+                low_freq_factor: given("low_freq_factor")?,
+                high_freq_factor: given("high_freq_factor")?,
+                original_context: given("original_max_position_embeddings")?,
+            },
+            _ => RopeScaling::None,
+        })
+    }
+}
+
+impl RawMlx {
+    /// Only the sizes that binary and ternary models have; tensors are checked as they are read.
+    fn weight_form(&self, file: &File<'_>) -> Result<WeightForm> {
+        if let Some(mode) = self.mode.as_deref().filter(|&mode| mode != "affine") {
+            return Err(file.error("quantization.mode", "\"affine\"", quoted(mode)));
+        }
+        if let Some((module, _)) = self.rest.iter().next() {
+            let expected = "the same numbers for every module";
+            return Err(file.error("quantization", expected, quoted(module)));
+        }
+        let found = |value: Option<u64>| value.map_or("nothing".to_owned(), |v| v.to_string());
+        let bits = match self.bits {
+            Some(bits @ (1 | 2)) => bits as usize,
+            other => {
+                let expected = "1 (binary) or 2 (ternary)";
+                return Err(file.error("quantization.bits", expected, found(other)));
+            }
+        };
+        match self.group_size {
+            Some(group @ (64 | 128 | 256)) => Ok(WeightForm::Mlx { bits, group: group as usize }),
+            other => Err(file.error("quantization.group_size", "64, 128 or 256", found(other))),
+        }
     }
 }
 
 impl RawQuantization {
+    /// eps of the norm inside each linear layer; its default is that of the original
+    /// `BitNetQuantConfig`.
+    fn linear_norm_eps(&self, file: &File<'_>) -> Result<Option<f32>> {
+        if self.use_rms_norm != Some(true) {
+            return Ok(None);
+        }
+        let eps = self.rms_norm_eps.or(Some(1e-6));
+        file.positive("quantization_config.rms_norm_eps", eps).map(Some)
+    }
+
     fn weight_form(&self, file: &File<'_>) -> Result<WeightForm> {
         match self.quant_method.as_deref() {
             Some("bitnet") => {}
+            None if self.bits.is_some() => {
+                let expected = "MLX's quantization beside it";
+                return Err(file.error("quantization_config", expected, "its copy alone"));
+            }
             other => {
                 let found = other.map_or("nothing".to_owned(), quoted);
                 return Err(file.error("quantization_config.quant_method", "\"bitnet\"", found));
             }
         }
-        file.must_be_false("quantization_config.use_rms_norm", self.use_rms_norm)?;
         for module in self.modules_to_not_convert.iter().flatten() {
             if !matches!(module.as_str(), "lm_head" | "embed_tokens" | "model.embed_tokens") {
                 return Err(file.error(
@@ -526,6 +531,7 @@ mod tests {
         let expected = ModelConfig {
             architecture: Architecture::Llama,
             weight_form: WeightForm::PackedDivide,
+            activations: Activations::Int8Token,
             vocab_size: 131_072,
             hidden_size: 3072,
             intermediate_size: 23_040,
@@ -536,10 +542,128 @@ mod tests {
             hidden_act: Activation::Silu,
             max_position_embeddings: 32_768,
             rms_norm_eps: 1e-6,
+            linear_norm_eps: None,
             rope_theta: 1_000_042.0,
+            rope_scaling: RopeScaling::None,
             tie_word_embeddings: false,
         };
         assert_eq!(parse(&llama()).unwrap(), expected);
+    }
+
+    /// As Bonsai-8B in MLX form.
+    fn bonsai() -> Value {
+        json!({
+            "architectures": ["Qwen3ForCausalLM"],
+            "model_type": "qwen3",
+            "vocab_size": 151669,
+            "hidden_size": 4096,
+            "intermediate_size": 12288,
+            "num_hidden_layers": 36,
+            "num_attention_heads": 32,
+            "num_key_value_heads": 8,
+            "hidden_act": "silu",
+            "max_position_embeddings": 65536,
+            "rms_norm_eps": 1e-06,
+            "rope_theta": 1000000,
+            "rope_scaling": {
+                "rope_type": "yarn",
+                "factor": 4.0,
+                "original_max_position_embeddings": 16384,
+            },
+            "sliding_window": null,
+            "use_sliding_window": false,
+            "tie_word_embeddings": false,
+            "attention_bias": false,
+            "quantization": {"group_size": 128, "bits": 1},
+            "quantization_config": {"group_size": 128, "bits": 1},
+        })
+    }
+
+    #[test]
+    fn bonsai_is_qwen3_with_scales_of_groups() {
+        let config = parse(&bonsai()).unwrap();
+        assert_eq!(config.architecture, Architecture::Qwen3);
+        assert_eq!(config.weight_form, WeightForm::Mlx { bits: 1, group: 128 });
+        assert_eq!(config.activations, Activations::Float);
+        // The class's own default, not hidden_size / num_attention_heads.
+        assert_eq!(config.head_dim, 128);
+        let RopeScaling::Yarn { factor, original_context, attention_factor, .. } =
+            config.rope_scaling
+        else {
+            panic!("{:?}", config.rope_scaling)
+        };
+        assert_eq!((factor, original_context), (4.0, 16384.0));
+        assert!((attention_factor - 1.138_629_4).abs() < 1e-6);
+        refusals(
+            &bonsai(),
+            &[
+                (
+                    "quantization.bits",
+                    json!(4),
+                    "quantization.bits: expected 1 (binary) or 2 (ternary), found 4",
+                ),
+                (
+                    "quantization.group_size",
+                    json!(32),
+                    "quantization.group_size: expected 64, 128 or 256, found 32",
+                ),
+                (
+                    "quantization.mode",
+                    json!("mxfp4"),
+                    "quantization.mode: expected \"affine\", found \"mxfp4\"",
+                ),
+                (
+                    "quantization",
+                    json!({"group_size": 128, "bits": 1, "lm_head": {"bits": 4}}),
+                    "quantization: expected the same numbers for every module, found \"lm_head\"",
+                ),
+                (
+                    "quantization",
+                    Value::Null,
+                    "quantization_config: expected MLX's quantization beside it, found its copy \
+                 alone",
+                ),
+                (
+                    "quantization_config",
+                    json!({"quant_method": "bitnet"}),
+                    "quantization_config.quant_method: expected nothing beside MLX's \
+                 quantization, found \"bitnet\"",
+                ),
+            ],
+        );
+    }
+
+    /// As bitnet_b1_58-3B.
+    #[test]
+    fn the_1bitllm_class_is_ternarised_at_load() {
+        let value = json!({
+            "architectures": ["BitnetForCausalLM"],
+            "model_type": "llama",
+            "vocab_size": 32002,
+            "hidden_size": 3200,
+            "intermediate_size": 8640,
+            "num_hidden_layers": 26,
+            "num_attention_heads": 32,
+            "num_key_value_heads": 32,
+            "hidden_act": "silu",
+            "max_position_embeddings": 2048,
+            "rms_norm_eps": 1e-05,
+            "tie_word_embeddings": true,
+            "weight_bits": 1,
+            "input_bits": 8,
+        });
+        let config = parse(&value).unwrap();
+        assert_eq!(config.weight_form, WeightForm::Online);
+        assert!(config.has_sub_norms());
+        assert_eq!((config.head_dim, config.rope_theta), (100, 10_000.0));
+        assert_eq!(config.hidden_act, Activation::Silu);
+        refusals(
+            &value,
+            &[
+                ("weight_bits", json!(2), "weight_bits: expected 1, found 2"),
+                ("input_bits", json!(4), "input_bits: expected 8, found 4"),
+            ],
+        );
     }
 
     #[test]
@@ -623,6 +747,17 @@ mod tests {
     #[test]
     fn unsupported_and_contradictory_values_are_refused() {
         let null = Value::Null;
+        let mut normed = bitnet();
+        normed["quantization_config"]["use_rms_norm"] = true.into();
+        assert_eq!(parse(&normed).unwrap().linear_norm_eps, Some(1e-6));
+        refusals(
+            &normed,
+            &[(
+                "quantization_config.rms_norm_eps",
+                json!(0.0),
+                "quantization_config.rms_norm_eps: expected a positive number, found 0.0",
+            )],
+        );
         refusals(
             &bitnet(),
             &[
@@ -636,14 +771,13 @@ mod tests {
                 (
                     "architectures",
                     json!(["BitnetForCausalLM"]),
-                    "unknown architecture \"BitnetForCausalLM\"; this version runs BitNetForCausalLM \
-                 and LlamaForCausalLM",
+                    "model_type: expected \"llama\" for BitnetForCausalLM, found \"bitnet\"",
                 ),
                 (
                     "architectures",
-                    json!(["Qwen3ForCausalLM"]),
-                    "unknown architecture \"Qwen3ForCausalLM\"; this version runs BitNetForCausalLM \
-                 and LlamaForCausalLM",
+                    json!(["Gemma3ForCausalLM"]),
+                    "unknown architecture \"Gemma3ForCausalLM\"; this version runs \
+                 BitNetForCausalLM, BitnetForCausalLM, LlamaForCausalLM and Qwen3ForCausalLM",
                 ),
                 (
                     "architectures",
@@ -658,8 +792,9 @@ mod tests {
                 (
                     "quantization_config",
                     null.clone(),
-                    "quantization_config: expected a BitNet quantization (this version runs ternary \
-                 weights only), found nothing",
+                    "quantization_config: expected a BitNet or MLX quantization (this version runs \
+                 ternary weights only; dense weights of a ternary model do not tell its scales), \
+                 found nothing",
                 ),
                 (
                     "quantization_config.quant_method",
@@ -684,11 +819,6 @@ mod tests {
                  \"dynamic\"",
                 ),
                 (
-                    "quantization_config.use_rms_norm",
-                    json!(true),
-                    "quantization_config.use_rms_norm: expected false, found true",
-                ),
-                (
                     "quantization_config.modules_to_not_convert",
                     json!(["lm_head", "model.layers.0.mlp.up_proj"]),
                     "quantization_config.modules_to_not_convert: expected only lm_head and \
@@ -705,18 +835,35 @@ mod tests {
                 ),
                 (
                     "rope_scaling",
-                    json!({"rope_type": "yarn", "factor": 4.0}),
-                    "rope_scaling: expected rope_type default and nothing else, found \"factor\": 4.0",
+                    json!({"factor": 4.0}),
+                    "rope_scaling: expected rope_type default and its own keys, found \
+                 \"factor\": 4.0",
                 ),
                 (
                     "rope_scaling",
                     json!({"type": "linear"}),
-                    "rope_scaling: expected rope_type default and nothing else, found \"type\": \"linear\"",
+                    "rope_scaling.factor: expected a positive number, found nothing",
+                ),
+                (
+                    "rope_scaling",
+                    json!({"type": "yarn", "factor": 2, "mscale": 0.7}),
+                    "rope_scaling: expected rope_type yarn and its own keys, found \"mscale\": 0.7",
+                ),
+                (
+                    "rope_scaling",
+                    json!({"rope_type": "longrope"}),
+                    "rope_scaling: expected rope_type default, linear, yarn or llama3, found \
+                 \"longrope\"",
                 ),
                 (
                     "rope_parameters",
-                    json!({"rope_type": "llama3"}),
-                    "rope_parameters: expected rope_type default and nothing else, found \"rope_type\": \"llama3\"",
+                    json!({"rope_type": "llama3", "factor": "8"}),
+                    "rope_parameters.factor: expected a number, found \"8\"",
+                ),
+                (
+                    "use_sliding_window",
+                    json!(true),
+                    "use_sliding_window: expected false, found true",
                 ),
                 (
                     "partial_rotary_factor",
@@ -731,8 +878,9 @@ mod tests {
                 (
                     "quantization_config",
                     null,
-                    "quantization_config: expected a BitNet quantization (this version runs ternary \
-                 weights only), found nothing",
+                    "quantization_config: expected a BitNet or MLX quantization (this version runs \
+                 ternary weights only; dense weights of a ternary model do not tell its scales), \
+                 found nothing",
                 ),
                 (
                     "quantization_config.quantization_mode",
