@@ -22,6 +22,8 @@ pub mod convert;
 pub mod error;
 pub mod format;
 pub mod generate;
+#[cfg(feature = "hub")]
+pub mod hub;
 pub mod kv_cache;
 pub mod layout;
 pub mod model;

@@ -245,7 +245,9 @@ impl Checkpoint {
         let info = self.info(name, None)?;
         let ty = self.files.ggml_type(info)?;
         let data = match (ty.ternary(), ty.float()) {
-            (Some(ternary), _) => TableData::Groups(self.reader().ternary(info, shape, ternary)?),
+            (Some(ternary), _) => {
+                TableData::Groups(Box::new(self.reader().ternary(info, shape, ternary)?))
+            }
             (None, Some(float)) => match float.plain() {
                 Some(float) => self.plain_table(info, float)?,
                 None => TableData::Codes(self.codes(info, shape, float)?),

@@ -453,7 +453,7 @@ impl Checkpoint {
         let shape = MatShape::new(self.config.vocab_size, self.config.hidden_size)?;
         if let WeightForm::Mlx { bits, group } = self.config.weight_form {
             let matrix = self.mlx_matrix(shape, name, bits, group)?;
-            return Ok(Table::new(shape, TableData::Groups(matrix)));
+            return Ok(Table::new(shape, TableData::Groups(Box::new(matrix))));
         }
         if self.is_ggml() {
             return self.ggml_table(name);

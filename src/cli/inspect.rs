@@ -10,7 +10,7 @@ use sterna::Checkpoint;
 use sterna::config::{ModelConfig, WeightForm};
 use sterna::weights::WeightSource;
 
-use super::{open, print, print_json};
+use super::{open, print, print_json, pull};
 
 /// Show what a model's files hold, and the memory that running it takes
 ///
@@ -19,8 +19,11 @@ use super::{open, print, print_json};
 /// device. Weights are not read.
 #[derive(clap::Args)]
 pub(super) struct Arguments {
-    /// Directory of the model [default: built in]
+    /// Directory of the model, or its name on the Hugging Face hub [default: built in]
     model: Option<PathBuf>,
+
+    #[command(flatten)]
+    hub: pull::Offline,
 
     /// Write one JSON object
     #[arg(long)]
@@ -75,7 +78,7 @@ struct Tensor {
 }
 
 pub(super) fn run(arguments: &Arguments) -> Result<()> {
-    let checkpoint = open(arguments.model.as_deref())?;
+    let checkpoint = open(arguments.model.as_deref(), arguments.hub)?;
     let report = report(&checkpoint)?;
     if arguments.json { print_json(&report) } else { print(&text(&report)?) }
 }

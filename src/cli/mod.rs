@@ -4,6 +4,7 @@ mod devices;
 mod inspect;
 mod logits;
 mod progress;
+mod pull;
 mod run;
 mod verify;
 
@@ -29,6 +30,7 @@ const EXAMPLES: &str = "\
 Examples:
   sterna run \"Once upon a time\"                    a story by the built-in model
   sterna run -m DIR --chat \"Why is the sky blue?\"  a question to a model of your own
+  sterna pull ORG/NAME                             a model from the Hugging Face hub
   sterna devices                                   what it can run on
   sterna run --help                                more options, and what they mean";
 
@@ -37,6 +39,7 @@ enum Command {
     Run(run::Arguments),
     Devices(devices::Arguments),
     Inspect(inspect::Arguments),
+    Pull(pull::Arguments),
     Logits(logits::Arguments),
     Verify(verify::Arguments),
 }
@@ -47,6 +50,7 @@ pub(crate) fn run(arguments: Arguments) -> Result<()> {
         Command::Run(arguments) => run::run(arguments),
         Command::Devices(arguments) => devices::run(&arguments),
         Command::Inspect(arguments) => inspect::run(&arguments),
+        Command::Pull(arguments) => pull::run(&arguments),
         Command::Logits(arguments) => logits::run(&arguments),
         Command::Verify(arguments) => verify::run(&arguments),
     }
@@ -55,12 +59,17 @@ pub(crate) fn run(arguments: Arguments) -> Result<()> {
 /// Which model, and where it runs.
 #[derive(Args)]
 struct ModelArguments {
-    /// Directory of the model (config.json, model.safetensors, tokenizer.json) [default: built in]
+    /// Directory of the model (config.json, model.safetensors, tokenizer.json), or its name on the
+    /// Hugging Face hub, ORG/NAME or ORG/NAME:FILE.gguf [default: built in]
     ///
-    /// The layout is that of Hugging Face; model.safetensors may be shards with an index. Without
-    /// this option, the built-in teller of stories runs.
-    #[arg(short, long, value_name = "DIR")]
+    /// The layout is that of Hugging Face; model.safetensors may be shards with an index. A name
+    /// that is no path is looked up in the cache, and pulled if it is not there (see "sterna pull
+    /// --help"). Without this option, the built-in teller of stories runs.
+    #[arg(short, long, value_name = "MODEL")]
     model: Option<PathBuf>,
+
+    #[command(flatten)]
+    hub: pull::Offline,
 
     /// What to run on: auto, gpu, gpu:N, cpu or ref
     ///
@@ -86,7 +95,7 @@ fn at_least_one(text: &str) -> Result<usize, String> {
 
 impl ModelArguments {
     fn checkpoint(&self) -> Result<Checkpoint> {
-        open(self.model.as_deref())
+        open(self.model.as_deref(), self.hub)
     }
 
     fn load_options(&self, context: Option<usize>) -> LoadOptions {
@@ -94,9 +103,9 @@ impl ModelArguments {
     }
 }
 
-fn open(model: Option<&Path>) -> Result<Checkpoint> {
+fn open(model: Option<&Path>, hub: pull::Offline) -> Result<Checkpoint> {
     Ok(match model {
-        Some(directory) => Checkpoint::open(directory)?,
+        Some(model) => Checkpoint::open(&pull::resolve_model(model, hub)?)?,
         None => sterna::built_in::checkpoint()?,
     })
 }

@@ -10,6 +10,10 @@ mod ggml;
 mod gguf;
 #[path = "../common/golden.rs"]
 mod golden;
+#[cfg(feature = "cli")]
+mod hub;
+#[cfg(feature = "cli")]
+mod hub_server;
 mod model;
 mod shaders;
 mod simd;
