@@ -10,7 +10,7 @@ use sterna::weights::{Checkpoint, WeightSource};
 use sterna::{Model, Transformer};
 
 use super::progress::LoadBar;
-use super::{at_least_one, open, print, print_json, pull};
+use super::{FileArguments, at_least_one, open, print, print_json};
 
 /// Prove that the devices of this machine compute what they should
 ///
@@ -28,7 +28,7 @@ pub(super) struct Arguments {
     model: Option<std::path::PathBuf>,
 
     #[command(flatten)]
-    hub: pull::Offline,
+    files: FileArguments,
 
     /// What to check: auto, gpu, gpu:N, cpu or ref [default: every device there is]
     #[arg(long, value_name = "DEVICE")]
@@ -93,7 +93,7 @@ struct GreedyText {
 }
 
 pub(super) fn run(arguments: &Arguments) -> Result<()> {
-    let checkpoint = open(arguments.model.as_deref(), arguments.hub)?;
+    let checkpoint = open(arguments.model.as_deref(), arguments.files)?;
     let devices = verify::devices(arguments.device)?;
     let mut variants = Vec::new();
     for &device in &devices {
