@@ -11,7 +11,7 @@ use minijinja::{Environment, ErrorKind, context};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
-use super::Source;
+use super::{GgufVocabulary, Source};
 use crate::error::{Error, Result};
 
 /// Who speaks.
@@ -41,6 +41,11 @@ impl Message {
         Self { role, content: content.into() }
     }
 }
+
+/// How BitNet b1.58 2B4T was trained to talk (`tokenizer_config.json` of the original checkpoint).
+const BITNET_2B4T: &str = "{{ bos_token }}{% for message in messages %}\
+    {{ message['role'] | capitalize + ': ' + message['content'] | trim + '<|eot_id|>' }}\
+    {% endfor %}{% if add_generation_prompt %}{{ 'Assistant: ' }}{% endif %}";
 
 /// Steps that a template may take: thousands of times more than any in the wild needs.
 const FUEL: u64 = 10_000_000;
@@ -81,6 +86,22 @@ impl ChatTemplate {
             template: template.to_owned(),
             special_tokens: special_tokens(&config),
         }))
+    }
+
+    /// The template of a GGUF file; `None` if it has none. Instead of the placeholder that
+    /// bitnet.cpp writes into BitNet b1.58 2B4T, the template of the original checkpoint, which
+    /// [`GgufVocabulary::notes`] tells.
+    ///
+    /// `is_2b4t`: whether the file has that model's dimensions; its own architecture,
+    /// `bitnet-b1.58`, is known without. A template that is not the placeholder is always kept.
+    pub fn from_gguf(vocabulary: &GgufVocabulary, is_2b4t: bool) -> Option<Self> {
+        let template = vocabulary.chat_template.as_deref()?;
+        let is_wrong = vocabulary.has_wrong_template(is_2b4t);
+        Some(Self {
+            file: vocabulary.file.clone(),
+            template: if is_wrong { BITNET_2B4T } else { template }.to_owned(),
+            special_tokens: vocabulary.special_tokens(),
+        })
     }
 
     /// The text of a conversation; with `add_generation_prompt`, it ends where the assistant's
