@@ -4,10 +4,13 @@
 //! runs it (`utils/chat_template_utils.py`), with a limit on its steps.
 
 use std::collections::BTreeMap;
+use std::fmt::{self, Write as _};
+use std::io;
+use std::sync::atomic::{AtomicUsize, Ordering};
 
 use minijinja::syntax::SyntaxConfig;
 use minijinja::value::{Kwargs, Serde};
-use minijinja::{Environment, ErrorKind, context};
+use minijinja::{Environment, ErrorKind, Output, context};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
@@ -49,6 +52,13 @@ const BITNET_2B4T: &str = "{{ bos_token }}{% for message in messages %}\
 
 /// Steps that a template may take: thousands of times more than any in the wild needs.
 const FUEL: u64 = 10_000_000;
+
+/// The longest text that a template may write: far more than any context holds.
+///
+/// That bounds the text, and what `{{ … }}` writes into variables and macros. The engine has no
+/// bound for a string that an expression makes (`x ~ x`, `x | replace(…)`), nor for plain template
+/// text inside `{% set %}…{% endset %}`: a hostile template can still exhaust memory with those.
+const MAX_TEXT_BYTES: usize = 16 << 20;
 
 /// A model's own chat template.
 #[derive(Debug, Clone)]
@@ -109,7 +119,7 @@ impl ChatTemplate {
     ///
     /// # Errors
     /// [`Error::ChatTemplate`] if the template is invalid, refuses the messages
-    /// (`raise_exception`), or does not end.
+    /// (`raise_exception`), does not end, or writes more than 16 MiB.
     pub fn render(&self, messages: &[Message], add_generation_prompt: bool) -> Result<String> {
         let render = || {
             let environment = environment()?;
@@ -121,7 +131,11 @@ impl ChatTemplate {
                 documents => (),
                 ..minijinja::Value::from(Serde(&self.special_tokens))
             };
-            environment.template_from_str(&self.template)?.render(variables)
+            let mut text = Vec::new();
+            let output = Limited { inner: &mut text, left: MAX_TEXT_BYTES };
+            environment.template_from_str(&self.template)?.render_captured_to(variables, output)?;
+            String::from_utf8(text)
+                .map_err(|error| minijinja::Error::new(ErrorKind::WriteFailure, error.to_string()))
         };
         render().map_err(|source| Error::ChatTemplate { file: self.file.clone(), source })
     }
@@ -168,6 +182,11 @@ fn environment() -> std::result::Result<Environment<'static>, minijinja::Error> 
     environment.set_syntax(SyntaxConfig::builder().trim_blocks(true).lstrip_blocks(true).build()?);
     environment.set_auto_escape_callback(|_| minijinja::AutoEscape::None);
     environment.set_fuel(Some(FUEL));
+    let written = AtomicUsize::new(0);
+    environment.set_formatter(move |output, _, value| {
+        // Nothing is escaped, whatever the template says.
+        write!(Counted { output, written: &written }, "{value}").map_err(|_| too_long())
+    });
     environment.set_unknown_method_callback(minijinja_contrib::pycompat::unknown_method_callback);
     environment.add_function("raise_exception", |message: String| {
         Err::<(), _>(minijinja::Error::new(ErrorKind::InvalidOperation, message))
@@ -178,6 +197,46 @@ fn environment() -> std::result::Result<Environment<'static>, minijinja::Error> 
     });
     environment.add_filter("tojson", to_json);
     Ok(environment)
+}
+
+fn too_long() -> minijinja::Error {
+    let problem = format!("it writes more than {MAX_TEXT_BYTES} bytes");
+    minijinja::Error::new(ErrorKind::InvalidOperation, problem)
+}
+
+/// The text of a template, up to a length.
+struct Limited<'a> {
+    inner: &'a mut Vec<u8>,
+    left: usize,
+}
+
+impl io::Write for Limited<'_> {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        self.left =
+            self.left.checked_sub(bytes.len()).ok_or_else(|| io::Error::other(too_long()))?;
+        self.inner.extend(bytes);
+        Ok(bytes.len())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+/// What `{{ … }}` writes, be it to the text or into a variable or macro: up to a length in all.
+struct Counted<'a, 'o> {
+    output: &'a mut Output<'o>,
+    written: &'a AtomicUsize,
+}
+
+impl fmt::Write for Counted<'_, '_> {
+    fn write_str(&mut self, text: &str) -> fmt::Result {
+        let before = self.written.fetch_add(text.len(), Ordering::Relaxed);
+        if before.saturating_add(text.len()) > MAX_TEXT_BYTES {
+            return Err(fmt::Error);
+        }
+        self.output.write_str(text)
+    }
 }
 
 /// Python's `json.dumps(value, ensure_ascii=False, indent=indent)`; the engine's own filter escapes
@@ -337,6 +396,14 @@ mod tests {
             "{% for a in range(99999) %}{% for b in range(99999) %}x{% endfor %}{% endfor %}",
             "{{ 'x' * 9999999999999 }}",
             "{% include 'chat' %}",
+            // Each writes terabytes.
+            "{% for i in range(99999) %}{{ 'x' * 99999999 }}{% endfor %}",
+            "{% set x = 'x' * 10000 %}{% for i in range(99999) %}{{ x }}{% endfor %}",
+            &format!("{{% for i in range(99999) %}}{}{{% endfor %}}", "x".repeat(100_000)),
+            "{% set x = 'xx' %}{% set ns = namespace(x=x) %}{% for i in range(50) %}\
+             {% set y %}{{ ns.x }}{{ ns.x }}{% endset %}{% set ns.x = y %}{% endfor %}",
+            "{% set ns = namespace(x='xx') %}{% for i in range(50) %}\
+             {% set y %}{{ [ns.x, ns.x] }}{% endset %}{% set ns.x = y %}{% endfor %}",
             &nested,
             &parens,
         ] {
