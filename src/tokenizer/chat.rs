@@ -114,6 +114,11 @@ impl ChatTemplate {
         })
     }
 
+    /// The Jinja program.
+    pub(super) fn into_template(self) -> String {
+        self.template
+    }
+
     /// The text of a conversation; with `add_generation_prompt`, it ends where the assistant's
     /// answer begins. Encode it without adding special tokens: the template has written them.
     ///
@@ -167,7 +172,7 @@ fn template_of<'a>(file: &str, config: &'a Value) -> Result<Option<&'a str>> {
 }
 
 /// Every `…_token` that is a string or a `{content}` object.
-fn special_tokens(config: &Value) -> BTreeMap<String, String> {
+pub(super) fn special_tokens(config: &Value) -> BTreeMap<String, String> {
     let entries = config.as_object().into_iter().flatten();
     let tokens = entries.filter(|(key, _)| key.ends_with("_token"));
     let text = |value: &Value| {

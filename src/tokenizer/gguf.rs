@@ -129,6 +129,17 @@ impl PreTokenizer {
         ("falcon", Self::Falcon),
     ];
 
+    /// Every pre-tokenizer once.
+    pub(super) fn all() -> impl Iterator<Item = Self> {
+        [Self::Llama3, Self::Qwen2, Self::Qwen35, Self::Gpt2, Self::Falcon].into_iter()
+    }
+
+    /// The first name of each, for writing.
+    pub(super) fn name(self) -> &'static str {
+        let name = Self::NAMES.iter().find(|(_, pre)| *pre == self);
+        name.expect("every variant has a name").0
+    }
+
     /// One after the other, each on the pieces of the one before.
     pub(super) fn expressions(self) -> &'static [&'static str] {
         match self {
@@ -457,7 +468,7 @@ impl Tokenizer {
 }
 
 #[cfg(test)]
-mod tests {
+pub(super) mod tests {
     use serde_json::Value;
     use tokenizers::{OffsetReferential, OffsetType, PreTokenizedString, PreTokenizer as _};
 
@@ -466,7 +477,7 @@ mod tests {
     use super::*;
 
     /// The golden tokenizer as a GGUF file has it.
-    fn vocabulary() -> GgufVocabulary {
+    pub(in super::super) fn vocabulary() -> GgufVocabulary {
         let json: Value = serde_json::from_slice(TOKENIZER).unwrap();
         let config: Value = serde_json::from_slice(CONFIG).unwrap();
         let mut tokens = vec![String::new(); 1000];
@@ -530,6 +541,7 @@ mod tests {
         for (name, expected) in named {
             let known = PreTokenizer::NAMES.iter().find(|(known, _)| known == name);
             let pre = known.unwrap().1;
+            assert_eq!(pre.name(), name);
             // Without the last step, which writes the pieces in the byte alphabet.
             let mut steps = splitter(pre).unwrap().as_ref().to_vec();
             steps.pop();

@@ -12,11 +12,13 @@ mod gguf;
 mod sentencepiece;
 mod stop;
 mod stream;
+mod to_gguf;
 
 pub use chat::{ChatTemplate, Message, Role};
 pub use gguf::{GgufVocabulary, TokenKind};
 pub use stop::stop_ids;
 pub use stream::DecodeStream;
+pub use to_gguf::HuggingFaceFiles;
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
 
@@ -202,6 +204,14 @@ fn quoted(text: &str) -> String {
     match text.char_indices().nth(40) {
         Some((end, _)) => format!("{:?}…", &text[..end]),
         None => format!("{text:?}"),
+    }
+}
+
+/// The first characters of JSON, for a message.
+fn shortened(text: &str, max_characters: usize) -> String {
+    match text.char_indices().nth(max_characters) {
+        Some((end, _)) => text[..end].to_owned() + "…",
+        None => text.to_owned(),
     }
 }
 
