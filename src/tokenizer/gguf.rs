@@ -852,6 +852,39 @@ pub(super) mod tests {
     }
 
     #[test]
+    fn long_texts_are_cut_to_their_end() {
+        // More steps back than a regular expression may take, were it to take one for each space.
+        let tokenizer = load(&bytes_and(&[("Ġx", 1)], &["Ġ x"], "llama-bpe")).unwrap();
+        for unit in [" ", "\n", " \n", "a", "'s"] {
+            let text = unit.repeat(1_100_000 / unit.len()) + " x";
+            let ids = tokenizer.encode(&text, true).unwrap();
+            assert_eq!(ids.last(), Some(&256), "{unit:?}");
+            assert_eq!(tokenizer.decode(&ids, true).unwrap(), text, "{unit:?}");
+        }
+    }
+
+    #[test]
+    fn tokens_that_start_all_alike_take_little_time() {
+        let lengths = 1..1000;
+        let tokens: Vec<String> = lengths.map(|length| "a".repeat(length)).collect();
+        let with = |model: &str, kind| GgufVocabulary {
+            model: model.into(),
+            pre: Some("qwen2".into()),
+            token_types: vec![kind; 999],
+            scores: vec![0.0; 999],
+            unknown_id: Some(0),
+            add_bos: Some(false),
+            tokens: tokens.clone(),
+            ..GgufVocabulary::default()
+        };
+        let text = "a".repeat(200_000);
+        for vocabulary in [with("llama", 1), with("llama", 3), with("gpt2", 4)] {
+            let ids = load(&vocabulary).unwrap().encode(&text, false).unwrap();
+            assert!(ids.len() < 300, "{}", ids.len());
+        }
+    }
+
+    #[test]
     fn random_vocabularies_do_no_harm() {
         let mut random = crate::random::Random::new(5);
         let mut loaded = 0;
