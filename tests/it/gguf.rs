@@ -5,7 +5,7 @@ use std::path::Path;
 
 use sterna::format::ModelFiles;
 use sterna::format::ggml::GgmlType;
-use sterna::format::gguf::{Array, Strings, Value};
+use sterna::format::gguf::{Array, Strings, TensorPlan, Value, Writer};
 
 /// A GGUF file, spelled out; written as bytes by hand, not by the writer under test.
 #[derive(Clone)]
@@ -111,22 +111,24 @@ fn invalid(problem: &str) -> String {
     format!("not a valid GGUF file: {problem}")
 }
 
-/// The worked example: two keys, one TQ2_0 tensor of 256 × 1.
+/// The worked example without its data: two keys, one TQ2_0 tensor of 256 × 1.
+#[rustfmt::skip]
+const MINIMAL: [u8; 160] = [
+    0x47, 0x47, 0x55, 0x46, 3, 0, 0, 0, 1, 0, 0, 0, 0, 0, 0, 0,
+    2, 0, 0, 0, 0, 0, 0, 0, 0x14, 0, 0, 0, 0, 0, 0, 0,
+    0x67, 0x65, 0x6e, 0x65, 0x72, 0x61, 0x6c, 0x2e, 0x61, 0x72, 0x63, 0x68, 0x69, 0x74, 0x65, 0x63,
+    0x74, 0x75, 0x72, 0x65, 8, 0, 0, 0, 5, 0, 0, 0, 0, 0, 0, 0,
+    0x6c, 0x6c, 0x61, 0x6d, 0x61, 0x11, 0, 0, 0, 0, 0, 0, 0, 0x6c, 0x6c, 0x61,
+    0x6d, 0x61, 0x2e, 0x62, 0x6c, 0x6f, 0x63, 0x6b, 0x5f, 0x63, 0x6f, 0x75, 0x6e, 0x74, 4, 0,
+    0, 0, 1, 0, 0, 0, 8, 0, 0, 0, 0, 0, 0, 0, 0x74, 0x2e,
+    0x77, 0x65, 0x69, 0x67, 0x68, 0x74, 2, 0, 0, 0, 0, 1, 0, 0, 0, 0,
+    0, 0, 1, 0, 0, 0, 0, 0, 0, 0, 0x23, 0, 0, 0, 0, 0,
+    0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0,
+];
+
 #[test]
 fn the_minimal_file_is_read() {
-    #[rustfmt::skip]
-    let mut bytes = vec![
-        0x47, 0x47, 0x55, 0x46, 3, 0, 0, 0, 1, 0, 0, 0, 0, 0, 0, 0,
-        2, 0, 0, 0, 0, 0, 0, 0, 0x14, 0, 0, 0, 0, 0, 0, 0,
-        0x67, 0x65, 0x6e, 0x65, 0x72, 0x61, 0x6c, 0x2e, 0x61, 0x72, 0x63, 0x68, 0x69, 0x74, 0x65, 0x63,
-        0x74, 0x75, 0x72, 0x65, 8, 0, 0, 0, 5, 0, 0, 0, 0, 0, 0, 0,
-        0x6c, 0x6c, 0x61, 0x6d, 0x61, 0x11, 0, 0, 0, 0, 0, 0, 0, 0x6c, 0x6c, 0x61,
-        0x6d, 0x61, 0x2e, 0x62, 0x6c, 0x6f, 0x63, 0x6b, 0x5f, 0x63, 0x6f, 0x75, 0x6e, 0x74, 4, 0,
-        0, 0, 1, 0, 0, 0, 8, 0, 0, 0, 0, 0, 0, 0, 0x74, 0x2e,
-        0x77, 0x65, 0x69, 0x67, 0x68, 0x74, 2, 0, 0, 0, 0, 1, 0, 0, 0, 0,
-        0, 0, 1, 0, 0, 0, 0, 0, 0, 0, 0x23, 0, 0, 0, 0, 0,
-        0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0,
-    ];
+    let mut bytes = MINIMAL.to_vec();
     let data: Vec<u8> = (0..66).collect();
     bytes.extend(&data);
     assert_eq!(bytes.len(), 226);
@@ -766,4 +768,112 @@ fn what_a_path_may_be() {
     let files = ModelFiles::open(directory.path()).unwrap();
     assert!(files.metadata().is_none());
     assert_eq!(files.tensor_names().collect::<Vec<_>>(), ["w"]);
+}
+
+fn plan(name: &str, ty: GgmlType, shape: &[usize]) -> TensorPlan {
+    TensorPlan { name: name.to_owned(), ty, shape: shape.to_vec() }
+}
+
+#[test]
+fn the_minimal_file_is_written() {
+    let keys = [
+        ("general.architecture", Value::String("llama".to_owned())),
+        ("llama.block_count", Value::U32(1)),
+    ];
+    let plans = [plan("t.weight", GgmlType::Tq2_0, &[1, 256])];
+    let mut writer = Writer::new(Vec::new(), &keys, &plans).unwrap();
+    let data: Vec<u8> = (0..66).collect();
+    for piece in [&data[..1], &[], &data[1..60], &data[60..]] {
+        writer.write(piece).unwrap();
+    }
+    // The last tensor is padded like the others.
+    let expected = [&MINIMAL[..], &data, &[0; 30]].concat();
+    assert_eq!(writer.finish().unwrap(), expected);
+}
+
+#[test]
+fn what_is_written_is_read() {
+    let keys = [
+        ("u8", Value::U8(200)),
+        ("i8", Value::I8(-1)),
+        ("u16", Value::U16(65535)),
+        ("i16", Value::I16(-2)),
+        ("u32", Value::U32(u32::MAX)),
+        ("i32", Value::I32(i32::MIN)),
+        ("u64", Value::U64(u64::MAX)),
+        ("i64", Value::I64(i64::MIN)),
+        ("f32", Value::F32(1.5)),
+        ("f64", Value::F64(0.1)),
+        ("bool", Value::Bool(true)),
+        ("string", Value::String("ü".to_owned())),
+        ("u8s", Value::Array(Array::U8(vec![1, 2]))),
+        ("i8s", Value::Array(Array::I8(vec![-1, 2]))),
+        ("u16s", Value::Array(Array::U16(vec![1, 2]))),
+        ("i16s", Value::Array(Array::I16(vec![-1, 2]))),
+        ("u32s", Value::Array(Array::U32(vec![1, 2]))),
+        ("i32s", Value::Array(Array::I32(vec![-1, 2]))),
+        ("u64s", Value::Array(Array::U64(vec![1, 2]))),
+        ("i64s", Value::Array(Array::I64(vec![-1, 2]))),
+        ("f32s", Value::Array(Array::F32(vec![0.5]))),
+        ("f64s", Value::Array(Array::F64(vec![0.5]))),
+        ("bools", Value::Array(Array::Bool(vec![true, false]))),
+        ("strings", Value::Array(Array::String(["a", "", "bc"].into_iter().collect()))),
+        ("none", Value::Array(Array::U32(vec![]))),
+    ];
+    // Every type that the lengths tell.
+    let plans: Vec<TensorPlan> =
+        GgmlType::ALL.iter().map(|&ty| plan(ty.name(), ty, &[8, 256])).collect();
+    let bytes_of =
+        |i: usize| vec![i as u8; plans[i].ty.len_bytes(&plans[i].shape).unwrap() as usize];
+    let mut writer = Writer::new(Vec::new(), &keys, &plans).unwrap();
+    for i in 0..plans.len() {
+        bytes_of(i).chunks(1000).for_each(|piece| writer.write(piece).unwrap());
+    }
+    let files = open(writer.finish().unwrap()).unwrap();
+    let metadata = files.metadata().unwrap();
+    assert_eq!(metadata.iter().len(), keys.len());
+    for (key, value) in metadata.iter() {
+        assert_eq!(keys.iter().find(|(name, _)| *name == key).unwrap().1, *value);
+    }
+    assert_eq!(files.infos().count(), plans.len());
+    for (i, plan) in plans.iter().enumerate() {
+        let info = files.info(&plan.name).unwrap();
+        assert_eq!((&info.shape, files.ggml_type(info).unwrap()), (&plan.shape, plan.ty));
+        assert_eq!(*files.slice(info, 0..info.len_bytes as usize).unwrap(), bytes_of(i));
+    }
+}
+
+#[test]
+fn what_cannot_be_written_says_so() {
+    let header = |keys: &[(&str, Value)], plans: &[TensorPlan]| {
+        let error = Writer::new(Vec::new(), keys, plans).unwrap_err();
+        assert_eq!(error.kind(), std::io::ErrorKind::InvalidInput);
+        error.to_string()
+    };
+    let key = ("k", Value::U8(1));
+    assert_eq!(header(&[key.clone(), key], &[]), "key \"k\" cannot be written again");
+    assert_eq!(
+        header(&[("general.alignment", Value::U32(32))], &[]),
+        "key \"general.alignment\" cannot be written again"
+    );
+    let f32 = |shape: &[usize]| plan("t", GgmlType::F32, shape);
+    assert_eq!(header(&[], &[f32(&[1]), f32(&[2])]), "tensor \"t\" appears twice");
+    for shape in [&[1; 5][..], &[2, 0], &[usize::MAX, 2]] {
+        let expected = format!("tensor \"t\": no F32 of shape {shape:?}");
+        assert_eq!(header(&[], &[f32(shape)]), expected);
+    }
+    assert_eq!(
+        header(&[], &[plan("t", GgmlType::Tq2_0, &[2, 128])]),
+        "tensor \"t\": no TQ2_0 of shape [2, 128]"
+    );
+
+    let mut writer = Writer::new(Vec::new(), &[], &[f32(&[2])]).unwrap();
+    writer.write(&[0; 5]).unwrap();
+    let problem = |result: std::io::Result<()>| result.unwrap_err().to_string();
+    assert_eq!(problem(writer.write(&[0; 4])), "tensor \"t\": 4 bytes where 3 are left");
+    writer.write(&[0; 3]).unwrap();
+    assert_eq!(problem(writer.write(&[0])), "1 bytes after the last tensor");
+    writer.finish().unwrap();
+    let writer = Writer::new(Vec::new(), &[], &[f32(&[2])]).unwrap();
+    assert_eq!(problem(writer.finish().map(drop)), "tensor \"t\": 8 bytes are missing");
 }

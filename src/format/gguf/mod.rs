@@ -9,11 +9,13 @@
 //! next tensor. The model may do without it.
 
 mod metadata;
+mod write;
 
 use std::collections::HashSet;
 use std::fmt;
 
 pub use metadata::{Array, FromValue, Metadata, Strings, Value};
+pub use write::{TensorPlan, Writer};
 
 use super::ggml::{self, CLASHING_Q2_0, GgmlType};
 use super::{TensorInfo, quoted};
