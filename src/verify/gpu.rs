@@ -4,7 +4,7 @@ use cpu_ref::attention::Heads;
 use cpu_ref::mlp::Activation;
 use cpu_ref::quantize_absmax::Quantized;
 
-use crate::backend::gpu::kernels::{self, DenseFormat, DenseShard, padded_rows};
+use crate::backend::gpu::kernels::{self, DenseFormat, DenseShard, LinearRows, padded_rows};
 use crate::backend::gpu::self_test::{decode_codes, multiply, quantize, run};
 use crate::backend::gpu::{Call, Gpu, PassParams, Slice, Variant};
 use crate::error::Result;
@@ -110,7 +110,8 @@ impl super::Kernels for OnGpu<'_> {
         let [keys, values] = cache;
         let buffers = [&acc, &weight_scale, &act_scale, &angles, &query, &keys?, &values?];
         let params = PassParams { start: position as u32, ..ONE };
-        run(self.gpu, &kernels::rope(heads), params, &buffers)?;
+        let rows = LinearRows::sums(3 * dim);
+        run(self.gpu, &kernels::rope(heads, &rows), params, &buffers)?;
         Ok(bytemuck::cast_vec(self.gpu.read(&query, dim)?))
     }
 
@@ -123,25 +124,27 @@ impl super::Kernels for OnGpu<'_> {
 
     fn gated_activation(&self, gate: &[f32], up: &[f32], act: Activation) -> Result<Vec<f32>> {
         let sums = self.as_sums(&[gate, up].concat())?;
-        let call = kernels::gated_activation(gate.len(), act);
+        let call = kernels::gated_activation(gate.len(), act, &LinearRows::sums(2 * gate.len()));
         self.run_f32(&call, ONE, &sums.each_ref(), gate.len())
     }
 
     fn residual_add(&self, hidden: &[f32], y: &[f32]) -> Result<Vec<f32>> {
         let [acc, weight_scale, act_scale] = self.as_sums(y)?;
         let inputs = [&self.upload(hidden)?, &acc, &weight_scale, &act_scale];
-        self.run_f32(&kernels::residual_add(y.len()), ONE, &inputs, y.len())
+        let call = kernels::residual_add(y.len(), &LinearRows::sums(y.len()));
+        self.run_f32(&call, ONE, &inputs, y.len())
     }
 
     fn embedding(&self, table: &[f32], k: usize, token: usize) -> Result<Vec<f32>> {
         let (rows, shard) = self.table(table, k)?;
-        let tokens = self.upload(&[token as u32])?;
-        self.run_f32(&kernels::embedding(shard), ONE, &[&tokens, &rows], k)
+        let (tokens, none) = (self.upload(&[token as u32])?, self.upload(&[0u32])?);
+        self.run_f32(&kernels::embedding(shard), ONE, &[&tokens, &rows, &none, &none], k)
     }
 
     fn lm_head(&self, table: &[f32], x: &[f32]) -> Result<Vec<f32>> {
         let (rows, shard) = self.table(table, x.len())?;
         let call = kernels::lm_head(shard, shard.rows);
-        self.run_f32(&call, ONE, &[&self.upload(x)?, &rows], shard.rows)
+        let (x, none) = (self.upload(x)?, self.upload(&[0u32])?);
+        self.run_f32(&call, ONE, &[&x, &rows, &none, &none], shard.rows)
     }
 }
