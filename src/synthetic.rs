@@ -161,7 +161,7 @@ impl SyntheticModel {
         let shape = MatShape::new(self.config.vocab_size, self.config.hidden_size)?;
         if let Some((scale, alphabet)) = self.groups() {
             let matrix = TernaryMatrix::synthetic(shape, self.table_seed(table), scale, alphabet);
-            return Ok(Table::new(shape, TableData::Groups(matrix)));
+            return Ok(Table::new(shape, TableData::Groups(Box::new(matrix))));
         }
         let mut bits = vec![0; shape.len()];
         bits.par_chunks_exact_mut(shape.k()).enumerate().for_each(|(n, out)| row(n, out));

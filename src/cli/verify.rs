@@ -10,7 +10,7 @@ use sterna::weights::{Checkpoint, WeightSource};
 use sterna::{Model, Transformer};
 
 use super::progress::LoadBar;
-use super::{at_least_one, open, print, print_json};
+use super::{FileArguments, at_least_one, open, print, print_json};
 
 /// Prove that the devices of this machine compute what they should
 ///
@@ -22,9 +22,13 @@ use super::{at_least_one, open, print, print_json};
 #[derive(clap::Args)]
 #[command(after_long_help = EXAMPLES)]
 pub(super) struct Arguments {
-    /// Directory of the model whose text is compared [default: built in]
-    #[arg(short, long, value_name = "DIR")]
+    /// Directory of the model whose text is compared, or its name on the Hugging Face hub
+    /// [default: built in]
+    #[arg(short, long, value_name = "MODEL")]
     model: Option<std::path::PathBuf>,
+
+    #[command(flatten)]
+    files: FileArguments,
 
     /// What to check: auto, gpu, gpu:N, cpu or ref [default: every device there is]
     #[arg(long, value_name = "DEVICE")]
@@ -89,7 +93,7 @@ struct GreedyText {
 }
 
 pub(super) fn run(arguments: &Arguments) -> Result<()> {
-    let checkpoint = open(arguments.model.as_deref())?;
+    let checkpoint = open(arguments.model.as_deref(), arguments.files)?;
     let devices = verify::devices(arguments.device)?;
     let mut variants = Vec::new();
     for &device in &devices {

@@ -839,7 +839,7 @@ fn what_is_no_checkpoint_says_so() {
     let directory = tempfile::tempdir().unwrap();
     assert_eq!(
         verdict(directory.path()),
-        ": no model.safetensors or model.safetensors.index.json in this directory"
+        ": no model.safetensors, model.safetensors.index.json or GGUF file in this directory"
     );
     Tiny::bitnet().write(directory.path());
     std::fs::remove_file(directory.path().join("config.json")).unwrap();

@@ -6,8 +6,14 @@ mod checkpoint;
 #[cfg(feature = "cli")]
 mod cli;
 mod generate;
+mod ggml;
+mod gguf;
 #[path = "../common/golden.rs"]
 mod golden;
+#[cfg(feature = "cli")]
+mod hub;
+#[cfg(feature = "cli")]
+mod hub_server;
 mod model;
 mod shaders;
 mod simd;

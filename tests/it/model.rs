@@ -46,6 +46,15 @@ fn bonsai_on_ref() {
 }
 
 #[test]
+fn gguf_files_on_ref() {
+    for model in golden::GGUF {
+        let mut transformer = load(model, Device::Reference);
+        golden::check_logits(model, &mut transformer).unwrap();
+        golden::check_greedy(model, &mut transformer).unwrap();
+    }
+}
+
+#[test]
 fn single_matrices_on_ref() {
     let bitlinear = |matrix: &TernaryMatrix, x: &[f32]| {
         let (n, k) = (matrix.shape().n(), matrix.shape().k());
