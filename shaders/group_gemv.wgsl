@@ -48,15 +48,16 @@ fn block_sums(some: vec2<u32>, negative: vec2<u32>, at: vec4<u32>) -> vec4<f32> 
     var t2 = vec4(0.0);
     var t3 = vec4(0.0);
     for (var i = 0u; i < 16u; i++) {
-        let s = negative[i >> 3u];
-        let z = bitcast<i32>(some[i >> 3u]);
-        let bit = (i & 7u) << 2u;
-        let flip = (vec4(s) << (vec4(31u, 30u, 29u, 28u) - vec4(bit))) & vec4(0x80000000u);
+        // The next four weights' bits.
+        let first = (i & 7u) << 2u;
+        let s = negative[i >> 3u] >> first;
+        let z = bitcast<i32>(some[i >> 3u] >> first);
+        let flip = (vec4(s) << vec4(31u, 30u, 29u, 28u)) & vec4(0x80000000u);
         let keep = bitcast<vec4<u32>>(vec4(
-            extractBits(z, bit, 1u),
-            extractBits(z, bit + 1u, 1u),
-            extractBits(z, bit + 2u, 1u),
-            extractBits(z, bit + 3u, 1u),
+            extractBits(z, 0u, 1u),
+            extractBits(z, 1u, 1u),
+            extractBits(z, 2u, 1u),
+            extractBits(z, 3u, 1u),
         ));
         t0 += signed_x(at.x + i, flip, keep);
         if TOKENS > 1u {

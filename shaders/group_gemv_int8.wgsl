@@ -35,12 +35,14 @@ override STRIDE: u32 = 32u;
 // Component t: the sum of token t.
 var<workgroup> slices: array<vec4<f32>, 256>;
 
-// Z0 Z1 S0 S1 of the 64 columns from 64·c.
-fn piece_at(tile: u32, row: u32, c: u32) -> vec4<u32> {
+// Z0 Z1 S0 S1 of block b of group g, 64 columns.
+fn piece_at(tile: u32, row: u32, g: u32, b: u32) -> vec4<u32> {
+    let c = g * (GROUP / 64u) + b;
     if BINARY == 1u {
         let chunks = (K + 127u) / 128u;
         let pair = w[(tile * chunks + (c >> 1u)) * 32u + row];
-        let half = (c & 1u) << 1u;
+        // Where chunks do not cross groups, b alone tells the half: a constant when unrolled.
+        let half = (select(c, b, GROUP % 128u == 0u) & 1u) << 1u;
         return vec4(0xffffffffu, 0xffffffffu, pair[half], pair[half + 1u]);
     }
     return w[(tile * (K / 64u) + c) * 32u + row];
@@ -80,9 +82,8 @@ fn group_sums(tile: u32, row: u32, g: u32, token: vec4<u32>) -> vec4<i32> {
     var high3 = vec4<u32>(0u);
     var negatives = 0u;
     for (var b = 0u; b < GROUP / 64u; b++) {
-        let c = g * (GROUP / 64u) + b;
-        let piece = piece_at(tile, row, c);
-        let at = token + vec4(c << 2u);
+        let piece = piece_at(tile, row, g, b);
+        let at = token + vec4((g * (GROUP / 64u) + b) << 2u);
         negatives += countOneBits(piece.z) + countOneBits(piece.w);
         low0 += count_low(piece, at.x);
         high0 += count_high(piece, at.x);

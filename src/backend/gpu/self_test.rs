@@ -341,6 +341,25 @@ pub fn multiply_groups(
     Ok(bytemuck::cast_vec(gpu.read(&y, n_tokens * n)?))
 }
 
+/// Row `token` of a table with scales of groups.
+///
+/// # Errors
+/// [`Error::Gpu`] if the driver refuses or fails.
+pub fn embed_groups(gpu: &Gpu, table: &TernaryMatrix, token: u32) -> Result<Vec<f32>> {
+    let host = HostMatrix::pack(Method::Groups { int8: false }, &[table])?;
+    let on_gpu = GpuMatrix::upload(gpu, "table", &host)?;
+    let Kind::Groups(shape, _) = on_gpu.kind else { panic!("a matrix with scales of groups") };
+    let tokens = gpu.upload("tokens", &[token])?;
+    let out = gpu.storage("out", shape.shape.k())?;
+    let params = PassParams { n_tokens: 1, ..PassParams::default() };
+    for (tiles, words, scales) in &on_gpu.shards {
+        let rows = on_gpu.rows_out(tiles, 0, 0);
+        let call = kernels::group_embedding(shape, rows.base, rows.rows);
+        run(gpu, &call, params, &[&tokens, words, scales, &out])?;
+    }
+    Ok(bytemuck::cast_vec(gpu.read(&out, shape.shape.k())?))
+}
+
 /// What `quantize_absmax.wgsl` writes.
 #[derive(Debug, Clone, PartialEq)]
 pub struct QuantizedWords {
