@@ -222,7 +222,7 @@ pub enum Error {
     #[error("the model cannot be converted: {problem}")]
     Conversion {
         /// Why, and what would do.
-        problem: &'static str,
+        problem: String,
     },
     /// Two models that should hold the same weights do not.
     #[error("{what}: expected {expected}, found {found}")]

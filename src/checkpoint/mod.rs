@@ -11,7 +11,7 @@ use rayon::prelude::*;
 pub use ggml::I2sLayout;
 use rotation::Rotations;
 
-use crate::config::{ModelConfig, WeightForm};
+use crate::config::{Architecture, ModelConfig, WeightForm, gguf};
 use crate::error::{Error, Result};
 use crate::format::float::{Float, first_non_finite};
 use crate::format::{Dtype, ModelFiles, TensorInfo, TensorView, quoted};
@@ -122,6 +122,13 @@ impl Checkpoint {
         checkpoint.unused = checkpoint.check_unused(&used)?;
         checkpoint.rotations = checkpoint.read_rotations()?;
         Ok(checkpoint)
+    }
+
+    /// Whether it has the dimensions of BitNet b1.58 2B4T, which files of several names hold.
+    pub(crate) fn is_2b4t(&self) -> bool {
+        let config = &self.config;
+        let shape = (config.num_hidden_layers, config.hidden_size, config.intermediate_size);
+        config.architecture == Architecture::BitNet && shape == gguf::SHAPE_OF_2B4T
     }
 
     /// The files it is made of.

@@ -1,5 +1,6 @@
 //! The commands of the program. Only this module and `main.rs` print.
 
+mod convert;
 mod devices;
 mod inspect;
 mod logits;
@@ -37,6 +38,7 @@ Examples:
 #[derive(Subcommand)]
 enum Command {
     Run(run::Arguments),
+    Convert(convert::Arguments),
     Devices(devices::Arguments),
     Inspect(inspect::Arguments),
     Pull(pull::Arguments),
@@ -48,6 +50,7 @@ enum Command {
 pub(crate) fn run(arguments: Arguments) -> Result<()> {
     match arguments.command {
         Command::Run(arguments) => run::run(arguments),
+        Command::Convert(arguments) => convert::run(&arguments),
         Command::Devices(arguments) => devices::run(&arguments),
         Command::Inspect(arguments) => inspect::run(&arguments),
         Command::Pull(arguments) => pull::run(&arguments),
@@ -164,6 +167,11 @@ fn open(model: Option<&Path>, files: FileArguments) -> Result<Checkpoint> {
         }
         None => sterna::built_in::checkpoint()?,
     })
+}
+
+/// Says something about the model on standard error; a closed one is no failure.
+fn say(line: &str) {
+    let _ = writeln!(io::stderr(), "{line}");
 }
 
 /// Prints text on standard output, at once.

@@ -7,7 +7,7 @@ use anyhow::{Context, Result};
 use serde::Serialize;
 use sterna::hub::{Check, Hub, ModelName, Plan, size_text};
 
-use super::progress::PullBar;
+use super::progress::Bar;
 use super::{print, print_json};
 
 /// The branch that is meant unless one is named.
@@ -137,8 +137,11 @@ fn pull(hub: &Hub, name: &ModelName, revision: &str) -> Result<Plan> {
         let cache = hub.cache.display();
         say(&format!("pulling {name}: {size} in {} files, into {cache}", plan.files().len()));
     }
-    let mut bar = PullBar::new();
-    hub.pull(&plan, &mut |at| bar.update(at))?;
+    let mut bar = Bar::pull();
+    hub.pull(&plan, &mut |at| {
+        bar.update(at.done_bytes, at.total_bytes);
+        bar.set_message(at.file);
+    })?;
     drop(bar);
     for file in plan.files().iter().filter(|file| file.check() == Check::Length) {
         let name = file.name();

@@ -9,7 +9,7 @@ use sterna::verify::{self, Verification};
 use sterna::weights::{Checkpoint, WeightSource};
 use sterna::{Model, Transformer};
 
-use super::progress::LoadBar;
+use super::progress::Bar;
 use super::{FileArguments, at_least_one, open, print, print_json};
 
 /// Prove that the devices of this machine compute what they should
@@ -158,8 +158,8 @@ fn generations(
     };
     let mut texts: Vec<GreedyText> = Vec::new();
     for device in devices {
-        let mut bar = LoadBar::new();
-        let mut model = Transformer::load(checkpoint, device, options, &mut |at| bar.update(at))?;
+        let mut bar = Bar::load();
+        let mut model = Transformer::load(checkpoint, device, options, &mut |at| bar.layers(at))?;
         drop(bar);
         let token_ids = greedy(&mut model, &prompt)?;
         let device = model.device();

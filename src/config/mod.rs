@@ -139,7 +139,7 @@ impl Architecture {
     }
 
     /// The default `hidden_act` of the class.
-    fn default_hidden_act(self) -> Activation {
+    pub(crate) fn default_hidden_act(self) -> Activation {
         match self {
             Self::BitNet => Activation::Relu2,
             Self::Bitnet1bitLlm | Self::Llama | Self::Qwen3 => Activation::Silu,

@@ -153,8 +153,8 @@ pub fn write_hf(
     Ok(Summary { bytes, ..Summary::default() })
 }
 
-fn refused(problem: &'static str) -> Error {
-    Error::Conversion { problem }
+fn refused(problem: &str) -> Error {
+    Error::Conversion { problem: problem.to_owned() }
 }
 
 fn tensor_scale(matrix: &TernaryMatrix) -> Result<f32> {

@@ -5,6 +5,7 @@
 //! only when they are complete.
 
 mod compare;
+mod gguf;
 mod hf;
 
 use std::io::Write;
@@ -13,10 +14,12 @@ use std::path::Path;
 use rayon::prelude::*;
 
 pub use compare::{Comparison, compare};
+pub use gguf::{TARGETS, write_gguf};
 pub use hf::write_hf;
 
 use crate::checkpoint::Checkpoint;
 use crate::error::{Error, Result};
+use crate::format::ggml::GgmlType;
 
 /// Bytes made at a time.
 const PIECE_BYTES: usize = 4 << 20;
@@ -26,6 +29,8 @@ const PIECE_BYTES: usize = 4 << 20;
 pub enum Target {
     /// A directory in the packed form of Hugging Face, which transformers loads.
     HuggingFace,
+    /// A GGUF file whose linear layers are of this type: one of [`TARGETS`].
+    Gguf(GgmlType),
 }
 
 /// What a conversion did.
@@ -60,6 +65,7 @@ pub fn convert(
     }
     match target {
         Target::HuggingFace => hf::convert(checkpoint, out, progress),
+        Target::Gguf(ty) => gguf::convert(checkpoint, ty, out, progress),
     }
 }
 

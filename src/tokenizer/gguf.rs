@@ -17,6 +17,7 @@ use super::sentencepiece::{Fallback, Piece, SentencePiece, byte_of};
 use super::stop::{end_token_ids, sorted_ids};
 use super::{Inner, Tokenizer, guarded, quoted, stream};
 use crate::error::{Error, Result};
+use crate::format::gguf::{Array, Metadata, Strings, Value};
 
 /// What a GGUF file says about its tokenizer, unchecked. Without a key, a list is empty and
 /// anything else `None`.
@@ -93,6 +94,13 @@ const SCORES: &str = "tokenizer.ggml.scores";
 const MERGES: &str = "tokenizer.ggml.merges";
 const BOS_ID: &str = "tokenizer.ggml.bos_token_id";
 const EOS_ID: &str = "tokenizer.ggml.eos_token_id";
+const EOT_ID: &str = "tokenizer.ggml.eot_token_id";
+const UNKNOWN_ID: &str = "tokenizer.ggml.unknown_token_id";
+const PADDING_ID: &str = "tokenizer.ggml.padding_token_id";
+const ADD_BOS: &str = "tokenizer.ggml.add_bos_token";
+const ADD_EOS: &str = "tokenizer.ggml.add_eos_token";
+const ADD_SPACE_PREFIX: &str = "tokenizer.ggml.add_space_prefix";
+const CHAT_TEMPLATE: &str = "tokenizer.chat_template";
 
 /// How a byte-level BPE cuts a text before it merges (llama.cpp, `llama-vocab.cpp`; the regular
 /// expressions are those of the models' own `tokenizer.json`).
@@ -167,6 +175,73 @@ impl PreTokenizer {
 }
 
 impl GgufVocabulary {
+    /// What the metadata of a GGUF file say.
+    ///
+    /// # Errors
+    /// [`Error::Metadata`] if there is no tokenizer, or a key has another type.
+    pub fn from_metadata(metadata: &Metadata) -> Result<Self> {
+        let strings = |key: &str| -> Result<Vec<String>> {
+            let strings: Option<&Strings> = metadata.get(key)?;
+            Ok(strings.into_iter().flat_map(|list| list.iter()).map(str::to_owned).collect())
+        };
+        let text = |key: &str| -> Result<Option<String>> {
+            Ok(metadata.get::<&str>(key)?.map(str::to_owned))
+        };
+        Ok(Self {
+            file: metadata.file().to_owned(),
+            architecture: text("general.architecture")?.unwrap_or_default(),
+            model: metadata.require::<&str>(MODEL)?.to_owned(),
+            pre: text(PRE)?,
+            tokens: strings(TOKENS)?,
+            token_types: metadata.get(TOKEN_TYPE)?.unwrap_or_default(),
+            scores: metadata.get(SCORES)?.unwrap_or_default(),
+            merges: strings(MERGES)?,
+            bos_id: metadata.get(BOS_ID)?,
+            eos_id: metadata.get(EOS_ID)?,
+            eot_id: metadata.get(EOT_ID)?,
+            unknown_id: metadata.get(UNKNOWN_ID)?,
+            padding_id: metadata.get(PADDING_ID)?,
+            add_bos: metadata.get(ADD_BOS)?,
+            add_eos: metadata.get(ADD_EOS)?,
+            add_space_prefix: metadata.get(ADD_SPACE_PREFIX)?,
+            chat_template: text(CHAT_TEMPLATE)?,
+        })
+    }
+
+    /// The same as pairs of key and value for a GGUF file; what is not there has no key.
+    pub(crate) fn to_metadata(&self) -> Vec<(&'static str, Value)> {
+        let strings = |list: &[String]| {
+            Value::Array(Array::String(list.iter().map(String::as_str).collect()))
+        };
+        let mut pairs = vec![(MODEL, Value::String(self.model.clone()))];
+        let mut add = |key, value: Option<Value>| pairs.extend(value.map(|value| (key, value)));
+        add(PRE, self.pre.clone().map(Value::String));
+        add(TOKENS, Some(strings(&self.tokens)));
+        let types = Value::Array(Array::I32(self.token_types.clone()));
+        add(TOKEN_TYPE, (!self.token_types.is_empty()).then_some(types));
+        let scores = Value::Array(Array::F32(self.scores.clone()));
+        add(SCORES, (!self.scores.is_empty()).then_some(scores));
+        add(MERGES, (!self.merges.is_empty()).then(|| strings(&self.merges)));
+        for (key, id) in [
+            (BOS_ID, self.bos_id),
+            (EOS_ID, self.eos_id),
+            (EOT_ID, self.eot_id),
+            (UNKNOWN_ID, self.unknown_id),
+            (PADDING_ID, self.padding_id),
+        ] {
+            add(key, id.map(Value::U32));
+        }
+        for (key, switch) in [
+            (ADD_BOS, self.add_bos),
+            (ADD_EOS, self.add_eos),
+            (ADD_SPACE_PREFIX, self.add_space_prefix),
+        ] {
+            add(key, switch.map(Value::Bool));
+        }
+        add(CHAT_TEMPLATE, self.chat_template.clone().map(Value::String));
+        pairs
+    }
+
     /// The tokens that end a text, ascending: `eos_token_id` and `eot_token_id`, and the well-known
     /// end tokens that are special in `tokenizer`, which is this vocabulary's.
     pub fn stop_ids(&self, tokenizer: &Tokenizer) -> Vec<u32> {
@@ -223,7 +298,12 @@ impl GgufVocabulary {
     }
 
     fn error(&self, key: &'static str, expected: impl Into<String>, found: String) -> Error {
-        Error::Config { file: self.file.clone(), key, expected: expected.into(), found }
+        Error::Config {
+            file: self.file.clone(),
+            key: key.to_owned(),
+            expected: expected.into(),
+            found,
+        }
     }
 
     /// The named pre-tokenizer.
@@ -281,9 +361,9 @@ impl GgufVocabulary {
         for (key, id) in [
             (BOS_ID, self.bos_id),
             (EOS_ID, self.eos_id),
-            ("tokenizer.ggml.eot_token_id", self.eot_id),
-            ("tokenizer.ggml.unknown_token_id", self.unknown_id),
-            ("tokenizer.ggml.padding_token_id", self.padding_id),
+            (EOT_ID, self.eot_id),
+            (UNKNOWN_ID, self.unknown_id),
+            (PADDING_ID, self.padding_id),
         ] {
             if let Some(id) = id.filter(|&id| id as usize >= self.tokens.len()) {
                 let expected = format!("an id below {}, the number of tokens", self.tokens.len());
@@ -455,12 +535,12 @@ impl Tokenizer {
             (Inner::SentencePiece(Box::new(vocabulary.sentencepiece(&kinds)?)), true)
         };
         let bos_wanted_by = match vocabulary.add_bos {
-            Some(_) => "tokenizer.ggml.add_bos_token",
+            Some(_) => ADD_BOS,
             None => "this kind of tokenizer",
         };
         let adds_bos = vocabulary.add_bos.unwrap_or(adds_bos);
         let adds_eos = vocabulary.add_eos.unwrap_or(false);
-        let eos_wanted_by = "tokenizer.ggml.add_eos_token";
+        let eos_wanted_by = ADD_EOS;
         let bos = vocabulary.framing_id(adds_bos, BOS_ID, vocabulary.bos_id, bos_wanted_by)?;
         let eos = vocabulary.framing_id(adds_eos, EOS_ID, vocabulary.eos_id, eos_wanted_by)?;
         Ok(Self { file, inner, vocab_size, bos, eos })
