@@ -211,10 +211,16 @@ impl Checkpoint {
         }
         let scale = linear.ggml_scale(layer);
         if self.files.info(&scale).is_some() {
-            let factor = self.vector(&scale, 1)?[0];
+            let (factor, info) = (self.vector(&scale, 1)?[0], self.info(&scale, None)?);
             if !(factor.is_finite() && factor > 0.0) {
-                let info = self.info(&scale, None)?;
                 return Err(self.value_error(info, "a positive number", format!("{factor:?}")));
+            }
+            if matches!(matrix.scale(), WeightScale::Groups { .. }) {
+                return Err(Error::UnexpectedTensor {
+                    file: self.files.file_of(info).to_owned(),
+                    tensor: info.name.clone(),
+                    reason: "its matrix has a scale for each group of inputs",
+                });
             }
             matrix = matrix.scaled(factor);
         }

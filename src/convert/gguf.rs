@@ -221,15 +221,20 @@ fn keys(config: &ModelConfig, name: &str, ty: GgmlType) -> Result<Vec<(String, V
     Ok(keys)
 }
 
-/// What divides the frequencies of Llama 3.
+/// What divides the frequencies that the keys give: the stretching of Llama 3, which has no key, or
+/// the factors that a GGUF file had.
 fn rope_factors(source: &dyn WeightSource) -> Result<Option<Vec<f32>>> {
     let config = source.config();
-    if !matches!(config.rope_scaling, RopeScaling::Llama3 { .. }) {
+    let of_keys = match config.rope_scaling {
+        RopeScaling::Llama3 { .. } => RopeScaling::None,
+        other => other,
+    };
+    let plain = cpu_ref::rope::frequencies(config.rope_theta, config.head_dim, of_keys).inv_freq;
+    let scaled = source.frequencies()?.inv_freq;
+    if plain == scaled {
         return Ok(None);
     }
-    let scaled = source.frequencies()?.inv_freq;
-    let plain = cpu_ref::rope::frequencies(config.rope_theta, config.head_dim, RopeScaling::None);
-    Ok(Some(plain.inv_freq.iter().zip(scaled).map(|(plain, scaled)| plain / scaled).collect()))
+    Ok(Some(plain.iter().zip(scaled).map(|(plain, scaled)| plain / scaled).collect()))
 }
 
 /// The row of the model that stands in row `n` of the file: queries and keys of `llama` are

@@ -3,9 +3,12 @@
 
 use std::path::Path;
 
-use sterna::format::ModelFiles;
+use sterna::Checkpoint;
+use sterna::convert::write_gguf;
 use sterna::format::ggml::GgmlType;
 use sterna::format::gguf::{Array, Strings, TensorPlan, Value, Writer};
+use sterna::format::{ModelFiles, TensorInfo};
+use sterna::weights::WeightSource;
 
 /// A GGUF file, spelled out; written as bytes by hand, not by the writer under test.
 #[derive(Clone)]
@@ -877,4 +880,46 @@ fn what_cannot_be_written_says_so() {
     writer.finish().unwrap();
     let writer = Writer::new(Vec::new(), &[], &[f32(&[2])]).unwrap();
     assert_eq!(problem(writer.finish().map(drop)), "tensor \"t\": 8 bytes are missing");
+}
+
+/// A golden file with one more tensor of floats.
+fn golden_with(name: &str, tensor: &str, values: &[f32]) -> Checkpoint {
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden/gguf").join(name);
+    let files = ModelFiles::open(&path).unwrap();
+    let keys: Vec<_> = files.metadata().unwrap().iter().map(|(k, v)| (k, v.clone())).collect();
+    let infos: Vec<_> = files.infos().collect();
+    let ty = |info: &&TensorInfo| GgmlType::from_name(&info.dtype).unwrap();
+    let plans = infos.iter().map(|info| plan(&info.name, ty(info), &info.shape));
+    let mut plans: Vec<_> = plans.collect();
+    plans.push(plan(tensor, GgmlType::F32, &[values.len()]));
+    let mut writer = Writer::new(Vec::new(), &keys, &plans).unwrap();
+    for info in infos {
+        writer.write(&files.slice(info, 0..info.len_bytes as usize).unwrap()).unwrap();
+    }
+    writer.write(&values.iter().flat_map(|value| value.to_le_bytes()).collect::<Vec<_>>()).unwrap();
+    Checkpoint::new(open(writer.finish().unwrap()).unwrap()).unwrap()
+}
+
+#[test]
+fn a_scale_beside_scales_of_groups_is_refused() {
+    let checkpoint = golden_with("qwen3-1bit-q1_0.gguf", "blk.0.attn_q.scale", &[2.0]);
+    let message = checkpoint.layer(0).err().unwrap().to_string();
+    let expected = "tensor blk.0.attn_q.scale was not expected: its matrix has a scale for each \
+                    group of inputs";
+    assert!(message.ends_with(expected), "{message}");
+}
+
+/// The file's own factors of the rotary frequencies are carried over.
+#[test]
+fn converting_keeps_rope_factors() {
+    let factors: Vec<f32> = (0..32).map(|i| 1.0 + i as f32).collect();
+    let original = golden_with("llama-a-i2_s.gguf", "rope_freqs.weight", &factors);
+    let mut out = Vec::new();
+    let target = (Path::new("out.gguf"), &mut out);
+    write_gguf(&original, "m", None, GgmlType::I2S, target, &mut |_, _| {}).unwrap();
+    let converted = Checkpoint::new(open(out).unwrap()).unwrap();
+    let (expected, found) = (original.frequencies().unwrap(), converted.frequencies().unwrap());
+    for (i, (a, b)) in expected.inv_freq.iter().zip(&found.inv_freq).enumerate() {
+        assert!((a / b - 1.0).abs() < 1e-6, "{i}: expected {a}, found {b}");
+    }
 }

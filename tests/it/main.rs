@@ -5,6 +5,7 @@ mod built_in;
 mod checkpoint;
 #[cfg(feature = "cli")]
 mod cli;
+mod format_vectors;
 mod generate;
 mod ggml;
 mod gguf;
