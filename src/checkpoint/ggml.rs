@@ -223,6 +223,12 @@ impl Checkpoint {
                 });
             }
             matrix = matrix.scaled(factor);
+            if let WeightScale::Tensor(scale) = matrix.scale()
+                && !(scale.is_finite() && scale > 0.0)
+            {
+                let expected = "a factor that leaves the scale a positive number";
+                return Err(self.value_error(info, expected, format!("{factor:?}")));
+            }
         }
         let is_query_or_key = [Q_PROJ.path, K_PROJ.path].contains(&linear.path);
         if is_query_or_key && gguf::has_interleaved_heads(self.config.architecture) {

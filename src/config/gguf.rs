@@ -226,7 +226,14 @@ impl Keys<'_> {
 
     fn rope_scaling(&self) -> Result<RopeScaling> {
         const TYPE: &str = "rope.scaling.type";
-        Ok(match self.get::<&str>(TYPE)? {
+        const ATTN_FACTOR: &str = "rope.scaling.attn_factor";
+        let kind = self.get::<&str>(TYPE)?;
+        if let Some(factor) = self.number(ATTN_FACTOR)?.filter(|&factor| factor != 1.0)
+            && kind != Some("yarn")
+        {
+            return Err(self.error(ATTN_FACTOR, "1 without yarn", factor.to_string()));
+        }
+        Ok(match kind {
             None | Some("none") => RopeScaling::None,
             Some("linear") => {
                 RopeScaling::Linear { factor: self.positive("rope.scaling.factor", None)? }
@@ -235,7 +242,7 @@ impl Keys<'_> {
                 let factor = self.positive("rope.scaling.factor", None)?;
                 let context = self.get::<u64>("context_length")?;
                 let original = self.get::<u64>("rope.scaling.original_context_length")?.or(context);
-                let extra = self.positive("rope.scaling.attn_factor", Some(1.0))?;
+                let extra = self.positive(ATTN_FACTOR, Some(1.0))?;
                 RopeScaling::Yarn {
                     factor,
                     original_context: File(self.metadata.file()).dimension(

@@ -1,5 +1,7 @@
 //! Whether two models hold the same weights.
 
+use super::HALF_ROUNDING;
+use crate::config::ModelConfig;
 use crate::error::{Error, Result};
 use crate::format::float::f16_to_f32;
 use crate::tensor_names::Naming;
@@ -18,11 +20,9 @@ pub struct Comparison {
     pub floats: u64,
 }
 
-/// Largest relative difference of a scale that rounding to an IEEE half explains: half of 2⁻¹⁰.
-const HALF_ROUNDING: f32 = 1.0 / 2048.0;
-
 /// Compares every weight of two models: trits, floats of tables and norms must be equal, scales
-/// within the rounding to an IEEE half.
+/// within the rounding to an IEEE half. So must be everything else that enters the computation:
+/// dimensions, activation, eps, rotary frequencies (within 10⁻⁶, which factors for them round).
 ///
 /// # Errors
 /// [`Error::Differs`] with the first difference, or as reading the models.
@@ -32,9 +32,12 @@ pub fn compare(
     progress: &mut dyn FnMut(usize, usize),
 ) -> Result<Comparison> {
     let (a, b) = (expected.config(), found.config());
-    let same = a.vocab_size == b.vocab_size && a.num_hidden_layers == b.num_hidden_layers;
-    if !same {
-        return Err(differs("the dimensions", "the same", "others"));
+    same_computation(a, b)?;
+    let (frequencies, others) = (expected.frequencies()?, found.frequencies()?);
+    let factors = (frequencies.attention_factor, others.attention_factor);
+    let pairs = frequencies.inv_freq.iter().zip(&others.inv_freq).map(|(&a, &b)| (a, b));
+    if let Some((a, b)) = pairs.chain([factors]).find(|(a, b)| (a - b).abs() > 1e-6 * a.abs()) {
+        return Err(differs("a rotary frequency", &a.to_string(), &b.to_string()));
     }
     let mut comparison = Comparison::default();
     let total = a.num_hidden_layers;
@@ -71,6 +74,40 @@ pub fn compare(
     }
     progress(total, total);
     Ok(comparison)
+}
+
+/// Whether two configurations compute the same of the same weights.
+fn same_computation(a: &ModelConfig, b: &ModelConfig) -> Result<()> {
+    let numbers = |config: &ModelConfig| {
+        [
+            ("vocab_size", config.vocab_size),
+            ("hidden_size", config.hidden_size),
+            ("intermediate_size", config.intermediate_size),
+            ("num_hidden_layers", config.num_hidden_layers),
+            ("num_attention_heads", config.num_attention_heads),
+            ("num_key_value_heads", config.num_key_value_heads),
+            ("head_dim", config.head_dim),
+            ("max_position_embeddings", config.max_position_embeddings),
+        ]
+    };
+    for ((what, a), (_, b)) in numbers(a).into_iter().zip(numbers(b)) {
+        if a != b {
+            return Err(differs(what, &a.to_string(), &b.to_string()));
+        }
+    }
+    let eps = |config: &ModelConfig| (config.rms_norm_eps, config.linear_norm_eps);
+    for (what, same) in [
+        ("hidden_act", a.hidden_act == b.hidden_act),
+        ("the activations' type", a.activations == b.activations),
+        ("rms_norm_eps", eps(a) == eps(b)),
+        ("the sub-norms", a.has_sub_norms() == b.has_sub_norms()),
+        ("the norms of heads", a.has_head_norms() == b.has_head_norms()),
+    ] {
+        if !same {
+            return Err(differs(what, "the same", "another"));
+        }
+    }
+    Ok(())
 }
 
 impl Comparison {

@@ -198,6 +198,13 @@ fn keys(config: &ModelConfig, name: &str, ty: GgmlType) -> Result<Vec<(String, V
     add("attention.layer_norm_rms_epsilon", Value::F32(config.rms_norm_eps));
     add("rope.dimension_count", number(config.head_dim));
     add("rope.freq_base", Value::F32(config.rope_theta));
+    if config.has_sub_norms() {
+        let name = match config.hidden_act {
+            Activation::Relu2 => "relu2",
+            Activation::Silu => "silu",
+        };
+        add("hidden_activation", text(name));
+    }
     match config.rope_scaling {
         // The frequencies of Llama 3 stand in a tensor.
         RopeScaling::None | RopeScaling::Llama3 { .. } => {}
@@ -338,10 +345,11 @@ impl Encoder {
             (WeightScale::Tensor(_), None) => Ok(()),
             (WeightScale::Tensor(scale), Some(_)) => {
                 let rounded = f16_to_f32(f32_to_f16(scale));
-                if rounded == 0.0 || !rounded.is_finite() {
+                let change = (rounded - scale).abs() / scale.abs();
+                // Beyond the range of an IEEE half, or where it has fewer digits.
+                if change.is_nan() || change > super::HALF_ROUNDING {
                     return problem(format!("the scale {scale:?} is no IEEE half"));
                 }
-                let change = (rounded - scale).abs() / scale.abs();
                 summary.rounded_scales += usize::from(change > 0.0);
                 summary.largest_rounding = summary.largest_rounding.max(change);
                 Ok(())

@@ -24,6 +24,9 @@ use crate::format::ggml::GgmlType;
 /// Bytes made at a time.
 const PIECE_BYTES: usize = 4 << 20;
 
+/// Largest relative change of a number that rounding to a normal IEEE half makes: half of 2⁻¹⁰.
+const HALF_ROUNDING: f32 = 1.0 / 2048.0;
+
 /// What to convert a model to.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Target {

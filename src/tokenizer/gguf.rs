@@ -124,7 +124,7 @@ const GPT2: &str = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]
 const FALCON: [&str; 3] = [r"[\p{P}\$\+<=>\^~\|`]+", GPT2, "[0-9][0-9][0-9]"];
 
 impl PreTokenizer {
-    /// The names in use; Falcon3 and Falcon-E were trained with the expression of Llama 3.
+    /// The names in use; for Falcon3 and Falcon-E, llama.cpp takes the expression of Llama 3.
     const NAMES: [(&str, Self); 9] = [
         ("llama-bpe", Self::Llama3),
         ("llama3", Self::Llama3),

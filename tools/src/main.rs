@@ -88,8 +88,7 @@ fn write(model: &SyntheticModel, format: Format, out: &Path) -> anyhow::Result<(
         Format::Pq2 => Some(GgmlType::Pq2_0),
     };
     if let Some(ty) = ty {
-        let file =
-            File::create_new(&partial.0).with_context(|| partial.0.display().to_string())?;
+        let file = File::create_new(&partial.0).with_context(|| partial.0.display().to_string())?;
         let file = BufWriter::with_capacity(1 << 20, file);
         write_gguf(model, "synthetic", None, ty, (&partial.0, file), &mut progress)?;
     }
