@@ -1,6 +1,6 @@
 //! `gemm_i2`: packed ternary matrix × M int8 vectors, in operations per second (a multiplication
 //! and an addition a weight and token). The CPU rows use one thread; GPU rows where there is an
-//! adapter.
+//! adapter. `group_gemm_*`: the same for matrices with scales of groups, as in the bench `gemv`.
 
 mod shapes;
 
@@ -10,7 +10,7 @@ use criterion::{
 use sterna::backend::gpu::Variant;
 use sterna::backend::simd::Level;
 
-use shapes::{Product, cpu, gpu, matrices, token_counts};
+use shapes::{Product, cpu, gpu, group, group_matrices, matrices, token_counts};
 
 fn gemm(criterion: &mut Criterion) {
     let gpu = gpu::open();
@@ -52,5 +52,32 @@ fn gemm(criterion: &mut Criterion) {
     }
 }
 
-criterion_group!(benches, gemm);
+fn group_gemm(criterion: &mut Criterion) {
+    // A prompt chunk: what is longer takes proportionally long.
+    let n_tokens = token_counts()[1];
+    for (name, layout, int8) in group::KERNELS {
+        for (n, k) in group_matrices() {
+            let product = group::Product::new(layout, n, k, n_tokens);
+            let mut group = criterion.benchmark_group(format!("group_gemm_{name}"));
+            group.throughput(Throughput::Elements(2 * (n * k * n_tokens) as u64));
+            group.sampling_mode(SamplingMode::Flat).sample_size(10);
+            group.measurement_time(std::time::Duration::from_secs(1));
+            group.warm_up_time(std::time::Duration::from_millis(300));
+            for level in Level::available() {
+                let kernels = level.kernels().expect("an available level");
+                let mut call = group::Call::new(kernels.as_ref(), &product, int8);
+                call.check(kernels.as_ref(), &product);
+                let shape = format!("{n_tokens}x{n}x{k}");
+                let id = BenchmarkId::new(shape, format!("cpu-{}", level.name()));
+                let weights = product.weights(&product.words, &product.scales);
+                group.bench_function(id, |bencher| {
+                    bencher.iter(|| call.run(kernels.as_ref(), weights));
+                });
+            }
+            group.finish();
+        }
+    }
+}
+
+criterion_group!(benches, gemm, group_gemm);
 criterion_main!(benches);

@@ -4,6 +4,9 @@
 //! through copies that no cache holds together. `gemv_i2_cached` repeats one copy. The CPU rows use
 //! one thread; the GPU rows, where there is an adapter, wait for the device inside the timed region,
 //! many dispatches a submit.
+//!
+//! `group_gemv_*`: the same for ternary (`i2`) and binary (`signs`) matrices with a scale for every
+//! 128 inputs, with float and with int8 activations.
 
 mod shapes;
 
@@ -11,7 +14,7 @@ use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_m
 use sterna::backend::gpu::{Gpu, Variant};
 use sterna::backend::simd::Level;
 
-use shapes::{Product, cpu, gpu, is_test, matrices};
+use shapes::{Product, cpu, gpu, group, group_matrices, is_test, matrices};
 
 /// More than any cache of the machines in scope.
 const COLD_BYTES: usize = 256 << 20;
@@ -84,5 +87,40 @@ fn group_gemv(criterion: &mut Criterion, gpu: &Gpu, n: usize, k: usize, copies: 
     }
 }
 
-criterion_group!(benches, gemv);
+fn group_gemv(criterion: &mut Criterion) {
+    for (name, layout, int8) in group::KERNELS {
+        for (n, k) in group_matrices() {
+            let product = group::Product::new(layout, n, k, 1);
+            let copies = if is_test() { 2 } else { COLD_BYTES.div_ceil(product.len_bytes()) };
+            let (words, scales) = (&product.words, &product.scales);
+            let mut lines = vec![Line([0; 16]); copies * words.len() / 16];
+            for copy in bytemuck::cast_slice_mut(&mut lines).chunks_exact_mut(words.len()) {
+                copy.copy_from_slice(words);
+            }
+            let all: &[u32] = bytemuck::cast_slice(&lines);
+            let all_scales = scales.repeat(copies);
+            let mut group = criterion.benchmark_group(format!("group_gemv_{name}"));
+            group.throughput(Throughput::Bytes(product.len_bytes() as u64)).sample_size(20);
+            group.measurement_time(std::time::Duration::from_secs(2));
+            for level in Level::available() {
+                let kernels = level.kernels().expect("an available level");
+                let mut call = group::Call::new(kernels.as_ref(), &product, int8);
+                call.check(kernels.as_ref(), &product);
+                let id = BenchmarkId::new(format!("{n}x{k}"), format!("cpu-{}", level.name()));
+                let mut copy = 0;
+                group.bench_function(id, |bencher| {
+                    bencher.iter(|| {
+                        copy = (copy + 1) % copies;
+                        let words = &all[copy * words.len()..][..words.len()];
+                        let scales = &all_scales[copy * scales.len()..][..scales.len()];
+                        call.run(kernels.as_ref(), product.weights(words, scales));
+                    });
+                });
+            }
+            group.finish();
+        }
+    }
+}
+
+criterion_group!(benches, gemv, group_gemv);
 criterion_main!(benches);

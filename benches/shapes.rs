@@ -10,6 +10,9 @@ use sterna::shape::MatShape;
 /// together; down.
 const BITNET_2B4T: [(usize, usize); 4] = [(3840, 2560), (2560, 2560), (13_824, 2560), (2560, 6912)];
 
+/// Ternary and binary matrices `(N, K)` of Bonsai 8B (output, gate, down) and 1.7B.
+const BONSAI: [(usize, usize); 4] = [(4096, 4096), (12_288, 4096), (4096, 12_288), (2048, 6144)];
+
 /// Token counts of a matrix product: decode, a short prompt chunk, a long one.
 const TOKENS: [usize; 3] = [1, 32, 512];
 
@@ -23,6 +26,11 @@ pub fn is_test() -> bool {
 /// The shapes to measure; small ones in a test.
 pub fn matrices() -> Vec<(usize, usize)> {
     if is_test() { vec![(70, 200)] } else { BITNET_2B4T.to_vec() }
+}
+
+/// The shapes of matrices with scales of groups to measure; a small one in a test.
+pub fn group_matrices() -> Vec<(usize, usize)> {
+    if is_test() { vec![(70, 256)] } else { BONSAI.to_vec() }
 }
 
 /// The token counts to measure; small ones in a test.
@@ -116,6 +124,126 @@ pub mod cpu {
             }
         }
     }
+}
+
+/// Matrices with scales of groups of 128 inputs, on the CPU kernels.
+pub mod group {
+    use cpu_ref::group_gemv::{bound, group_dot, group_dot_int8, quantize_absmax_groups};
+    use cpu_ref::layout::{CHUNK_K, TILE_ROWS};
+    use sterna::backend::simd::{Activations, GroupLayout, GroupWeights, Kernels, TokenScale};
+    use sterna::format::float::f16_to_f32;
+    use sterna::layout::{Layout, Packed, Signs, group_scales};
+    use sterna::random::Random;
+    use sterna::shape::MatShape;
+
+    /// Inputs a scale.
+    const GROUP: usize = 128;
+
+    /// A matrix, its packed forms, and tokens to multiply it with.
+    pub struct Product {
+        pub layout: GroupLayout,
+        n: usize,
+        k: usize,
+        w: Vec<i8>,
+        halves: Vec<u16>,
+        pub words: Vec<u32>,
+        pub scales: Vec<u32>,
+        /// `[M, K]`.
+        x: Vec<f32>,
+    }
+
+    impl Product {
+        pub fn new(layout: GroupLayout, n: usize, k: usize, n_tokens: usize) -> Self {
+            let mut random = Random::new((n * 31 + k) as u64);
+            let mut w = random.trits(n * k);
+            let shape = MatShape::new(n, k).expect("a real shape");
+            let words = match layout {
+                GroupLayout::I2 => Packed::pack(Layout::I2, shape, &w).words().to_vec(),
+                GroupLayout::Signs => {
+                    w.iter_mut().for_each(|w| *w = if *w < 0 { -1 } else { 1 });
+                    Packed::pack(Signs, shape, &w).words().to_vec()
+                }
+            };
+            let halves: Vec<u16> =
+                (0..n * k / GROUP).map(|_| 0x2400 | random.bits() as u16 & 0x3ff).collect();
+            let scales = group_scales::pack(n, k / GROUP, &halves);
+            let x = random.floats(n_tokens * k, 2.0);
+            Self { layout, n, k, w, halves, words, scales, x }
+        }
+
+        /// Weights and scales.
+        pub fn len_bytes(&self) -> usize {
+            size_of_val(&self.words[..]) + size_of_val(&self.scales[..])
+        }
+
+        pub fn weights<'a>(&self, words: &'a [u32], scales: &'a [u32]) -> GroupWeights<'a> {
+            GroupWeights::new(self.layout, (words, scales), self.k, GROUP)
+        }
+    }
+
+    /// A product's inputs as the kernels take them.
+    pub struct Call {
+        x: Vec<f32>,
+        codes: Vec<i8>,
+        scales: Vec<TokenScale>,
+        groups: usize,
+        int8: bool,
+        y: Vec<f32>,
+    }
+
+    impl Call {
+        pub fn new(kernels: &dyn Kernels, product: &Product, int8: bool) -> Self {
+            let (k, groups) = (product.k, product.k / GROUP);
+            let n_tokens = product.x.len() / k;
+            let mut codes = vec![0; product.x.len()];
+            let mut scales = vec![TokenScale::default(); n_tokens * groups];
+            let tokens = codes.chunks_exact_mut(k).zip(scales.chunks_exact_mut(groups));
+            for (x, (codes, scales)) in product.x.chunks_exact(k).zip(tokens) {
+                kernels.quantize_absmax_groups(x, product.layout, codes, scales);
+            }
+            let y = vec![0.0; product.n.next_multiple_of(TILE_ROWS) * n_tokens];
+            Self { x: product.x.clone(), codes, scales, groups, int8, y }
+        }
+
+        pub fn run(&mut self, kernels: &dyn Kernels, weights: GroupWeights<'_>) {
+            if self.int8 {
+                let chunks = self.codes.len() / (self.scales.len() / self.groups) / CHUNK_K;
+                let x = Activations::of_groups(&self.codes, &self.scales, chunks, self.groups);
+                kernels.group_gemm_int8(weights, x, &mut self.y);
+            } else {
+                kernels.group_gemm(weights, &self.x, &mut self.y);
+            }
+        }
+
+        /// Runs once and compares with the reference's first and last row of the last token.
+        pub fn check(&mut self, kernels: &dyn Kernels, product: &Product) {
+            self.run(kernels, product.weights(&product.words, &product.scales));
+            let (n, k) = (product.n, product.k);
+            let n_tokens = self.x.len() / k;
+            let x = &self.x[(n_tokens - 1) * k..];
+            for row in [0, n - 1] {
+                let w = &product.w[row * k..][..k];
+                let halves = &product.halves[row * self.groups..][..self.groups];
+                let d: Vec<f32> = halves.iter().map(|&bits| f16_to_f32(bits)).collect();
+                let at = (row / TILE_ROWS * n_tokens + n_tokens - 1) * TILE_ROWS + row % TILE_ROWS;
+                if self.int8 {
+                    let (codes, act_scales) = quantize_absmax_groups(x, GROUP);
+                    assert_eq!(self.y[at], group_dot_int8(w, &d, &codes, &act_scales));
+                } else {
+                    let expected = group_dot(w, &d, x);
+                    assert!((self.y[at] - expected).abs() <= bound(w, &d, x), "row {row}");
+                }
+            }
+        }
+    }
+
+    /// The four kernels by name: alphabet and activations.
+    pub const KERNELS: [(&str, GroupLayout, bool); 4] = [
+        ("i2", GroupLayout::I2, false),
+        ("signs", GroupLayout::Signs, false),
+        ("i2_int8", GroupLayout::I2, true),
+        ("signs_int8", GroupLayout::Signs, true),
+    ];
 }
 
 /// The GPU kernels' way to call a product.

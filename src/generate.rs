@@ -36,9 +36,9 @@ pub struct GenerateOptions {
 }
 
 impl Default for GenerateOptions {
-    /// 256 tokens, greedily.
+    /// 512 tokens, greedily.
     fn default() -> Self {
-        Self { max_tokens: 256, sampling: Sampling::Greedy, repetition_penalty: 1.0 }
+        Self { max_tokens: 512, sampling: Sampling::Greedy, repetition_penalty: 1.0 }
     }
 }
 

@@ -8,7 +8,7 @@ use std::sync::atomic::{AtomicUsize, Ordering::SeqCst};
 use sterna::backend::simd::{Level, SimdBackend};
 use sterna::backend::{LoadOptions, Output, Want};
 use sterna::model::Transformer;
-use sterna::synthetic::{SyntheticModel, tiny_bitnet, tiny_llama};
+use sterna::synthetic::{SyntheticModel, tiny_bitnet, tiny_bonsai, tiny_llama, tiny_normed};
 use sterna::weights::WeightSource;
 
 /// The system's allocator, counting.
@@ -36,7 +36,11 @@ static ALLOCATOR: Counting = Counting;
 
 #[test]
 fn a_decode_step_allocates_nothing() {
-    for config in [tiny_bitnet(), tiny_llama()] {
+    let bonsai = [tiny_bonsai(1, 128), tiny_bonsai(2, 64)];
+    let cases = [(tiny_bitnet(), false), (tiny_llama(), false), (tiny_normed(), false)]
+        .into_iter()
+        .chain(bonsai.into_iter().flat_map(|config| [(config.clone(), false), (config, true)]));
+    for (config, int8_activations) in cases {
         let model = SyntheticModel::new(config, 5);
         for level in Level::available() {
             for threads in [1, 3] {
@@ -44,7 +48,7 @@ fn a_decode_step_allocates_nothing() {
                     context: Some(100),
                     max_batch: 8,
                     threads: Some(threads),
-                    ..LoadOptions::default()
+                    int8_activations,
                 };
                 let backend =
                     SimdBackend::load_on(level, &model, &options, &mut |_| {}).expect("loads");

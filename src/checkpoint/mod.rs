@@ -370,7 +370,7 @@ impl Checkpoint {
             file: self.files.file_of(info).to_owned(),
             tensor: info.name.clone(),
             expected,
-            found: info.dtype.chars().take(16).collect(),
+            found: info.dtype.escape_debug().take(16).collect(),
         }
     }
 

@@ -33,7 +33,7 @@ pub(super) struct Arguments {
     model: ModelArguments,
 
     /// Most tokens to generate
-    #[arg(short = 'n', long = "tokens", value_name = "TOKENS", default_value_t = 256)]
+    #[arg(short = 'n', long = "tokens", value_name = "TOKENS", default_value_t = 512)]
     max_tokens: usize,
 
     /// Temperature: 0 always takes the most probable token, more is more varied

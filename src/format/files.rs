@@ -416,7 +416,7 @@ impl ModelFiles {
         GgmlType::from_name(&info.dtype).ok_or_else(|| Error::GgmlType {
             file: self.file_of(info).to_owned(),
             tensor: quoted(&info.name),
-            found: shortened(&info.dtype),
+            found: shortened(&info.dtype).escape_debug().to_string(),
             remedy: ggml::remedy(&info.dtype),
         })
     }
@@ -554,8 +554,11 @@ fn open_regular(path: &Path) -> Result<Option<File>> {
 }
 
 /// Whether `name` is a file name and nothing else on every system: no directory, drive or parent.
+/// Nor a name that no message can hold: of more bytes than file systems allow, or of several lines.
 fn is_plain_file_name(name: &str) -> bool {
     let mut components = Path::new(name).components();
     matches!((components.next(), components.next()), (Some(Component::Normal(_)), None))
-        && !name.contains(['/', '\\', ':', '\0'])
+        && name.len() <= 255
+        && !name.contains(['/', '\\', ':'])
+        && !name.contains(char::is_control)
 }

@@ -15,6 +15,9 @@ use rayon::prelude::*;
 
 use crate::shape::MatShape;
 
+/// Columns of the longest chunk of a layout.
+const MAX_CHUNK_K: usize = cpu_ref::layout::signs::CHUNK_K;
+
 /// How the 16 bytes of a piece hold the weights of a row's chunk.
 pub trait Pieces: Copy + Sync {
     /// Columns of a chunk.
@@ -198,12 +201,26 @@ impl<L: Pieces> Packed<L> {
     /// # Panics
     /// If `n` is not below N or `out` is not K long.
     pub fn unpack_row(&self, n: usize, out: &mut [i8]) {
-        assert!(n < self.shape.n() && out.len() == self.shape.k());
-        let chunks = L::k_chunks(self.shape.k());
-        for (chunk, group) in out.chunks_mut(L::CHUNK_K).enumerate() {
+        assert!(out.len() == self.shape.k());
+        self.for_each_chunk(n, |first, trits| {
+            out[first..first + trits.len()].copy_from_slice(trits);
+        });
+    }
+
+    /// Calls `f(first column, trits)` with each chunk of row `n`, as far as K goes.
+    ///
+    /// # Panics
+    /// If `n` is not below N.
+    pub fn for_each_chunk(&self, n: usize, mut f: impl FnMut(usize, &[i8])) {
+        assert!(n < self.shape.n());
+        let (k, chunks) = (self.shape.k(), L::k_chunks(self.shape.k()));
+        let mut trits = [0; MAX_CHUNK_K];
+        for (chunk, first) in (0..k).step_by(L::CHUNK_K).enumerate() {
             let at = piece_index(chunks, n, chunk);
             let piece = self.words()[at..].first_chunk().expect("a piece is four words");
-            self.layout.unpack_piece(*piece, group);
+            let trits = &mut trits[..L::CHUNK_K.min(k - first)];
+            self.layout.unpack_piece(*piece, trits);
+            f(first, trits);
         }
     }
 

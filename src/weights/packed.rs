@@ -27,6 +27,13 @@ pub enum RunScales {
     },
 }
 
+impl RunScales {
+    /// Whether there is one a group.
+    pub fn is_of_groups(&self) -> bool {
+        matches!(self, Self::Groups { .. })
+    }
+}
+
 impl<L: Pieces> PackedRun<L> {
     /// Packs a run of [`super::runs_of_input`], decoding row by row.
     ///

@@ -809,7 +809,9 @@ fn malformed_indexes_are_refused() {
     let missing = map(&|i| if i < 9 { "a.safetensors" } else { "c.safetensors" });
     let message = run(&missing.to_string(), half(0, 9), half(9, count));
     assert!(message.starts_with("c.safetensors: "), "{message}");
-    for outside in ["../b.safetensors", "/etc/b", "d/b", "..", ".", "", "d\\b", "C:b", "a\0"] {
+    for outside in
+        ["../b.safetensors", "/etc/b", "d/b", "..", ".", "", "d\\b", "C:b", "a\0", "a\nb"]
+    {
         let mut index = right.clone();
         index["weight_map"][name(19)] = outside.into();
         assert_eq!(

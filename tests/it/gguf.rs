@@ -222,6 +222,7 @@ fn every_value_type_is_read() {
     assert_eq!(u32_of("string"), format!("string: {expected}, found the string \"é\""));
     assert_eq!(u32_of("bool"), format!("bool: {expected}, found true"));
     assert_eq!(u32_of("none"), format!("none: {expected}, found nothing"));
+    assert_eq!(u32_of("a\nb"), format!("a\\nb: {expected}, found nothing"));
     assert_eq!(
         message(metadata.require::<&str>("strings").map(drop)),
         "strings: expected a string, found an array of 3 strings"

@@ -4,9 +4,11 @@
 
 use cpu_ref::layout::{CHUNK_K, TILE_ROWS, k_chunks};
 use cpu_ref::mlp::Activation;
-use sterna::backend::simd::{Activations, CacheHead, Kernels, Level, TableRows, TokenScale};
+use sterna::backend::simd::{
+    Activations, CacheHead, GroupLayout, GroupWeights, Kernels, Level, TableRows, TokenScale,
+};
 use sterna::format::float::{bf16_to_f32, f16_to_f32, f32_to_bf16};
-use sterna::layout::{Layout, Packed};
+use sterna::layout::{Layout, Packed, Signs, group_scales};
 use sterna::random::Random;
 use sterna::shape::MatShape;
 
@@ -44,11 +46,18 @@ on_every_level! {
     gemm_extremes
     gemm_random
     gemm_notices_a_wrong_weight
+    group_gemm_edges
+    group_gemm_extremes
+    group_gemm_random
+    group_gemm_notices_a_wrong_weight
     quantize_absmax
+    quantize_absmax_groups
+    rotations
     norm_and_quantize
     elementwise
     attention
     lm_head
+    lm_head_of_codes
     argmax
 }
 
@@ -161,6 +170,255 @@ fn gemm_notices_a_wrong_weight(kernels: &dyn Kernels) {
     assert!(message.contains(&format!("[{row}]")) && message.contains("seed 7"), "{message}");
 }
 
+/// A matrix with scales of groups, and M tokens.
+struct GroupCase {
+    layout: GroupLayout,
+    shape: MatShape,
+    group: usize,
+    w: Vec<i8>,
+    /// Bits of halves, `[N, K/group]`.
+    scales: Vec<u16>,
+    /// `[M, K]`.
+    x: Vec<f32>,
+}
+
+/// Bits of a random finite half: either sign, any exponent, subnormals too.
+fn half(random: &mut Random) -> u16 {
+    loop {
+        let bits = random.bits() as u16;
+        if bits & 0x7c00 != 0x7c00 {
+            return bits;
+        }
+    }
+}
+
+impl GroupCase {
+    fn random(
+        layout: GroupLayout,
+        (n, k, m): (usize, usize, usize),
+        group: usize,
+        seed: u64,
+    ) -> Self {
+        let mut random = Random::new(seed);
+        let w = (0..n * k)
+            .map(|_| match layout {
+                GroupLayout::I2 => random.below(3) as i8 - 1,
+                GroupLayout::Signs => 2 * random.below(2) as i8 - 1,
+            })
+            .collect();
+        // Of one magnitude in most cases, so that every group counts; of any in the others.
+        let near = |random: &mut Random| 0x2c00 | random.bits() as u16 & 0x83ff;
+        let scale = if seed.is_multiple_of(3) { half } else { near };
+        let scales = (0..n * k / group).map(|_| scale(&mut random)).collect();
+        let x = random.floats(m * k, 3.0);
+        Self { layout, shape: MatShape::new(n, k).unwrap(), group, w, scales, x }
+    }
+
+    fn groups(&self) -> usize {
+        self.shape.k() / self.group
+    }
+
+    fn n_tokens(&self) -> usize {
+        self.x.len() / self.shape.k()
+    }
+
+    fn words(&self) -> Vec<u32> {
+        match self.layout {
+            GroupLayout::I2 => Packed::pack(Layout::I2, self.shape, &self.w).words().to_vec(),
+            GroupLayout::Signs => Packed::pack(Signs, self.shape, &self.w).words().to_vec(),
+        }
+    }
+
+    /// `[M, N]` that `run(weights, y)` writes as `y[tiles][M][32]`.
+    fn run(&self, what: &str, run: impl FnOnce(GroupWeights<'_>, &mut [f32])) -> Vec<f32> {
+        let (n, m) = (self.shape.n(), self.n_tokens());
+        let words = self.words();
+        let scales = group_scales::pack(n, self.groups(), &self.scales);
+        let weights = GroupWeights::new(self.layout, (&words, &scales), self.shape.k(), self.group);
+        let len = n.next_multiple_of(TILE_ROWS) * m;
+        let tiled = guarded(what, len, 1e30, |y| run(weights, y));
+        let at = |t, row| tiled[(row / TILE_ROWS * m + t) * TILE_ROWS + row % TILE_ROWS];
+        (0..m).flat_map(|t| (0..n).map(move |row| (t, row))).map(|(t, row)| at(t, row)).collect()
+    }
+
+    fn run_float(&self, kernels: &dyn Kernels) -> Vec<f32> {
+        self.run("group_gemm", |weights, y| kernels.group_gemm(weights, &self.x, y))
+    }
+
+    fn run_int8(&self, kernels: &dyn Kernels) -> Vec<f32> {
+        let (k, groups) = (self.shape.k(), self.groups());
+        let mut codes = vec![0; self.x.len()];
+        let mut scales = vec![TokenScale::default(); self.n_tokens() * groups];
+        let tokens = self.x.chunks_exact(k).zip(codes.chunks_exact_mut(k));
+        for ((x, codes), scales) in tokens.zip(scales.chunks_exact_mut(groups)) {
+            kernels.quantize_absmax_groups(x, self.layout, codes, scales);
+        }
+        let x = Activations::of_groups(&codes, &scales, k / CHUNK_K, groups);
+        self.run("group_gemm_int8", |weights, y| kernels.group_gemm_int8(weights, x, y))
+    }
+
+    /// `row(w, scales, x)` of every token and row.
+    fn each<T>(&self, row: impl Fn(&[i8], &[f32], &[f32]) -> T) -> Vec<T> {
+        let (k, groups) = (self.shape.k(), self.groups());
+        let scales: Vec<f32> = self.scales.iter().map(|&bits| f16_to_f32(bits)).collect();
+        let mut all = Vec::new();
+        for x in self.x.chunks_exact(k) {
+            for (w, scales) in self.w.chunks_exact(k).zip(scales.chunks_exact(groups)) {
+                all.push(row(w, scales, x));
+            }
+        }
+        all
+    }
+
+    fn check(&self, kernels: &dyn Kernels, seed: u64) {
+        use cpu_ref::group_gemv::{bound, group_dot, group_dot_int8, quantize_absmax_groups};
+
+        let variant = kernels.level().name();
+        let what = (self.layout, self.shape, self.group, self.n_tokens());
+        let found = same_bits(kernels, "group_gemm", |kernels| self.run_float(kernels));
+        let (expected, bounds) = (self.each(group_dot), self.each(bound));
+        // Underflow is not part of the bound.
+        let bound = |at: usize| f64::from(bounds[at]) + 1e-41;
+        assert_close("group_gemm", what, seed, variant, (&expected, &found), bound);
+
+        let bits = |values: &[f32]| values.iter().map(|value| value.to_bits()).collect::<Vec<_>>();
+        let expected = self.each(|w, scales, x| {
+            let (codes, act_scales) = quantize_absmax_groups(x, self.group);
+            group_dot_int8(w, scales, &codes, &act_scales)
+        });
+        let found = self.run_int8(kernels);
+        let pair = (bits(&expected), bits(&found));
+        assert_same("group_gemm_int8", what, seed, variant, &pair.0, &pair.1);
+    }
+}
+
+/// The layouts with the groups that they are used for.
+const GROUPS: [(GroupLayout, usize); 5] = [
+    (GroupLayout::I2, 64),
+    (GroupLayout::I2, 128),
+    (GroupLayout::I2, 256),
+    (GroupLayout::Signs, 128),
+    (GroupLayout::Signs, 256),
+];
+
+fn group_gemm_edges(kernels: &dyn Kernels) {
+    for (layout, group) in GROUPS {
+        for groups in [1, 2, 3, 7, 8, 9, 17] {
+            for n in [1, 31, 33, 70] {
+                for m in [1, 2, 3, 4, 5, 9] {
+                    let seed = (groups * 100 + n + m) as u64;
+                    GroupCase::random(layout, (n, groups * group, m), group, seed)
+                        .check(kernels, seed);
+                }
+            }
+        }
+    }
+}
+
+/// The largest sums and the extremes of what is multiplied.
+fn group_gemm_extremes(kernels: &dyn Kernels) {
+    for (layout, group) in GROUPS {
+        let k = 3 * group;
+        let case = GroupCase::random(layout, (33, k, 2), group, 1);
+        let weights = if layout == GroupLayout::I2 { &[-1, 0, 1][..] } else { &[-1, 1] };
+        for &weight in weights {
+            // Largest, smallest normal, largest and smallest subnormal, zeros, a negative one.
+            for scale in [0x7bff, 0x0400, 0x03ff, 0x0001, 0x8001, 0x0000, 0x8000, 0xbc00] {
+                for x in [0.0, -0.0, 1.0, -1.0, 1e-30, 1e30] {
+                    let case = GroupCase {
+                        w: vec![weight; case.w.len()],
+                        scales: vec![scale; case.scales.len()],
+                        x: vec![x; 2 * k],
+                        ..case
+                    };
+                    case.check(kernels, 0);
+                }
+            }
+        }
+    }
+}
+
+fn group_gemm_random(kernels: &dyn Kernels) {
+    for seed in 0..40 {
+        let mut random = Random::new(seed);
+        let (layout, group) = GROUPS[random.below(GROUPS.len())];
+        let shape = (1 + random.below(130), group * (1 + random.below(6)), 1 + random.below(9));
+        GroupCase::random(layout, shape, group, seed).check(kernels, seed);
+    }
+    // Rows as long as a real model's.
+    for (layout, group) in GROUPS {
+        GroupCase::random(layout, (33, 12_288, 2), group, 7).check(kernels, 7);
+    }
+}
+
+/// The judge must object to one wrong weight out of many.
+fn group_gemm_notices_a_wrong_weight(kernels: &dyn Kernels) {
+    for (layout, group) in GROUPS {
+        let case = GroupCase::random(layout, (40, 2 * group, 1), group, 1);
+        let x = vec![1.0; 2 * group];
+        let mut case = GroupCase { x, ..case };
+        let (float, int8) = (case.run_float(kernels), case.run_int8(kernels));
+        let weight = &mut case.w[17 * 2 * group + 77];
+        *weight = if *weight == 1 { -1 } else { 1 };
+        let row = |before: &[f32], after: &[f32]| first_difference(before, after).map(|d| d.0);
+        assert_eq!(row(&float, &case.run_float(kernels)), Some(17));
+        assert_eq!(row(&int8, &case.run_int8(kernels)), Some(17));
+    }
+}
+
+fn quantize_absmax_groups(kernels: &dyn Kernels) {
+    let variant = kernels.level().name();
+    for (layout, group) in GROUPS {
+        for magnitude in [1e-30, 1e-6, 1.0, 1e38] {
+            let mut x = Random::new(group as u64).floats(3 * group, magnitude);
+            x[group..2 * group].fill(0.0);
+            let (expected, act_scales) = cpu_ref::group_gemv::quantize_absmax_groups(&x, group);
+            let mut scales = [TokenScale::default(); 3];
+            let codes = guarded("quantize_absmax_groups", x.len(), 99, |codes| {
+                kernels.quantize_absmax_groups(&x, layout, codes, &mut scales);
+            });
+            let place = |i: usize| match layout {
+                GroupLayout::I2 => i,
+                // Bit by bit of the 16 bytes.
+                GroupLayout::Signs => i / 128 * 128 + 16 * (i % 8) + i % 128 / 8,
+            };
+            let plain: Vec<i8> = (0..x.len()).map(|i| codes[place(i)]).collect();
+            let what = (layout, group, magnitude);
+            assert_same("quantize_absmax_groups", what, 0, variant, &expected, &plain);
+            for (g, codes) in expected.chunks_exact(group).enumerate() {
+                assert_eq!(scales[g].act_scale, act_scales[g]);
+                let sum: i32 = codes.iter().map(|&code| i32::from(code)).sum();
+                assert_eq!(scales[g].code_sum, sum);
+            }
+        }
+    }
+    let mut x = vec![1.0; 256];
+    x[200] = f32::NAN;
+    let mut scales = [TokenScale::default(); 2];
+    kernels.quantize_absmax_groups(&x, GroupLayout::I2, &mut [0; 256], &mut scales);
+    assert!(scales[0].act_scale.is_finite() && scales[1].act_scale.is_nan());
+}
+
+fn rotations(kernels: &dyn Kernels) {
+    let variant = kernels.level().name();
+    for block in [1, 2, 4, 8, 16, 64, 128, 512, 1024] {
+        for blocks in [1, 3] {
+            let mut random = Random::new(block as u64);
+            let x = random.floats(block * blocks, 3.0);
+            let signs: Vec<f32> =
+                x.iter().map(|_| if random.below(2) == 0 { 1.0 } else { -1.0 }).collect();
+            let expected = cpu_ref::hadamard::rotate(&x, &signs, block);
+            let mut found = x.clone();
+            kernels.rotate(&mut found, &signs, block);
+            assert_same("rotate", (block, blocks), 0, variant, &expected, &found);
+            let expected = cpu_ref::hadamard::rotate_back(&x, &signs, block);
+            let mut found = x.clone();
+            kernels.rotate_back(&mut found, &signs, block);
+            assert_same("rotate_back", (block, blocks), 0, variant, &expected, &found);
+        }
+    }
+}
+
 fn check_quantize(kernels: &dyn Kernels, x: &[f32], what: &str) {
     let padded = x.len().next_multiple_of(CHUNK_K);
     let mut scale = TokenScale::default();
@@ -208,6 +466,12 @@ fn norm_and_quantize(kernels: &dyn Kernels) {
         let expected = cpu_ref::rmsnorm::rmsnorm(&x, &weight, 1e-5);
         let y = guarded("rmsnorm", len, 7.0, |y| kernels.rmsnorm(&x, &weight, 1e-5, y));
         assert_same("rmsnorm", len, seed as u64, variant, &expected, &y);
+
+        let mut heads = [x.as_slice(), &y].concat();
+        kernels.rmsnorm_heads(&mut heads, &weight, 1e-5);
+        let second = cpu_ref::rmsnorm::rmsnorm(&y, &weight, 1e-5);
+        let expected = [expected, second].concat();
+        assert_same("rmsnorm_heads", len, seed as u64, variant, &expected, &heads);
 
         // The fused kernel quantises exactly what the norm alone gives.
         let quantized = cpu_ref::quantize_absmax::quantize_absmax(&y);
@@ -367,6 +631,52 @@ fn lm_head(kernels: &dyn Kernels) {
         kernels.lm_head(rows, &[1.0], 1, &mut logits);
         assert_eq!(logits[..2], expected);
         assert!(logits[2].is_nan());
+    }
+}
+
+fn lm_head_of_codes(kernels: &dyn Kernels) {
+    for (seed, (vocab, k, group, m)) in
+        [(1, 16, 16, 1), (33, 64, 32, 1), (65, 96, 16, 3), (40, 2560, 32, 2)]
+            .into_iter()
+            .enumerate()
+    {
+        let mut random = Random::new(seed as u64);
+        let x = random.floats(m * k, 2.0);
+        let mut codes = random.codes(vocab * k);
+        // Q6_K's smallest code times its smallest group scale.
+        codes[0] = -128;
+        let scale: Vec<f32> =
+            (0..vocab * k / group).map(|_| f16_to_f32(half(&mut random)) / 64.0).collect();
+        for min in [random.floats(scale.len(), 1.0), Vec::new()] {
+            let rows = TableRows::Codes { group, codes: &codes, scale: &scale, min: &min };
+            let codes = sterna::weights::Codes {
+                group,
+                codes: codes.clone(),
+                scale: scale.clone(),
+                min: min.clone(),
+            };
+            let shape = MatShape::new(vocab, k).unwrap();
+            let table =
+                sterna::weights::Table::new(shape, sterna::weights::TableData::Codes(codes));
+            let tiled = same_bits(kernels, "lm_head", |kernels| {
+                let len = vocab.next_multiple_of(TILE_ROWS) * m;
+                guarded("lm_head", len, 7.0, |out| kernels.lm_head(rows, &x, k, out))
+            });
+            let mut row = vec![0.0; k];
+            for v in 0..vocab {
+                table.row(v, &mut row).unwrap();
+                for (token, x) in x.chunks_exact(k).enumerate() {
+                    let found = tiled[(v / TILE_ROWS * m + token) * TILE_ROWS + v % TILE_ROWS];
+                    let expected = cpu_ref::lm_head::logit(&row, x);
+                    let magnitude: f64 =
+                        row.iter().zip(x).map(|(&a, &b)| f64::from(a * b).abs()).sum();
+                    let bound = (k as f64 / 16.0 + 6.0) * 2f64.powi(-24) * magnitude + 1e-38;
+                    let pair = (&[expected][..], &[found][..]);
+                    let variant = kernels.level().name();
+                    assert_close("lm_head", (vocab, k, v), seed as u64, variant, pair, |_| bound);
+                }
+            }
+        }
     }
 }
 

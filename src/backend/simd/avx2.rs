@@ -8,7 +8,9 @@
 //! 1. A register holds two rows × 16 bytes (a *pair*); the 16 activations of a field are broadcast
 //!    to its two 128-bit lanes, so the horizontal sum at the end is within a lane.
 //! 2. Sums stay in i16 for [`FLUSH_CHUNKS`] chunks, then widen to i32.
-//! 3. GEMV sums 8 pairs at once, GEMM 4 pairs × 2 tokens: eight i16 accumulators, which is what 16
+//! 3. Binary weights are bits, 1 for −1: `Σ w·x = Σ x − 2·Σ bit·x`, with eight one-bit fields a byte.
+//! 4. Float activations: a lane is a row, and `vpermilps` looks up a field ([`super::tables`]).
+//! 5. GEMV sums 8 pairs at once, GEMM 4 pairs × 2 tokens: eight i16 accumulators, which is what 16
 //!    registers hold beside the activations.
 #![expect(unsafe_code, reason = "loads, and entry into target features")]
 
@@ -16,6 +18,8 @@ use std::arch::x86_64::*;
 
 use cpu_ref::layout::{CHUNK_K, TILE_ROWS};
 
+use super::portable::widen_scales;
+use super::tables::{FieldTables, build_tables};
 use super::{Activations, CHUNK_WORDS, Level, impl_kernels};
 
 /// The AVX2 level; exists only on a machine that has it.
@@ -103,13 +107,162 @@ fn tokens_tile<const T: usize, const P: usize>(
             }
         }
         for (t, acc) in acc.iter_mut().enumerate() {
-            let code_sum = x.scales[m + t].code_sum;
+            let code_sum = x.code_sum(m + t);
             let rows = &mut acc.as_chunks_mut::<2>().0[pass * P..][..P];
             for (rows, &sum) in rows.iter_mut().zip(&sums[t]) {
                 *rows = row_sums(sum).map(|sum| sum - code_sum);
             }
         }
     }
+}
+
+/// One tile of [`super::GroupLayout::Signs`]: `acc[M][32]`.
+#[target_feature(enable = "avx2")]
+fn signs_tile(tile: &[[u32; CHUNK_WORDS]], x: Activations<'_>, acc: &mut [[i32; TILE_ROWS]]) {
+    for (group, acc) in acc.chunks_mut(2).enumerate() {
+        let m = 2 * group;
+        match acc.len() {
+            2 => signs_tokens::<2, 4>(tile, x, m, acc),
+            _ => signs_tokens::<1, 8>(tile, x, m, acc),
+        }
+    }
+}
+
+/// [`tokens_tile`] for binary weights: a chunk adds at most 8·2·128 to a lane of i16, as there.
+#[target_feature(enable = "avx2")]
+fn signs_tokens<const T: usize, const P: usize>(
+    tile: &[[u32; CHUNK_WORDS]],
+    x: Activations<'_>,
+    m: usize,
+    acc: &mut [[i32; TILE_ROWS]],
+) {
+    for pass in 0..PAIRS / P {
+        let mut sums = [[_mm256_setzero_si256(); P]; T];
+        for (block, chunks) in tile.chunks(FLUSH_CHUNKS).enumerate() {
+            let mut short = [[_mm256_setzero_si256(); P]; T];
+            for (c, chunk) in chunks.iter().enumerate() {
+                let pairs: &[[u32; PAIR_WORDS]; P] = chunk.as_chunks().0[pass * P..]
+                    .first_chunk()
+                    .expect("P divides the pairs of a chunk");
+                let mut v = [_mm256_setzero_si256(); P];
+                for (v, pair) in v.iter_mut().zip(pairs) {
+                    *v = load(pair);
+                }
+                for bit in 0..8 {
+                    let mut x_bit = [_mm256_setzero_si256(); T];
+                    for (t, x_bit) in x_bit.iter_mut().enumerate() {
+                        let token = &x.signs_token(m + t)[block * FLUSH_CHUNKS + c];
+                        *x_bit = field(&token.as_chunks().0[bit]);
+                    }
+                    for p in 0..P {
+                        let bits = _mm256_and_si256(v[p], _mm256_set1_epi8(1));
+                        v[p] = _mm256_srli_epi16::<1>(v[p]);
+                        for t in 0..T {
+                            let products = _mm256_maddubs_epi16(bits, x_bit[t]);
+                            short[t][p] = _mm256_add_epi16(short[t][p], products);
+                        }
+                    }
+                }
+            }
+            for t in 0..T {
+                for p in 0..P {
+                    let wide = _mm256_madd_epi16(short[t][p], _mm256_set1_epi16(1));
+                    sums[t][p] = _mm256_add_epi32(sums[t][p], wide);
+                }
+            }
+        }
+        for (t, acc) in acc.iter_mut().enumerate() {
+            let code_sum = x.code_sum(m + t);
+            let rows = &mut acc.as_chunks_mut::<2>().0[pass * P..][..P];
+            for (rows, &sum) in rows.iter_mut().zip(&sums[t]) {
+                *rows = row_sums(sum).map(|sum| code_sum - 2 * sum);
+            }
+        }
+    }
+}
+
+/// One chunk of [`super::tables`].
+#[target_feature(enable = "avx2")]
+fn lookup_chunk(chunk: &[u32; CHUNK_WORDS], tables: &[FieldTables], sums: &mut [[f32; TILE_ROWS]]) {
+    for (tables, sums) in tables.chunks(2).zip(sums.chunks_mut(2)) {
+        match tables {
+            [a, b] => lookup_tokens::<2>(chunk, [a, b], sums),
+            [a, ..] => lookup_tokens::<1>(chunk, [a], sums),
+            [] => {}
+        }
+    }
+}
+
+/// One chunk and T tokens, 16 rows at a time.
+#[inline]
+#[target_feature(enable = "avx2")]
+fn lookup_tokens<const T: usize>(
+    chunk: &[u32; CHUNK_WORDS],
+    tables: [&FieldTables; T],
+    sums: &mut [[f32; TILE_ROWS]],
+) {
+    // The rows of a register's lanes, undone.
+    let row_order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
+    for (half, chunk) in chunk.as_chunks::<{ 8 * PAIR_WORDS }>().0.iter().enumerate() {
+        let (low, high) = chunk.as_chunks::<PAIR_WORDS>().0.split_at(4);
+        let words = [transpose(low), transpose(high)];
+        let mut acc = [[_mm256_setzero_ps(); 2]; T];
+        for w in 0..4 {
+            let mut v = [words[0][w], words[1][w]];
+            for nibble in 0..8 {
+                let u = [_mm256_srli_epi32::<2>(v[0]), _mm256_srli_epi32::<2>(v[1])];
+                for t in 0..T {
+                    let at = 16 * w + 2 * nibble;
+                    let (a, b) = (table(&tables[t].0[at]), table(&tables[t].0[at + 1]));
+                    for h in 0..2 {
+                        let a = _mm256_permutevar_ps(a, v[h]);
+                        let b = _mm256_permutevar_ps(b, u[h]);
+                        acc[t][h] = _mm256_add_ps(acc[t][h], _mm256_add_ps(a, b));
+                    }
+                }
+                v = [_mm256_srli_epi32::<4>(v[0]), _mm256_srli_epi32::<4>(v[1])];
+            }
+        }
+        for t in 0..T {
+            for h in 0..2 {
+                let rows = _mm256_permutevar8x32_ps(acc[t][h], row_order);
+                store(rows, &mut sums[t].as_chunks_mut().0[2 * half + h]);
+            }
+        }
+    }
+}
+
+/// Eight rows' words: register `w` holds word `w` of row `2e + l` in element `e` of its 128-bit
+/// lane `l`.
+#[inline]
+#[target_feature(enable = "avx2")]
+fn transpose(pairs: &[[u32; PAIR_WORDS]]) -> [__m256i; 4] {
+    let (a, b, c, d) = (load(&pairs[0]), load(&pairs[1]), load(&pairs[2]), load(&pairs[3]));
+    let (ab_low, ab_high) = (_mm256_unpacklo_epi32(a, b), _mm256_unpackhi_epi32(a, b));
+    let (cd_low, cd_high) = (_mm256_unpacklo_epi32(c, d), _mm256_unpackhi_epi32(c, d));
+    [
+        _mm256_unpacklo_epi64(ab_low, cd_low),
+        _mm256_unpackhi_epi64(ab_low, cd_low),
+        _mm256_unpacklo_epi64(ab_high, cd_high),
+        _mm256_unpackhi_epi64(ab_high, cd_high),
+    ]
+}
+
+/// A field's table, in both 128-bit lanes.
+#[inline]
+#[target_feature(enable = "avx2")]
+fn table(table: &[f32; 4]) -> __m256 {
+    // SAFETY: `table` has 16 bytes to read, and the load needs no alignment.
+    let table = unsafe { _mm_loadu_ps(table.as_ptr()) };
+    _mm256_set_m128(table, table)
+}
+
+/// Eight rows' sums.
+#[inline]
+#[target_feature(enable = "avx2")]
+fn store(rows: __m256, out: &mut [f32; 8]) {
+    // SAFETY: `out` has 32 bytes to write, and the store needs no alignment.
+    unsafe { _mm256_storeu_ps(out.as_mut_ptr(), rows) };
 }
 
 /// The codes of two rows, field by field.

@@ -13,13 +13,16 @@
 //! 3. All 8 quads of a chunk are summed at once, 16 accumulators, so that the weights are read
 //!    front to back; they are prefetched 4 KiB ahead.
 //! 4. GEMM keeps 4 quads × up to 4 tokens: a masked field is used for every token.
+//! 5. Binary weights are bits, 1 for −1: `Σ w·x = Σ x − 2·Σ bit·x`, with eight one-bit fields a byte.
+//! 6. Float activations: a lane is a row, and `vpermps` looks up a nibble ([`super::tables`]).
 #![expect(unsafe_code, reason = "loads, and entry into target features")]
 
 use std::arch::x86_64::*;
 
 use cpu_ref::layout::{CHUNK_K, TILE_ROWS};
 
-use super::{Activations, CHUNK_WORDS, Level, impl_kernels};
+use super::tables::{NibbleTables, i2_column};
+use super::{Activations, CHUNK_WORDS, GroupLayout, GroupScales, Level, impl_kernels};
 
 /// The AVX-512 VNNI level; exists only on a machine that has it.
 #[derive(Debug, Clone, Copy)]
@@ -60,7 +63,7 @@ const PREFETCH_CHUNKS: usize = 8;
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]
 fn gemm_tile(tile: &[[u32; CHUNK_WORDS]], x: Activations<'_>, acc: &mut [[i32; TILE_ROWS]]) {
     if let [acc] = acc {
-        return gemv_tile(tile, x.token(0), x.scales[0].code_sum, acc);
+        return gemv_tile(tile, x.token(0), x.code_sum(0), acc);
     }
     for (group, acc) in acc.chunks_mut(4).enumerate() {
         let m = 4 * group;
@@ -96,10 +99,12 @@ fn gemv_tile(
             fours[q] = _mm512_dpbusd_epi32(fours[q], _mm512_and_si512(u, high), x3);
         }
     }
-    for (q, rows) in acc.as_chunks_mut::<4>().0.iter_mut().enumerate() {
+    for q in 0..QUADS {
         // Each lane of `fours` is a sum of multiples of 4.
-        let sum = _mm512_add_epi32(units[q], _mm512_srai_epi32::<2>(fours[q]));
-        *rows = row_sums(sum).map(|sum| sum - code_sum);
+        units[q] = _mm512_add_epi32(units[q], _mm512_srai_epi32::<2>(fours[q]));
+    }
+    for (quads, acc) in units.as_chunks().0.iter().zip(acc.as_chunks_mut().0) {
+        store(_mm512_sub_epi32(sums_of_rows(quads), _mm512_set1_epi32(code_sum)), acc);
     }
 }
 
@@ -129,11 +134,9 @@ fn tokens_tile<const T: usize>(
             accumulate::<3, 6, T>(&mut sums, &v, &tokens, c);
         }
         for (t, acc) in acc.iter_mut().enumerate() {
-            let code_sum = x.scales[m + t].code_sum;
-            let rows = &mut acc.as_chunks_mut::<4>().0[pass * PASS_QUADS..][..PASS_QUADS];
-            for (rows, &sum) in rows.iter_mut().zip(&sums[t]) {
-                *rows = row_sums(sum).map(|sum| sum - code_sum);
-            }
+            let code_sum = _mm512_set1_epi32(x.code_sum(m + t));
+            let rows = _mm512_sub_epi32(sums_of_rows(&sums[t]), code_sum);
+            store(rows, &mut acc.as_chunks_mut().0[pass]);
         }
     }
 }
@@ -159,21 +162,223 @@ fn accumulate<const FIELD: usize, const SHIFT: u32, const T: usize>(
     }
 }
 
-/// The sums of the four 128-bit lanes: one a row.
+/// One tile of [`GroupLayout::Signs`]: `acc[M][32]`.
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]
+fn signs_tile(tile: &[[u32; CHUNK_WORDS]], x: Activations<'_>, acc: &mut [[i32; TILE_ROWS]]) {
+    for (group, acc) in acc.chunks_mut(4).enumerate() {
+        let m = 4 * group;
+        match acc.len() {
+            4 => signs_tokens::<4>(tile, x, m, acc),
+            3 => signs_tokens::<3>(tile, x, m, acc),
+            2 => signs_tokens::<2>(tile, x, m, acc),
+            _ => signs_tokens::<1>(tile, x, m, acc),
+        }
+    }
+}
+
+/// [`tokens_tile`] for binary weights.
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]
+fn signs_tokens<const T: usize>(
+    tile: &[[u32; CHUNK_WORDS]],
+    x: Activations<'_>,
+    m: usize,
+    acc: &mut [[i32; TILE_ROWS]],
+) {
+    for pass in 0..QUADS / PASS_QUADS {
+        let mut sums = [[_mm512_setzero_si512(); PASS_QUADS]; T];
+        for (c, chunk) in tile.iter().enumerate() {
+            let quads = &chunk.as_chunks::<QUAD_WORDS>().0[pass * PASS_QUADS..][..PASS_QUADS];
+            let mut v = [_mm512_setzero_si512(); PASS_QUADS];
+            for q in 0..PASS_QUADS {
+                v[q] = load(&quads[q]);
+            }
+            for bit in 0..8 {
+                let mut x_bit = [_mm512_setzero_si512(); T];
+                for (t, x_bit) in x_bit.iter_mut().enumerate() {
+                    *x_bit = broadcast(&x.signs_token(m + t)[c].as_chunks().0[bit]);
+                }
+                for q in 0..PASS_QUADS {
+                    let bits = _mm512_and_si512(v[q], _mm512_set1_epi8(1));
+                    v[q] = _mm512_srli_epi16::<1>(v[q]);
+                    for t in 0..T {
+                        sums[t][q] = _mm512_dpbusd_epi32(sums[t][q], bits, x_bit[t]);
+                    }
+                }
+            }
+        }
+        for (t, acc) in acc.iter_mut().enumerate() {
+            let code_sum = _mm512_set1_epi32(x.code_sum(m + t));
+            let negatives = sums_of_rows(&sums[t]);
+            let rows = _mm512_sub_epi32(code_sum, _mm512_slli_epi32::<1>(negatives));
+            store(rows, &mut acc.as_chunks_mut().0[pass]);
+        }
+    }
+}
+
+/// The tables of one chunk of a token.
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]
+fn build_tables(layout: GroupLayout, x: &[f32], tables: &mut NibbleTables) {
+    // Bit i of an entry's index, as a sign.
+    let sign = |lanes: __mmask16| _mm512_castsi512_ps(_mm512_maskz_set1_epi32(lanes, i32::MIN));
+    match layout {
+        GroupLayout::I2 => {
+            // Entries whose lower (higher) field is 0 or 2, and those where it is 0.
+            const LOW: (__mmask16, __mmask16) = (0x5555, 0x1111);
+            const HIGH: (__mmask16, __mmask16) = (0x0f0f, 0x000f);
+            let (low, high) = (sign(LOW.1), sign(HIGH.1));
+            for (i, table) in tables.0.iter_mut().enumerate() {
+                let a = _mm512_set1_ps(x[i2_column(2 * i)]);
+                let b = _mm512_set1_ps(x[i2_column(2 * i + 1)]);
+                let a = _mm512_maskz_xor_ps(LOW.0, a, low);
+                let b = _mm512_maskz_xor_ps(HIGH.0, b, high);
+                store_table(_mm512_add_ps(a, b), table);
+            }
+        }
+        GroupLayout::Signs => {
+            let signs = [sign(0xaaaa), sign(0xcccc), sign(0xf0f0), sign(0xff00)];
+            for (table, x) in tables.0.iter_mut().zip(x.as_chunks::<4>().0) {
+                let a = _mm512_xor_ps(_mm512_set1_ps(x[0]), signs[0]);
+                let b = _mm512_xor_ps(_mm512_set1_ps(x[1]), signs[1]);
+                let c = _mm512_xor_ps(_mm512_set1_ps(x[2]), signs[2]);
+                let d = _mm512_xor_ps(_mm512_set1_ps(x[3]), signs[3]);
+                store_table(_mm512_add_ps(_mm512_add_ps(a, b), _mm512_add_ps(c, d)), table);
+            }
+        }
+    }
+}
+
+/// The scales of a tile's rows as f32.
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]
+fn widen_scales(scales: &GroupScales) -> [f32; TILE_ROWS] {
+    let mut wide = [0.0; TILE_ROWS];
+    for (words, out) in scales.as_chunks::<8>().0.iter().zip(wide.as_chunks_mut().0) {
+        // SAFETY: `words` has 32 bytes to read, and the load needs no alignment.
+        let halves = unsafe { _mm256_loadu_si256(words.as_ptr().cast()) };
+        store_table(_mm512_cvtph_ps(halves), out);
+    }
+    wide
+}
+
+/// One chunk of [`super::tables`].
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]
+fn lookup_chunk(
+    chunk: &[u32; CHUNK_WORDS],
+    tables: &[NibbleTables],
+    sums: &mut [[f32; TILE_ROWS]],
+) {
+    match tables {
+        [a] => lookup_tokens(chunk, [a], sums),
+        [a, b] => lookup_tokens(chunk, [a, b], sums),
+        [a, b, c] => lookup_tokens(chunk, [a, b, c], sums),
+        [a, b, c, d] => lookup_tokens(chunk, [a, b, c, d], sums),
+        _ => unreachable!("one to four tokens"),
+    }
+}
+
+/// One chunk and T tokens.
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]
+fn lookup_tokens<const T: usize>(
+    chunk: &[u32; CHUNK_WORDS],
+    tables: [&NibbleTables; T],
+    sums: &mut [[f32; TILE_ROWS]],
+) {
+    let (low, high) = chunk.as_chunks::<QUAD_WORDS>().0.split_at(PASS_QUADS);
+    let words = [
+        transpose([load(&low[0]), load(&low[1]), load(&low[2]), load(&low[3])]),
+        transpose([load(&high[0]), load(&high[1]), load(&high[2]), load(&high[3])]),
+    ];
+    let mut acc = [[_mm512_setzero_ps(); 2]; T];
+    for w in 0..4 {
+        let mut v = [words[0][w], words[1][w]];
+        for nibble in 0..8 {
+            for t in 0..T {
+                let table = load_table(&tables[t].0[8 * w + nibble]);
+                // The permutation looks at the low four bits of each lane.
+                for h in 0..2 {
+                    let entry = _mm512_permutexvar_ps(v[h], table);
+                    acc[t][h] = _mm512_add_ps(acc[t][h], entry);
+                }
+            }
+            v = [_mm512_srli_epi32::<4>(v[0]), _mm512_srli_epi32::<4>(v[1])];
+        }
+    }
+    for t in 0..T {
+        for h in 0..2 {
+            let rows = _mm512_permutexvar_ps(row_order(), acc[t][h]);
+            store_table(rows, &mut sums[t].as_chunks_mut().0[h]);
+        }
+    }
+}
+
+/// Of four registers (of quads `q`), element `e` of lane `l`: register `e` holds, in element `q` of
+/// lane `l`, what register `q` held in its element `e`. Lane `l` of a quad is its row `l`.
 #[inline]
 #[target_feature(enable = "avx512f")]
-fn row_sums(lanes: __m512i) -> [i32; 4] {
-    let mut out = [[0i32; 4]; 4];
+fn transpose([a, b, c, d]: [__m512i; PASS_QUADS]) -> [__m512i; 4] {
+    let (ab_low, ab_high) = (_mm512_unpacklo_epi32(a, b), _mm512_unpackhi_epi32(a, b));
+    let (cd_low, cd_high) = (_mm512_unpacklo_epi32(c, d), _mm512_unpackhi_epi32(c, d));
+    [
+        _mm512_unpacklo_epi64(ab_low, cd_low),
+        _mm512_unpackhi_epi64(ab_low, cd_low),
+        _mm512_unpacklo_epi64(ab_high, cd_high),
+        _mm512_unpackhi_epi64(ab_high, cd_high),
+    ]
+}
+
+/// After [`transpose`], row `4q + l` is in element `4l + q`; this order undoes it.
+#[inline]
+#[target_feature(enable = "avx512f")]
+fn row_order() -> __m512i {
+    _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15)
+}
+
+/// The sums of the 128-bit lanes of four quads: 16 rows.
+#[inline]
+#[target_feature(enable = "avx512f")]
+fn sums_of_rows(quads: &[__m512i; PASS_QUADS]) -> __m512i {
+    let [a, b, c, d] = transpose(*quads);
+    let sums = _mm512_add_epi32(_mm512_add_epi32(a, b), _mm512_add_epi32(c, d));
+    _mm512_permutexvar_epi32(row_order(), sums)
+}
+
+/// 16 rows' sums.
+#[inline]
+#[target_feature(enable = "avx512f")]
+fn store(rows: __m512i, out: &mut [i32; 16]) {
     // SAFETY: `out` has 64 bytes to write, and the store needs no alignment.
-    unsafe { _mm512_storeu_si512(out.as_mut_ptr().cast(), lanes) };
-    out.map(|lane| lane.iter().sum())
+    unsafe { _mm512_storeu_si512(out.as_mut_ptr().cast(), rows) };
+}
+
+/// 16 floats.
+#[inline]
+#[target_feature(enable = "avx512f")]
+fn store_table(values: __m512, out: &mut [f32; 16]) {
+    // SAFETY: `out` has 64 bytes to write, and the store needs no alignment.
+    unsafe { _mm512_storeu_ps(out.as_mut_ptr(), values) };
+}
+
+/// A nibble's table.
+#[inline]
+#[target_feature(enable = "avx512f")]
+fn load_table(table: &[f32; 16]) -> __m512 {
+    // SAFETY: `table` has 64 bytes to read, and the load needs no alignment.
+    unsafe { _mm512_loadu_ps(table.as_ptr()) }
 }
 
 /// The 16 activations of a field, in each of the four 128-bit lanes.
 #[inline]
 #[target_feature(enable = "avx512f")]
 fn field<const FIELD: usize>(x: &[i8; CHUNK_K]) -> __m512i {
-    let codes = &x.as_chunks::<16>().0[FIELD];
+    broadcast(&x.as_chunks().0[FIELD])
+}
+
+/// 16 activations in each of the four 128-bit lanes.
+#[inline]
+#[target_feature(enable = "avx512f")]
+fn broadcast(codes: &[i8; 16]) -> __m512i {
     // SAFETY: `codes` has 16 bytes to read, and the load needs no alignment.
     _mm512_broadcast_i32x4(unsafe { _mm_loadu_si128(codes.as_ptr().cast()) })
 }

@@ -1,19 +1,18 @@
 //! The backend: packed weights, buffers and threads around the kernels.
 
-use cpu_ref::layout::{CHUNK_K, TILE_ROWS, k_chunks};
+use cpu_ref::layout::{CHUNK_K, TILE_ROWS};
 use cpu_ref::rope::Frequencies;
 
+use super::matrix::{Head, Linears, Matrix, Scales};
 use super::pool::{Pool, Split};
-use super::{Activations, CHUNK_WORDS, CacheHead, Kernels, Level, TableRows, TokenScale};
+use super::{Activations, CHUNK_WORDS, CacheHead, Kernels, Level, TokenScale};
 use crate::backend::{
     Backend, Batch, DeviceInfo, LoadOptions, OnProgress, Output, Progress, Tap, Want,
 };
-use crate::config::ModelConfig;
+use crate::config::{Activations as Precision, ModelConfig};
 use crate::error::{Error, Result};
 use crate::kv_cache::KvCache;
-use crate::layout::{Layout, Packed};
-use crate::shape::MatShape;
-use crate::weights::{Input, Table, TableData, TernaryMatrix, WeightScale, WeightSource};
+use crate::weights::WeightSource;
 
 /// A model on the CPU.
 ///
@@ -23,8 +22,8 @@ pub struct SimdBackend {
     device: DeviceInfo,
     config: ModelConfig,
     max_batch: usize,
-    embedding: Table,
-    lm_head: Option<Table>,
+    embedding: Head,
+    lm_head: Option<Head>,
     final_norm: Vec<f32>,
     layers: Vec<Layer>,
     frequencies: Frequencies,
@@ -35,81 +34,43 @@ pub struct SimdBackend {
 
 struct Layer {
     input_layernorm: Vec<f32>,
-    qkv: Matrix,
+    qkv: Linears,
+    q_norm: Option<Vec<f32>>,
+    k_norm: Option<Vec<f32>>,
     attn_sub_norm: Option<Vec<f32>>,
-    o: Matrix,
+    o: Linears,
     post_attention_layernorm: Vec<f32>,
-    gate_up: Matrix,
+    gate_up: Linears,
     ffn_sub_norm: Option<Vec<f32>>,
-    down: Matrix,
+    down: Linears,
 }
 
-/// A cache line of packed weights: a matrix that starts on one never has a load across two.
-#[derive(Clone, Copy, bytemuck::Pod, bytemuck::Zeroable)]
-#[repr(C, align(64))]
-struct Line([u32; 16]);
-
-/// A packed ternary matrix `[N, K]` (or several of the same K, one after another) in layout I2.
-struct Matrix {
-    shape: MatShape,
-    lines: Vec<Line>,
-    /// `[N]`: the scale of the matrix that a row came from.
-    weight_scale: Vec<f32>,
-}
-
-impl Matrix {
-    /// The rows of `parts` one after another.
-    fn concat(parts: &[&TernaryMatrix]) -> Result<Self> {
-        let mut weight_scale = Vec::new();
-        // (part, row) of each row.
-        let mut origin = Vec::new();
-        for part in parts {
-            let WeightScale::Tensor(scale) = part.scale() else {
-                return Err(unsupported("scales of groups of inputs"));
-            };
-            if part.input() != &Input::default() {
-                return Err(unsupported("a norm or rotation inside linear layers"));
-            }
-            weight_scale.extend((0..part.shape().n()).map(|_| scale));
-            origin.extend((0..part.shape().n()).map(|n| (part, n)));
-        }
-        let shape = MatShape::new(origin.len(), parts[0].shape().k())?;
-        let packed = Packed::try_pack(Layout::I2, shape, |n, row| {
-            let (part, n) = origin[n];
-            part.row(n, row)
-        })?;
-        let words = packed.words();
-        let mut lines = vec![Line([0; 16]); words.len() / 16];
-        bytemuck::cast_slice_mut(&mut lines).copy_from_slice(words);
-        Ok(Self { shape, lines, weight_scale })
-    }
-
-    /// `[tiles][chunks][32][4]`.
-    fn words(&self) -> &[u32] {
-        bytemuck::cast_slice(&self.lines)
-    }
-
-    fn chunks(&self) -> usize {
-        k_chunks(self.shape.k())
-    }
-
-    fn tiles(&self) -> usize {
-        self.shape.n().div_ceil(TILE_ROWS)
+impl Layer {
+    fn linears(&self) -> [&Linears; 4] {
+        [&self.qkv, &self.o, &self.gate_up, &self.down]
     }
 }
 
 /// The threads, the kernels, and the buffers between them, each for `max_batch` tokens of the
-/// widest matrix.
+/// matrix that needs most of it.
 struct Work {
     pool: Pool,
     kernels: Box<dyn Kernels>,
+    /// Whether activations are quantised where weights have scales of groups.
+    int8_groups: bool,
     eps: f32,
+    /// eps of the norms inside linear layers.
+    linear_eps: f32,
+    /// `[M, K]`: what a matrix multiplies, if it is f32 or not the layer's input as it is.
+    inputs: Vec<f32>,
     /// `[M, 64·chunks]`.
     codes: Vec<i8>,
-    /// `[M]`.
+    /// `[M, K/group]`, or `[M]` of each run of matrices in turn.
     scales: Vec<TokenScale>,
-    /// `[tiles][M][32]`.
+    /// `[tiles][M][32]` of each run of matrices in turn: sums of codes.
     acc: Vec<i32>,
+    /// As `acc`: results of matrices with scales of groups.
+    products: Vec<f32>,
     /// `[M, N]`.
     rows: Vec<f32>,
 }
@@ -149,24 +110,130 @@ impl Pass {
 }
 
 impl Work {
-    /// A ternary linear layer for the M tokens `x[M,K]`: norm (where there is a weight), quantise,
-    /// multiply, scale back; then `finish(m, y, out)` gets each token's `y[N]` and its own chunk of
-    /// `out[M, ..]`.
-    fn bitlinear(
+    /// Buffers for `max_batch` tokens of these matrices.
+    fn new(
+        pool: Pool,
+        kernels: Box<dyn Kernels>,
+        precision: Precision,
+        config: &ModelConfig,
+        max_batch: usize,
+        layers: &[Layer],
+    ) -> Self {
+        let int8_groups = precision == Precision::Int8Group;
+        let all = || layers.iter().flat_map(Layer::linears);
+        let most = |each: &dyn Fn(&Linears) -> usize| {
+            max_batch * all().map(each).max().unwrap_or_default()
+        };
+        let tiled = |linears: &Linears, of_groups: bool| -> usize {
+            let runs = linears.runs().iter().filter(|run| run.scales.is_of_groups() == of_groups);
+            runs.map(|run| run.tiles() * TILE_ROWS).sum()
+        };
+        let scales = |linears: &Linears| {
+            let groups = linears.runs().iter().map(Matrix::groups).max().unwrap_or_default();
+            groups.max(linears.runs().len())
+        };
+        let codes = |linears: &Linears| {
+            let of_codes = |run: &&Matrix| int8_groups || !run.scales.is_of_groups();
+            let needed = linears.runs().iter().any(|run| of_codes(&run));
+            if needed { linears.k().next_multiple_of(CHUNK_K) } else { 0 }
+        };
+        let inputs = |linears: &Linears| {
+            let needed =
+                linears.runs().iter().any(|run| run.scales.is_of_groups() || run.has_input());
+            if needed { linears.k() } else { 0 }
+        };
+        Self {
+            pool,
+            kernels,
+            int8_groups,
+            eps: config.rms_norm_eps,
+            linear_eps: config.linear_norm_eps.unwrap_or_default(),
+            inputs: vec![0.0; most(&inputs)],
+            codes: vec![0; most(&codes)],
+            scales: vec![TokenScale::default(); most(&scales)],
+            acc: vec![0; most(&|linears| tiled(linears, false))],
+            products: vec![0.0; most(&|linears| tiled(linears, true))],
+            rows: vec![0.0; most(&Linears::n)],
+        }
+    }
+
+    /// Linear layers of one input for the M tokens `x[M,K]`: norm (where there is a weight), what
+    /// each matrix wants of its input, multiply, scale back; then `finish(m, y, out)` gets each
+    /// token's `y[N]` and its own chunk of `out[M, ..]`.
+    fn linear(
         &mut self,
-        matrix: &Matrix,
+        linears: &Linears,
         x: &[f32],
         norm: Option<&[f32]>,
         out: &mut [f32],
         finish: impl Fn(&dyn Kernels, usize, &mut [f32], &mut [f32]) + Sync,
     ) {
-        let Self { pool, kernels, eps, codes, scales, acc, rows } = self;
-        let (kernels, eps) = (kernels.as_ref(), *eps);
-        let (n, k, chunks) = (matrix.shape.n(), matrix.shape.k(), matrix.chunks());
+        let n_tokens = x.len() / linears.k();
+        let (mut acc_start, mut products_start) = (0, 0);
+        for (index, run) in linears.runs().iter().enumerate() {
+            let len = run.tiles() * n_tokens * TILE_ROWS;
+            match run.scales {
+                Scales::Rows(_) => {
+                    self.multiply_codes(run, x, norm, index * n_tokens, acc_start);
+                    acc_start += len;
+                }
+                Scales::Groups { .. } => {
+                    self.multiply_groups(run, x, norm, products_start);
+                    products_start += len;
+                }
+            }
+        }
+
+        let Self { pool, kernels, scales, acc, products, rows, .. } = self;
+        let (kernels, n) = (kernels.as_ref(), linears.n());
+        let rows = &mut rows[..n_tokens * n];
+        let out_len = out.len() / n_tokens;
+        pool.stripes2(rows, Split { len: n, cost: 8 * n }, out, out_len, |first, rows, out| {
+            let tokens = rows.chunks_exact_mut(n).zip(out.chunks_exact_mut(out_len));
+            for (m, (row, out)) in (first..).zip(tokens) {
+                let (mut rest, mut acc, mut products) = (&mut *row, &acc[..], &products[..]);
+                for (index, run) in linears.runs().iter().enumerate() {
+                    let (y, after) = rest.split_at_mut(run.shape.n());
+                    rest = after;
+                    let len = run.tiles() * n_tokens * TILE_ROWS;
+                    match &run.scales {
+                        Scales::Rows(weight_scale) => {
+                            let act_scale = scales[index * n_tokens + m].act_scale;
+                            let tiled = &acc[..len];
+                            kernels.dequantize(tiled, (m, n_tokens), weight_scale, act_scale, y);
+                            acc = &acc[len..];
+                        }
+                        Scales::Groups { .. } => {
+                            kernels.untile(&products[..len], (m, n_tokens), y);
+                            products = &products[len..];
+                        }
+                    }
+                }
+                finish(kernels, m, row, out);
+            }
+        });
+    }
+
+    /// `acc[tiles][M][32]` from `acc_start` on, and M scales from `first_scale` on.
+    fn multiply_codes(
+        &mut self,
+        run: &Matrix,
+        x: &[f32],
+        norm: Option<&[f32]>,
+        first_scale: usize,
+        acc_start: usize,
+    ) {
+        let (k, chunks) = (run.shape.k(), run.chunks());
         let n_tokens = x.len() / k;
+        if run.has_input() {
+            self.prepare(run, x, norm);
+        }
+        let Self { pool, kernels, eps, inputs, codes, scales, acc, .. } = self;
+        let (kernels, eps) = (kernels.as_ref(), *eps);
+        let (x, norm) = if run.has_input() { (&inputs[..n_tokens * k], None) } else { (x, norm) };
 
         let codes = &mut codes[..n_tokens * chunks * CHUNK_K];
-        let scales = &mut scales[..n_tokens];
+        let scales = &mut scales[first_scale..][..n_tokens];
         let per_token = Split { len: chunks * CHUNK_K, cost: 8 * k };
         pool.stripes2(codes, per_token, scales, 1, |first, codes, scales| {
             let x = x[first * k..].chunks_exact(k);
@@ -177,27 +244,95 @@ impl Work {
         });
 
         let x = Activations::new(codes, scales, chunks);
-        let acc = &mut acc[..matrix.tiles() * n_tokens * TILE_ROWS];
+        let acc = &mut acc[acc_start..][..run.tiles() * n_tokens * TILE_ROWS];
         let tile_words = chunks * CHUNK_WORDS;
         let per_tile =
             Split { len: n_tokens * TILE_ROWS, cost: n_tokens * tile_words * size_of::<u32>() };
         pool.stripes(acc, per_tile, |first, acc| {
             let tiles = acc.len() / (n_tokens * TILE_ROWS);
-            let words = &matrix.words()[first * tile_words..][..tiles * tile_words];
+            let words = &run.words()[first * tile_words..][..tiles * tile_words];
             kernels.gemm(words, x, acc);
         });
+    }
 
-        let rows = &mut rows[..n_tokens * n];
-        let out_len = out.len() / n_tokens;
-        pool.stripes2(rows, Split { len: n, cost: 8 * n }, out, out_len, |first, rows, out| {
-            let tokens = rows.chunks_exact_mut(n).zip(out.chunks_exact_mut(out_len));
-            for (m, (row, out)) in (first..).zip(tokens) {
-                let act_scale = scales[m].act_scale;
-                kernels.dequantize(acc, (m, n_tokens), &matrix.weight_scale, act_scale, row);
-                finish(kernels, m, row, out);
+    /// `products[tiles][M][32]` from `start` on.
+    fn multiply_groups(&mut self, run: &Matrix, x: &[f32], norm: Option<&[f32]>, start: usize) {
+        let (k, groups) = (run.shape.k(), run.groups());
+        let n_tokens = x.len() / k;
+        self.prepare(run, x, norm);
+        let Self { pool, kernels, int8_groups, inputs, codes, scales, products, .. } = self;
+        let kernels = kernels.as_ref();
+        let inputs = &inputs[..n_tokens * k];
+        let products = &mut products[start..][..run.tiles() * n_tokens * TILE_ROWS];
+        if !*int8_groups {
+            multiply_floats(pool, kernels, run, inputs, products);
+            return;
+        }
+
+        let layout = run.layout();
+        let (codes, scales) = (&mut codes[..n_tokens * k], &mut scales[..n_tokens * groups]);
+        pool.stripes2(
+            codes,
+            Split { len: k, cost: 8 * k },
+            scales,
+            groups,
+            |first, codes, scales| {
+                let tokens = codes.chunks_exact_mut(k).zip(scales.chunks_exact_mut(groups));
+                for (x, (codes, scales)) in inputs[first * k..].chunks_exact(k).zip(tokens) {
+                    kernels.quantize_absmax_groups(x, layout, codes, scales);
+                }
+            },
+        );
+        let x = Activations::of_groups(codes, scales, k / CHUNK_K, groups);
+        let cost = n_tokens * run.tile_words() * size_of::<u32>();
+        let per_tile = Split { len: n_tokens * TILE_ROWS, cost };
+        pool.stripes(products, per_tile, |first, products| {
+            let tiles = products.len() / (n_tokens * TILE_ROWS);
+            kernels.group_gemm_int8(run.group_weights().part(first, tiles), x, products);
+        });
+    }
+
+    /// Writes what a matrix multiplies into `inputs[M, K]`: `x` after the norm before the layer and
+    /// what the layer does to its input.
+    fn prepare(&mut self, run: &Matrix, x: &[f32], norm: Option<&[f32]>) {
+        let Self { pool, kernels, eps, linear_eps, inputs, .. } = self;
+        let (kernels, eps, linear_eps) = (kernels.as_ref(), *eps, *linear_eps);
+        let k = run.shape.k();
+        let inputs = &mut inputs[..x.len()];
+        pool.stripes(inputs, Split { len: k, cost: 8 * k }, |first, inputs| {
+            for (x, input) in x[first * k..].chunks_exact(k).zip(inputs.chunks_exact_mut(k)) {
+                match norm {
+                    Some(weight) => kernels.rmsnorm(x, weight, eps, input),
+                    None => input.copy_from_slice(x),
+                }
+                if let Some(weight) = &run.input.norm {
+                    kernels.rmsnorm_heads(input, weight, linear_eps);
+                }
+                if let Some(rotation) = &run.input.rotation {
+                    kernels.rotate(input, &rotation.signs, rotation.block);
+                }
             }
         });
     }
+}
+
+/// Tiles that a thread takes at least: it builds the tables of the products for all of them.
+const TILES_PER_TABLE: usize = 4;
+
+/// `products[tiles][M][32]` of a matrix with scales of groups and `x[M, K]`.
+fn multiply_floats(
+    pool: &mut Pool,
+    kernels: &dyn Kernels,
+    run: &Matrix,
+    x: &[f32],
+    products: &mut [f32],
+) {
+    let tile_len = x.len() / run.shape.k() * TILE_ROWS;
+    let split = Split { len: tile_len, cost: Split::cost_of_pieces(TILES_PER_TABLE) };
+    pool.stripes(products, split, |first, products| {
+        let weights = run.group_weights().part(first, products.len() / tile_len);
+        kernels.group_gemm(weights, x, products);
+    });
 }
 
 impl SimdBackend {
@@ -227,6 +362,7 @@ impl SimdBackend {
         let kernels = level.require()?;
         let config = source.config().clone();
         let capacity = options.capacity(&config)?;
+        let precision = options.activations(&config)?;
         let max_batch = options.max_batch;
         let pool = Pool::new(options.threads.unwrap_or_else(default_threads))?;
         let total = config.num_hidden_layers;
@@ -234,48 +370,38 @@ impl SimdBackend {
         for index in 0..total {
             progress(Progress { done: index, total });
             let layer = source.layer(index)?;
-            if layer.q_norm.is_some() || layer.k_norm.is_some() {
-                return Err(unsupported("normalised heads"));
-            }
             layers.push(Layer {
                 input_layernorm: layer.input_layernorm,
-                qkv: Matrix::concat(&[&layer.q_proj, &layer.k_proj, &layer.v_proj])?,
+                qkv: Linears::pack(&[&layer.q_proj, &layer.k_proj, &layer.v_proj])?,
+                q_norm: layer.q_norm,
+                k_norm: layer.k_norm,
                 attn_sub_norm: layer.attn_sub_norm,
-                o: Matrix::concat(&[&layer.o_proj])?,
+                o: Linears::pack(&[&layer.o_proj])?,
                 post_attention_layernorm: layer.post_attention_layernorm,
-                gate_up: Matrix::concat(&[&layer.gate_proj, &layer.up_proj])?,
+                gate_up: Linears::pack(&[&layer.gate_proj, &layer.up_proj])?,
                 ffn_sub_norm: layer.ffn_sub_norm,
-                down: Matrix::concat(&[&layer.down_proj])?,
+                down: Linears::pack(&[&layer.down_proj])?,
             });
         }
         progress(Progress { done: total, total });
 
         let (hidden, query) = (config.hidden_size, config.query_size());
         let intermediate = config.intermediate_size;
-        let widest_k = hidden.max(query).max(intermediate).next_multiple_of(CHUNK_K);
-        let widest_n = hidden.max(query + 2 * config.kv_size()).max(2 * intermediate);
+        let embedding = Head::pack(source.embedding()?)?;
         Ok(Self {
             device: DeviceInfo {
                 name: "cpu".to_owned(),
                 description: describe(level, pool.threads()),
-                gemv: format!("gemv_i2 {}", level.name()),
+                gemv: format!("{} {}", gemv_name(&layers), level.name()),
             },
             max_batch,
-            embedding: source.embedding()?,
-            lm_head: source.lm_head()?,
+            embedding,
+            lm_head: source.lm_head()?.map(Head::pack).transpose()?,
             final_norm: source.final_norm()?,
-            layers,
             frequencies: source.frequencies()?,
             cache: KvCache::new(total, capacity, config.kv_size()),
-            work: Work {
-                pool,
-                kernels,
-                eps: config.rms_norm_eps,
-                codes: vec![0; max_batch * widest_k],
-                scales: vec![TokenScale::default(); max_batch],
-                acc: vec![0; max_batch * widest_n.next_multiple_of(TILE_ROWS)],
-                rows: vec![0.0; max_batch * widest_n],
-            },
+            work: Work::new(pool, kernels, precision, &config, max_batch, &layers),
+            layers,
             pass: Pass {
                 tokens: Vec::with_capacity(max_batch),
                 start: 0,
@@ -323,21 +449,23 @@ impl Backend for SimdBackend {
     }
 
     fn embed(&mut self) -> Result<()> {
+        let kernels = self.work.kernels.as_ref();
         let rows = self.pass.hidden.chunks_exact_mut(self.config.hidden_size);
         for (&token, row) in self.pass.tokens.iter().zip(rows) {
-            self.embedding.row(token as usize, row)?;
+            self.embedding.row(kernels, token as usize, row)?;
         }
         Ok(())
     }
 
     fn qkv(&mut self, layer: usize) -> Result<()> {
-        let Layer { input_layernorm, qkv, .. } = &self.layers[layer];
+        let Layer { input_layernorm, qkv, q_norm, k_norm, .. } = &self.layers[layer];
         let (query_size, kv_size) = (self.config.query_size(), self.config.kv_size());
+        let eps = self.config.rms_norm_eps;
         let Pass { tokens, start, cos, sin, hidden, query, .. } = &mut self.pass;
         let n_tokens = tokens.len();
         let (cos, sin) = (&*cos, &*sin);
         let half = self.frequencies.inv_freq.len();
-        self.work.bitlinear(
+        self.work.linear(
             qkv,
             &hidden[..n_tokens * self.config.hidden_size],
             Some(input_layernorm),
@@ -345,6 +473,12 @@ impl Backend for SimdBackend {
             |kernels, m, row, query| {
                 let angles = m * half..(m + 1) * half;
                 let query_key = &mut row[..query_size + kv_size];
+                let (queries, keys) = query_key.split_at_mut(query_size);
+                for (heads, norm) in [(queries, q_norm), (keys, k_norm)] {
+                    if let Some(weight) = norm {
+                        kernels.rmsnorm_heads(heads, weight, eps);
+                    }
+                }
                 kernels.rope(query_key, &cos[angles.clone()], &sin[angles]);
                 query.copy_from_slice(&query_key[..query_size]);
             },
@@ -387,7 +521,7 @@ impl Backend for SimdBackend {
     fn project_out(&mut self, layer: usize) -> Result<()> {
         let Layer { attn_sub_norm, o, .. } = &self.layers[layer];
         let Pass { tokens, hidden, attended, .. } = &mut self.pass;
-        self.work.bitlinear(
+        self.work.linear(
             o,
             &attended[..tokens.len() * self.config.query_size()],
             attn_sub_norm.as_deref(),
@@ -401,7 +535,7 @@ impl Backend for SimdBackend {
         let Layer { post_attention_layernorm, gate_up, .. } = &self.layers[layer];
         let ModelConfig { hidden_size, intermediate_size, hidden_act, .. } = self.config;
         let Pass { tokens, hidden, gated, .. } = &mut self.pass;
-        self.work.bitlinear(
+        self.work.linear(
             gate_up,
             &hidden[..tokens.len() * hidden_size],
             Some(post_attention_layernorm),
@@ -417,7 +551,7 @@ impl Backend for SimdBackend {
     fn down(&mut self, layer: usize) -> Result<()> {
         let Layer { ffn_sub_norm, down, .. } = &self.layers[layer];
         let Pass { tokens, hidden, gated, .. } = &mut self.pass;
-        self.work.bitlinear(
+        self.work.linear(
             down,
             &gated[..tokens.len() * self.config.intermediate_size],
             ffn_sub_norm.as_deref(),
@@ -434,11 +568,14 @@ impl Backend for SimdBackend {
         let Work { pool, kernels, .. } = &mut self.work;
         let (kernels, final_norm) = (kernels.as_ref(), &self.final_norm);
 
+        let table = self.lm_head.as_ref().unwrap_or(&self.embedding);
+
         let hidden = &hidden[(tokens.len() - rows) * k..tokens.len() * k];
         let normed = &mut normed[..rows * k];
         pool.stripes(normed, Split { len: k, cost: 8 * k }, |first, normed| {
             for (x, y) in hidden[first * k..].chunks_exact(k).zip(normed.chunks_exact_mut(k)) {
                 kernels.rmsnorm(x, final_norm, eps, y);
+                table.rotate(kernels, y);
             }
         });
 
@@ -448,13 +585,19 @@ impl Backend for SimdBackend {
         if logits.len() < len {
             logits.resize(len, 0.0);
         }
-        let table = table_rows(self.lm_head.as_ref().unwrap_or(&self.embedding))?;
-        let per_tile = Split { len: tile_len, cost: 2 * TILE_ROWS * k * rows };
-        pool.stripes(&mut logits[..len], per_tile, |first, logits| {
-            let tiles = logits.len() / tile_len.max(1);
-            let rows = table.rows(k, first * TILE_ROWS, (first + tiles) * TILE_ROWS);
-            kernels.lm_head(rows, normed, k, logits);
-        });
+        let logits = &mut logits[..len];
+        match table {
+            Head::Packed { matrix, .. } => multiply_floats(pool, kernels, matrix, normed, logits),
+            Head::Plain(table) => {
+                let table = super::matrix::table_rows(table);
+                let per_tile = Split { len: tile_len, cost: 2 * TILE_ROWS * k * rows };
+                pool.stripes(logits, per_tile, |first, logits| {
+                    let tiles = logits.len() / tile_len.max(1);
+                    let rows = table.rows(k, first * TILE_ROWS, (first + tiles) * TILE_ROWS);
+                    kernels.lm_head(rows, normed, k, logits);
+                });
+            }
+        }
         Ok(())
     }
 
@@ -506,18 +649,13 @@ fn rope_angles(position: usize, frequencies: &Frequencies, cos: &mut [f32], sin:
     }
 }
 
-/// The whole table, as the kernels take it.
-fn table_rows(table: &Table) -> Result<TableRows<'_>> {
-    Ok(match table.data() {
-        TableData::Bf16(rows) => TableRows::Bf16(rows),
-        TableData::F16(rows) => TableRows::F16(rows),
-        TableData::F32(rows) => TableRows::F32(rows),
-        TableData::Codes(_) | TableData::Groups(_) => return Err(unsupported("a packed LM head")),
-    })
-}
-
-fn unsupported(what: &'static str) -> Error {
-    Error::UnsupportedOnDevice { device: "the CPU backend", what }
+/// The kernels that the layers' matrices use, by name.
+fn gemv_name(layers: &[Layer]) -> String {
+    let runs = layers.iter().flat_map(Layer::linears).flat_map(Linears::runs);
+    let mut names: Vec<_> = runs.map(Matrix::kernel).collect();
+    names.sort_unstable();
+    names.dedup();
+    names.join("+")
 }
 
 /// Level, threads and processor that these options choose on this machine.

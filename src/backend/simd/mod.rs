@@ -7,6 +7,9 @@
 //! `Σ w·x = Σ (w + 1)·x − Σ x`. Field `j` of the 16 bytes stands for 16 consecutive `k`, so a load
 //! of 16 activations meets a masked, shifted load of weights with nothing to rearrange.
 //!
+//! Matrices with scales of groups of inputs have float activations, and then a product is a table
+//! lookup ([`tables`]); binary ones are in the layout `cpu_ref::layout::signs`.
+//!
 //! This module is the only home of `unsafe` in the crate.
 
 #[cfg(target_arch = "x86_64")]
@@ -14,6 +17,7 @@ mod avx2;
 #[cfg(target_arch = "x86_64")]
 mod avx512;
 mod cpu;
+mod matrix;
 #[cfg(all(target_arch = "aarch64", target_endian = "little"))]
 mod neon;
 #[cfg(all(target_arch = "aarch64", target_endian = "little"))]
@@ -21,10 +25,11 @@ mod neon_dotprod;
 mod pool;
 mod portable;
 mod scalar;
+mod tables;
 
 use std::ffi::OsStr;
 
-use cpu_ref::layout::{CHUNK_K, PIECE_WORDS, TILE_ROWS};
+use cpu_ref::layout::{CHUNK_K, PIECE_WORDS, TILE_ROWS, signs};
 use cpu_ref::mlp::Activation;
 
 use crate::error::{Error, Result};
@@ -135,7 +140,13 @@ impl Level {
 pub struct Activations<'a> {
     codes: &'a [i8],
     scales: &'a [TokenScale],
+    n_tokens: usize,
+    /// Chunks of 64 of this part of K, and the first of them.
     chunks: usize,
+    first_chunk: usize,
+    /// Scales of a token, and the one of this part.
+    groups: usize,
+    group: usize,
 }
 
 impl<'a> Activations<'a> {
@@ -144,23 +155,168 @@ impl<'a> Activations<'a> {
     /// # Panics
     /// If the lengths do not match, or there is no token.
     pub fn new(codes: &'a [i8], scales: &'a [TokenScale], chunks: usize) -> Self {
-        assert!(!scales.is_empty() && chunks > 0, "no activations");
-        assert_eq!(codes.len(), scales.len() * chunks * CHUNK_K, "codes are [M, 64·chunks]");
-        Self { codes, scales, chunks }
+        Self::of_groups(codes, scales, chunks, 1)
+    }
+
+    /// `codes[M, 64·chunks]` with a scale for each of `groups` equal parts: `scales[M, groups]`.
+    ///
+    /// # Panics
+    /// If the lengths do not match, or there is no token.
+    pub fn of_groups(
+        codes: &'a [i8],
+        scales: &'a [TokenScale],
+        chunks: usize,
+        groups: usize,
+    ) -> Self {
+        assert!(!scales.is_empty() && chunks > 0 && groups > 0, "no activations");
+        assert!(chunks.is_multiple_of(groups), "groups are whole chunks");
+        assert!(scales.len().is_multiple_of(groups), "scales are [M, groups]");
+        let n_tokens = scales.len() / groups;
+        assert_eq!(codes.len(), n_tokens * chunks * CHUNK_K, "codes are [M, 64·chunks]");
+        Self { codes, scales, n_tokens, chunks, first_chunk: 0, groups, group: 0 }
     }
 
     /// M.
     pub fn n_tokens(&self) -> usize {
-        self.scales.len()
+        self.n_tokens
+    }
+
+    /// Chunks of a whole token.
+    fn stride(&self) -> usize {
+        self.codes.len() / (self.scales.len() / self.groups) / CHUNK_K
+    }
+
+    /// Tokens `first..first + n`, and of those group `group` alone.
+    fn part(self, first: usize, n: usize, group: usize) -> Self {
+        let stride = self.stride();
+        let chunks = stride / self.groups;
+        Self {
+            codes: &self.codes[first * stride * CHUNK_K..],
+            scales: &self.scales[first * self.groups..],
+            n_tokens: n,
+            chunks,
+            first_chunk: group * chunks,
+            group,
+            ..self
+        }
     }
 
     /// Token `m` in chunks.
     fn token(&self, m: usize) -> &'a [[i8; CHUNK_K]] {
-        &self.codes.as_chunks().0[m * self.chunks..][..self.chunks]
+        &self.codes.as_chunks().0[m * self.stride() + self.first_chunk..][..self.chunks]
+    }
+
+    /// Token `m` in chunks of [`signs`].
+    fn signs_token(&self, m: usize) -> &'a [[i8; signs::CHUNK_K]] {
+        self.token(m).as_flattened().as_chunks().0
+    }
+
+    /// The sum of token `m`'s codes.
+    fn code_sum(&self, m: usize) -> i32 {
+        self.scales[m * self.groups + self.group].code_sum
+    }
+
+    /// What multiplies token `m`'s codes back.
+    fn act_scale(&self, m: usize) -> f32 {
+        self.scales[m * self.groups + self.group].act_scale
     }
 }
 
-/// Some rows of a full-precision table `[.., K]`, in the precision of the file.
+/// The layout that a matrix with scales of groups is packed in here.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum GroupLayout {
+    /// `cpu_ref::layout::i2`.
+    I2,
+    /// `cpu_ref::layout::signs`: binary, in groups of a multiple of 128.
+    Signs,
+}
+
+impl GroupLayout {
+    /// Columns of a chunk.
+    pub fn chunk_k(self) -> usize {
+        match self {
+            Self::I2 => CHUNK_K,
+            Self::Signs => signs::CHUNK_K,
+        }
+    }
+}
+
+/// Some whole tiles of a packed matrix with scales of groups.
+#[derive(Debug, Clone, Copy)]
+pub struct GroupWeights<'a> {
+    layout: GroupLayout,
+    words: &'a [u32],
+    scales: &'a [u32],
+    k: usize,
+    group: usize,
+}
+
+impl<'a> GroupWeights<'a> {
+    /// `words[tiles][chunks][32][4]` and `scales[tiles][K/group][16]`
+    /// (`cpu_ref::layout::group_scales`).
+    ///
+    /// # Panics
+    /// If the group is not a whole number of chunks, K of groups, or a length does not match.
+    pub fn new(
+        layout: GroupLayout,
+        (words, scales): (&'a [u32], &'a [u32]),
+        k: usize,
+        group: usize,
+    ) -> Self {
+        assert!(group > 0 && group.is_multiple_of(layout.chunk_k()), "groups of whole chunks");
+        assert!(k > 0 && k.is_multiple_of(group), "whole groups");
+        let weights = Self { layout, words, scales, k, group };
+        let tiles = weights.tiles();
+        assert_eq!(words.len(), tiles * weights.tile_words(), "words are [tiles, chunks, 32, 4]");
+        assert_eq!(scales.len(), tiles * weights.tile_scales(), "scales are [tiles, K/group, 16]");
+        weights
+    }
+
+    /// K/group.
+    pub fn groups(&self) -> usize {
+        self.k / self.group
+    }
+
+    /// Tiles of 32 rows.
+    pub fn tiles(&self) -> usize {
+        self.words.len() / self.tile_words()
+    }
+
+    /// Tiles `first..first + n`.
+    #[must_use]
+    pub fn part(self, first: usize, n: usize) -> Self {
+        let (words, scales) = (self.tile_words(), self.tile_scales());
+        Self {
+            words: &self.words[first * words..][..n * words],
+            scales: &self.scales[first * scales..][..n * scales],
+            ..self
+        }
+    }
+
+    fn tile_words(&self) -> usize {
+        self.k / self.layout.chunk_k() * CHUNK_WORDS
+    }
+
+    fn tile_scales(&self) -> usize {
+        self.groups() * TILE_ROWS / 2
+    }
+
+    /// Chunks of a group.
+    fn group_chunks(&self) -> usize {
+        self.group / self.layout.chunk_k()
+    }
+
+    /// The chunks of tile `tile` and its scales, a group each.
+    fn tile(&self, tile: usize) -> (&'a [[u32; CHUNK_WORDS]], &'a [GroupScales]) {
+        let part = self.part(tile, 1);
+        (part.words.as_chunks().0, part.scales.as_chunks().0)
+    }
+}
+
+/// The scales of a tile's rows for one group: two IEEE halves a word.
+type GroupScales = [u32; TILE_ROWS / 2];
+
+/// Some rows of a table `[.., K]`, in the precision of the file.
 #[derive(Debug, Clone, Copy)]
 pub enum TableRows<'a> {
     /// bfloat16 bit patterns.
@@ -169,6 +325,17 @@ pub enum TableRows<'a> {
     F16(&'a [u16]),
     /// IEEE single.
     F32(&'a [f32]),
+    /// int8 with scales: see [`crate::weights::Codes`].
+    Codes {
+        /// Elements a scale, a multiple of 16 that divides K.
+        group: usize,
+        /// The codes.
+        codes: &'a [i8],
+        /// One a group.
+        scale: &'a [f32],
+        /// One a group, or empty.
+        min: &'a [f32],
+    },
 }
 
 impl TableRows<'_> {
@@ -179,7 +346,27 @@ impl TableRows<'_> {
             Self::Bf16(rows) => Self::Bf16(&rows[range]),
             Self::F16(rows) => Self::F16(&rows[range]),
             Self::F32(rows) => Self::F32(&rows[range]),
+            Self::Codes { group, codes, scale, min } => {
+                let groups = range.start / group..range.end / group;
+                let min = if min.is_empty() { min } else { &min[groups.clone()] };
+                Self::Codes { group, codes: &codes[range], scale: &scale[groups], min }
+            }
         }
+    }
+
+    /// Whether these are whole rows of `[.., k]` with their scales.
+    fn fit(&self, k: usize) -> bool {
+        let scaled = match *self {
+            Self::Codes { group, codes, scale, min } => {
+                group > 0
+                    && group.is_multiple_of(portable::CODE_LANES)
+                    && k.is_multiple_of(group)
+                    && scale.len() == codes.len() / group
+                    && (min.is_empty() || min.len() == scale.len())
+            }
+            _ => true,
+        };
+        scaled && self.len().is_multiple_of(k)
     }
 
     /// Elements.
@@ -187,6 +374,7 @@ impl TableRows<'_> {
         match self {
             Self::Bf16(rows) | Self::F16(rows) => rows.len(),
             Self::F32(rows) => rows.len(),
+            Self::Codes { codes, .. } => codes.len(),
         }
     }
 }
@@ -217,6 +405,24 @@ pub trait Kernels: Send + Sync {
     /// `words[tiles][chunks][32][4]`, into `acc[tiles][M][32]`. GEMV for M = 1.
     fn gemm(&self, words: &[u32], x: Activations<'_>, acc: &mut [i32]);
 
+    /// `y[n,m] = Σ_g d[n,g]·Σ_{k∈g} w[n,k]·x[m,k]` for M tokens `x[M,K]`, into `y[tiles][M][32]`:
+    /// `cpu_ref::group_gemv::group_dot` within its bound.
+    fn group_gemm(&self, weights: GroupWeights<'_>, x: &[f32], y: &mut [f32]);
+
+    /// `cpu_ref::group_gemv::group_dot_int8` of every row and token, into `y[tiles][M][32]`; the
+    /// codes as [`Kernels::quantize_absmax_groups`] leaves them.
+    fn group_gemm_int8(&self, weights: GroupWeights<'_>, x: Activations<'_>, y: &mut [f32]);
+
+    /// One token `x[K]` → `codes[K]` in the order that the layout's kernels take them in, and
+    /// `scales[K/group]`.
+    fn quantize_absmax_groups(
+        &self,
+        x: &[f32],
+        layout: GroupLayout,
+        codes: &mut [i8],
+        scales: &mut [TokenScale],
+    );
+
     /// One token `x[K]` → `codes[≥ K]`, zero past K.
     fn quantize_absmax(&self, x: &[f32], codes: &mut [i8]) -> TokenScale;
 
@@ -231,6 +437,18 @@ pub trait Kernels: Send + Sync {
 
     /// `y[K]` from `x[K]` and `weight[K]`.
     fn rmsnorm(&self, x: &[f32], weight: &[f32], eps: f32, y: &mut [f32]);
+
+    /// `rmsnorm` of every head of `heads[.., D]` in place, for `weight[D]`.
+    fn rmsnorm_heads(&self, heads: &mut [f32], weight: &[f32], eps: f32);
+
+    /// `cpu_ref::hadamard::rotate` in place.
+    fn rotate(&self, x: &mut [f32], signs: &[f32], block: usize);
+
+    /// `cpu_ref::hadamard::rotate_back` in place.
+    fn rotate_back(&self, z: &mut [f32], signs: &[f32], block: usize);
+
+    /// `y[N]` of token `m` of M from `tiled[tiles][M][32]`.
+    fn untile(&self, tiled: &[f32], token: (usize, usize), y: &mut [f32]);
 
     /// `y[N]` of token `m` of M from `acc[tiles][M][32]` and `weight_scale[N]`.
     fn dequantize(
@@ -300,6 +518,54 @@ macro_rules! impl_kernels {
             }
 
             impl_kernels!(@portable $(#[$features])?
+                fn group_gemm(weights: super::GroupWeights<'_>, x: &[f32], y: &mut [f32]) -> ()
+                    where x.len().is_multiple_of(weights.k)
+                        && y.len() == weights.tiles() * cpu_ref::layout::TILE_ROWS
+                            * (x.len() / weights.k)
+                    => super::tables::group_gemm(
+                        weights,
+                        x,
+                        y,
+                        |layout, x, tables| build_tables(layout, x, tables),
+                        |scales| widen_scales(scales),
+                        |chunk, tables, sums| lookup_chunk(chunk, tables, sums),
+                    );
+                fn group_gemm_int8(weights: super::GroupWeights<'_>, x: super::Activations<'_>,
+                    y: &mut [f32]) -> ()
+                    where x.groups == weights.groups()
+                        && x.chunks * cpu_ref::layout::CHUNK_K == weights.k
+                        && y.len() == weights.tiles() * cpu_ref::layout::TILE_ROWS * x.n_tokens()
+                    => super::portable::group_gemm_int8(
+                        weights,
+                        x,
+                        y,
+                        |chunks, x, acc| match weights.layout {
+                            super::GroupLayout::I2 => gemm_tile(chunks, x, acc),
+                            super::GroupLayout::Signs => signs_tile(chunks, x, acc),
+                        },
+                        |scales| widen_scales(scales),
+                    );
+                fn quantize_absmax_groups(x: &[f32], layout: super::GroupLayout,
+                    codes: &mut [i8], scales: &mut [super::TokenScale]) -> ()
+                    where codes.len() == x.len() && !scales.is_empty()
+                        && x.len().is_multiple_of(scales.len() * layout.chunk_k())
+                    => super::portable::quantize_absmax_groups(x, layout, codes, scales);
+                fn rmsnorm_heads(heads: &mut [f32], weight: &[f32], eps: f32) -> ()
+                    where !weight.is_empty() && heads.len().is_multiple_of(weight.len())
+                    => super::portable::rmsnorm_heads(heads, weight, eps);
+                fn rotate(x: &mut [f32], signs: &[f32], block: usize) -> ()
+                    where x.len() == signs.len() && block.is_power_of_two()
+                        && x.len().is_multiple_of(block)
+                    => super::portable::rotate(x, signs, block);
+                fn rotate_back(z: &mut [f32], signs: &[f32], block: usize) -> ()
+                    where z.len() == signs.len() && block.is_power_of_two()
+                        && z.len().is_multiple_of(block)
+                    => super::portable::rotate_back(z, signs, block);
+                fn untile(tiled: &[f32], token: (usize, usize), y: &mut [f32]) -> ()
+                    where token.0 < token.1
+                        && tiled.len() == y.len().div_ceil(cpu_ref::layout::TILE_ROWS)
+                            * cpu_ref::layout::TILE_ROWS * token.1
+                    => super::portable::untile(tiled, token, y);
                 fn quantize_absmax(x: &[f32], codes: &mut [i8])
                     -> super::TokenScale
                     where x.len() <= codes.len()
@@ -338,7 +604,7 @@ macro_rules! impl_kernels {
                     => super::portable::attend_head(q, cache, out);
                 fn lm_head(rows: super::TableRows<'_>, x: &[f32], k: usize,
                     logits: &mut [f32]) -> ()
-                    where k > 0 && x.len().is_multiple_of(k) && rows.len().is_multiple_of(k)
+                    where k > 0 && x.len().is_multiple_of(k) && rows.fit(k)
                         && logits.len() == (rows.len() / k)
                             .next_multiple_of(cpu_ref::layout::TILE_ROWS) * (x.len() / k)
                     => super::portable::lm_head(rows, x, k, logits);

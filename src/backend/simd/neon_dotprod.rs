@@ -7,7 +7,12 @@ use std::arch::{asm, is_aarch64_feature_detected};
 
 use cpu_ref::layout::{PIECE_WORDS, TILE_ROWS};
 
-use super::neon::{Fields, PASS_ROWS, load_activations, load_codes, tiles};
+use super::neon::{
+    Fields, PASS_ROWS, load_activations, load_bits, load_codes, load_signs_activations,
+    lookup_chunk, tiles,
+};
+use super::portable::widen_scales;
+use super::tables::build_tables;
 use super::{Activations, CHUNK_WORDS, Level, impl_kernels};
 
 /// The NEON level with dot products; exists only on a machine that has them.

@@ -60,6 +60,13 @@ pub(super) struct Split {
     pub(super) cost: usize,
 }
 
+impl Split {
+    /// The cost of a chunk of which a piece has at least `chunks`.
+    pub(super) const fn cost_of_pieces(chunks: usize) -> usize {
+        MIN_PIECE_COST / chunks
+    }
+}
+
 impl Pool {
     /// A pool of `threads` threads, the caller included.
     ///

@@ -7,12 +7,14 @@
 
 use cpu_ref::attention::inv_sqrt_dim;
 use cpu_ref::exp::{EXP_MAX, EXP_MIN};
-use cpu_ref::layout::TILE_ROWS;
+use cpu_ref::layout::{TILE_ROWS, signs};
 use cpu_ref::mlp::Activation;
 use cpu_ref::quantize_absmax::ABSMAX_FLOOR;
-use cpu_ref::reduce::{DOT_LANES, KEY_LANES, NORM_LANES, tree_sum};
+use cpu_ref::reduce::{DOT_LANES, GROUP_LANES, KEY_LANES, NORM_LANES, tree_sum};
 
-use super::{CacheHead, TableRows};
+use super::{
+    Activations, CHUNK_WORDS, CacheHead, GroupLayout, GroupScales, GroupWeights, TableRows,
+};
 
 /// Lanes of a logit's sum: two 512-bit registers, so that two additions are always in flight.
 pub(super) const HEAD_LANES: usize = 32;
@@ -59,7 +61,7 @@ fn widen_bf16(bits: u16) -> f32 {
 /// IEEE half → f32, exact, without a branch: the exponent is rebased by a multiplication, which
 /// also normalises subnormals; infinity and NaN get the full exponent back.
 #[inline(always)]
-fn widen_f16(bits: u16) -> f32 {
+pub(super) fn widen_f16(bits: u16) -> f32 {
     const REBASE: f32 = f32::from_bits((127 + 127 - 15) << 23);
     let magnitude = u32::from(bits & 0x7fff);
     let special = if magnitude >= 0x7c00 { 0x7f80_0000 } else { 0 };
@@ -146,6 +148,153 @@ pub(super) fn dequantize(
             *y = sum as f32 * (scale * act_scale);
         }
     }
+}
+
+/// Twin of `cpu_ref::rmsnorm` for each head of `heads[.., D]`, exact.
+#[inline(always)]
+pub(super) fn rmsnorm_heads(heads: &mut [f32], weight: &[f32], eps: f32) {
+    for head in heads.chunks_exact_mut(weight.len()) {
+        let r = inv_rms(head, eps);
+        for (value, &w) in head.iter_mut().zip(weight) {
+            *value = w * (*value * r);
+        }
+    }
+}
+
+/// Twin of `cpu_ref::hadamard::rotate`, exact.
+#[inline(always)]
+pub(super) fn rotate(x: &mut [f32], signs: &[f32], block: usize) {
+    for (x, &sign) in x.iter_mut().zip(signs) {
+        *x *= sign;
+    }
+    hadamard(x, block);
+}
+
+/// Twin of `cpu_ref::hadamard::rotate_back`, exact.
+#[inline(always)]
+pub(super) fn rotate_back(z: &mut [f32], signs: &[f32], block: usize) {
+    hadamard(z, block);
+    for (z, &sign) in z.iter_mut().zip(signs) {
+        *z *= sign;
+    }
+}
+
+/// The normalised Hadamard transform of each block in place.
+#[inline(always)]
+fn hadamard(x: &mut [f32], block: usize) {
+    let factor = cpu_ref::hadamard::inv_sqrt(block);
+    let mut step = 1;
+    while step < block {
+        for pair in x.chunks_exact_mut(2 * step) {
+            let (low, high) = pair.split_at_mut(step);
+            for (low, high) in low.iter_mut().zip(high) {
+                (*low, *high) = (*low + *high, *low - *high);
+            }
+        }
+        step *= 2;
+    }
+    for x in x {
+        *x *= factor;
+    }
+}
+
+/// Token `m` of `tiled[tile][M][32]`.
+#[inline(always)]
+pub(super) fn untile(tiled: &[f32], (m, n_tokens): (usize, usize), y: &mut [f32]) {
+    let tiles = tiled.chunks_exact(n_tokens * TILE_ROWS).map(|tile| &tile[m * TILE_ROWS..]);
+    for (tile, y) in tiles.zip(y.chunks_mut(TILE_ROWS)) {
+        y.copy_from_slice(&tile[..y.len()]);
+    }
+}
+
+/// Twin of `cpu_ref::group_gemv::quantize_absmax_groups`, exact. For [`GroupLayout::Signs`] the 128
+/// codes of a chunk come bit by bit: code `8·b + j` at `16·j + b`.
+#[inline(always)]
+pub(super) fn quantize_absmax_groups(
+    x: &[f32],
+    layout: GroupLayout,
+    codes: &mut [i8],
+    scales: &mut [TokenScale],
+) {
+    let group = x.len() / scales.len();
+    let groups = x.chunks_exact(group).zip(codes.chunks_exact_mut(group));
+    for ((x, codes), scale) in groups.zip(scales) {
+        *scale = quantize_absmax(x.iter().copied(), codes, group);
+    }
+    if layout == GroupLayout::Signs {
+        for chunk in codes.as_chunks_mut::<{ signs::CHUNK_K }>().0 {
+            let plain = *chunk;
+            for (i, code) in chunk.iter_mut().enumerate() {
+                *code = plain[8 * (i % 16) + i / 16];
+            }
+        }
+    }
+}
+
+/// Twin of `cpu_ref::group_gemv::group_dot_int8` for all rows and tokens, exact, into
+/// `y[tile][M][32]`. `sums(chunks, x, acc)` adds up some chunks of a tile; `widen` is
+/// [`widen_scales`].
+#[inline(always)]
+pub(super) fn group_gemm_int8(
+    weights: GroupWeights<'_>,
+    x: Activations<'_>,
+    y: &mut [f32],
+    sums: impl Fn(&[[u32; CHUNK_WORDS]], Activations<'_>, &mut [[i32; TILE_ROWS]]),
+    widen: impl Fn(&GroupScales) -> [f32; TILE_ROWS],
+) {
+    /// Tokens whose lanes are kept at a time.
+    const TOKENS: usize = 4;
+    let (n_tokens, group_chunks) = (x.n_tokens(), weights.group_chunks());
+    let tiles = y.as_chunks_mut::<TILE_ROWS>().0.chunks_exact_mut(n_tokens);
+    for (tile, y) in tiles.enumerate() {
+        let (chunks, scales) = weights.tile(tile);
+        for (first, y) in (0..n_tokens).step_by(TOKENS).zip(y.chunks_mut(TOKENS)) {
+            let mut lanes = [[[0.0f32; TILE_ROWS]; GROUP_LANES]; TOKENS];
+            let groups = chunks.chunks_exact(group_chunks).zip(scales);
+            for (g, (chunks, scales)) in groups.enumerate() {
+                let mut acc = [[0i32; TILE_ROWS]; TOKENS];
+                let x = x.part(first, y.len(), g);
+                sums(chunks, x, &mut acc[..y.len()]);
+                let d = widen(scales);
+                for (t, acc) in acc[..y.len()].iter().enumerate() {
+                    let act_scale = x.act_scale(t);
+                    let lanes = &mut lanes[t][g % GROUP_LANES];
+                    for row in 0..TILE_ROWS {
+                        lanes[row] += acc[row] as f32 * (d[row] * act_scale);
+                    }
+                }
+            }
+            for (y, lanes) in y.iter_mut().zip(&mut lanes) {
+                *y = tree_of_rows(lanes);
+            }
+        }
+    }
+}
+
+/// `cpu_ref::reduce::tree_sum` of every row.
+#[inline(always)]
+fn tree_of_rows(lanes: &mut [[f32; TILE_ROWS]; GROUP_LANES]) -> [f32; TILE_ROWS] {
+    let mut step = GROUP_LANES / 2;
+    while step > 0 {
+        let (low, high) = lanes.split_at_mut(step);
+        for (low, high) in low.iter_mut().zip(high) {
+            for (low, high) in low.iter_mut().zip(high) {
+                *low += *high;
+            }
+        }
+        step /= 2;
+    }
+    lanes[0]
+}
+
+/// The scales of a tile's rows as f32.
+#[inline(always)]
+pub(super) fn widen_scales(scales: &GroupScales) -> [f32; TILE_ROWS] {
+    let mut wide = [0.0; TILE_ROWS];
+    for (pair, &word) in wide.as_chunks_mut::<2>().0.iter_mut().zip(scales) {
+        *pair = [widen_f16(word as u16), widen_f16((word >> 16) as u16)];
+    }
+    wide
 }
 
 /// Twin of `cpu_ref::residual::residual_add`, exact: `hidden[i] += y[i]`.
@@ -267,7 +416,40 @@ pub(super) fn lm_head(table: TableRows<'_>, x: &[f32], k: usize, logits: &mut [f
         TableRows::Bf16(table) => lm_head_rows(table, x, k, logits, widen_bf16),
         TableRows::F16(table) => lm_head_rows(table, x, k, logits, widen_f16),
         TableRows::F32(table) => lm_head_rows(table, x, k, logits, |value| value),
+        TableRows::Codes { group, codes, scale, min } => {
+            let groups = k / group;
+            for (n, codes) in codes.chunks_exact(k).enumerate() {
+                let scale = &scale[n * groups..][..groups];
+                let min = min.get(n * groups..).and_then(|min| min.get(..groups));
+                let tile = &mut logits[n / TILE_ROWS * (x.len() / k) * TILE_ROWS..];
+                for (m, x) in x.chunks_exact(k).enumerate() {
+                    tile[m * TILE_ROWS + n % TILE_ROWS] = codes_dot(codes, scale, min, x);
+                }
+            }
+        }
     }
+}
+
+/// Lanes of the sum over a row of codes: the shortest group.
+pub(super) const CODE_LANES: usize = 16;
+
+/// `Σ (scale·codes[k] + min)·x[k]`, value by value as `Table::row` has them. The bound is that of
+/// [`dot`], with [`CODE_LANES`].
+#[inline(always)]
+fn codes_dot(codes: &[i8], scale: &[f32], min: Option<&[f32]>, x: &[f32]) -> f32 {
+    let group = codes.len() / scale.len();
+    let mut lanes = [0.0f32; CODE_LANES];
+    let groups = codes.chunks_exact(group).zip(x.chunks_exact(group)).zip(scale);
+    for (g, ((codes, x), &scale)) in groups.enumerate() {
+        let min = min.map_or(0.0, |min| min[g]);
+        for (codes, x) in codes.as_chunks::<CODE_LANES>().0.iter().zip(x.as_chunks().0) {
+            let x: &[f32; CODE_LANES] = x;
+            for i in 0..CODE_LANES {
+                lanes[i] += (scale * f32::from(codes[i]) + min) * x[i];
+            }
+        }
+    }
+    tree_sum(lanes)
 }
 
 #[inline(always)]

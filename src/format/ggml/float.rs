@@ -24,9 +24,6 @@ pub enum FloatType {
     Q6K,
 }
 
-/// Most elements that share a scale, and so the unit in which codes become values.
-const MAX_GROUP: usize = 32;
-
 impl FloatType {
     /// Every type.
     pub const ALL: [Self; 7] =
@@ -58,7 +55,7 @@ impl FloatType {
     pub fn group(self) -> Option<usize> {
         match self {
             Self::F32 | Self::F16 | Self::Bf16 => None,
-            Self::Q4_0 | Self::Q8_0 | Self::Q4K => Some(MAX_GROUP),
+            Self::Q4_0 | Self::Q8_0 | Self::Q4K => Some(32),
             Self::Q6K => Some(16),
         }
     }
@@ -80,19 +77,16 @@ impl FloatType {
             return float.decode(bytes, out);
         }
         let (elements, len_bytes) = self.block();
-        let group = self.group().expect("only plain floats have none");
         let mut codes = [0; 256];
         let (mut scales, mut mins) = ([0.0; 16], [0.0; 16]);
         for (block, out) in bytes.chunks_exact(len_bytes).zip(out.chunks_exact_mut(elements)) {
-            self.decode_block(block, &mut codes[..elements], &mut scales, &mut mins);
-            let groups = codes.chunks_exact(group).zip(out.chunks_exact_mut(group));
-            for (i, (codes, out)) in groups.enumerate() {
-                let (scale, min) = (scales[i], mins[i]);
-                for (&code, out) in codes.iter().zip(out) {
-                    let product = scale * f32::from(code);
-                    // Adding 0 would turn −0 into 0.
-                    *out = if self == Self::Q4K { product + min } else { product };
-                }
+            let codes = &mut codes[..elements];
+            self.decode_block(block, codes, &mut scales, &mut mins);
+            match self {
+                Self::Q4K => combine::<32>(codes, &scales, out, |product, i| product + mins[i]),
+                // Adding a minimum of 0 would turn −0 into 0.
+                Self::Q6K => combine::<16>(codes, &scales, out, |product, _| product),
+                _ => combine::<32>(codes, &scales, out, |product, _| product),
             }
         }
     }
@@ -148,6 +142,22 @@ impl FloatType {
             Self::Q4K => decode_q4k(block, codes, scales, mins),
             Self::Q6K => decode_q6k(block, codes, scales, mins),
             Self::F32 | Self::F16 | Self::Bf16 => unreachable!("has no codes"),
+        }
+    }
+}
+
+/// `finish(scale · code, group)` for groups of `GROUP` elements.
+#[inline(always)]
+fn combine<const GROUP: usize>(
+    codes: &[i8],
+    scales: &[f32],
+    out: &mut [f32],
+    finish: impl Fn(f32, usize) -> f32,
+) {
+    let (codes, out) = (codes.as_chunks::<GROUP>().0, out.as_chunks_mut::<GROUP>().0);
+    for (i, ((codes, out), &scale)) in codes.iter().zip(out).zip(scales).enumerate() {
+        for (&code, out) in codes.iter().zip(out) {
+            *out = finish(scale * f32::from(code), i);
         }
     }
 }

@@ -375,6 +375,8 @@ impl Metadata {
     }
 
     fn error(&self, key: &str, expected: &'static str, found: String) -> Error {
-        Error::Metadata { file: self.file.clone(), key: shortened(key), expected, found }
+        // A key may begin with an architecture's name, which is from the file.
+        let key = shortened(key).escape_debug().to_string();
+        Error::Metadata { file: self.file.clone(), key, expected, found }
     }
 }
