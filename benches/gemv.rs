@@ -64,12 +64,12 @@ fn gemv(criterion: &mut Criterion) {
             group.bench_function(id, |bencher| bencher.iter_custom(|count| call.time(count)));
             group.finish();
         }
-        group_gemv(criterion, gpu, n, k.next_multiple_of(64), copies);
+        group_gemv_gpu(criterion, gpu, n, k.next_multiple_of(64), copies);
     }
 }
 
-/// `group_gemv` and `group_gemv_int8`, of binary and ternary weights.
-fn group_gemv(criterion: &mut Criterion, gpu: &Gpu, n: usize, k: usize, copies: usize) {
+/// `group_gemv` and `group_gemv_int8` on the GPU, of binary and ternary weights.
+fn group_gemv_gpu(criterion: &mut Criterion, gpu: &Gpu, n: usize, k: usize, copies: usize) {
     for (binary, label) in [(false, "gpu-ternary"), (true, "gpu-binary")] {
         let product = if binary { Product::binary(n, k, 1) } else { Product::new(n, k, 1) };
         // Two bits a weight, or one.

@@ -192,7 +192,7 @@ fn table(report: &Report) -> Result<String> {
             let verdict = check.problem.as_deref().unwrap_or("ok");
             writeln!(text, "  {:22} {:3} cases  {verdict}", check.kernel, check.cases)?;
         }
-        writeln!(text, "  integer hash       {}", variant.integer_hash)?;
+        writeln!(text, "  {:22} {}", "integer hash", variant.integer_hash)?;
     }
     writeln!(text, "greedy text of {}, {TOKENS} tokens", report.model)?;
     for generation in &report.generations {
