@@ -190,9 +190,9 @@ fn table(report: &Report) -> Result<String> {
         writeln!(text, "{}: {}, {}", variant.device, variant.description, variant.variant)?;
         for check in &variant.checks {
             let verdict = check.problem.as_deref().unwrap_or("ok");
-            writeln!(text, "  {:18} {:3} cases  {verdict}", check.kernel, check.cases)?;
+            writeln!(text, "  {:22} {:3} cases  {verdict}", check.kernel, check.cases)?;
         }
-        writeln!(text, "  integer hash       {}", variant.integer_hash)?;
+        writeln!(text, "  {:22} {}", "integer hash", variant.integer_hash)?;
     }
     writeln!(text, "greedy text of {}, {TOKENS} tokens", report.model)?;
     for generation in &report.generations {

@@ -433,7 +433,8 @@ fn group_sums_only_add(kernel: Kernel, module: &Module) -> Result<(), BTreeSet<S
         ("group_sums", MathFunction::CountOneBits)
     };
     let mut allowed = additions();
-    allowed.insert(format!("{term:?}"));
+    // Bits of a weight on their way to a mask.
+    allowed.extend([format!("{term:?}"), format!("{:?}", BinaryOperator::ShiftRight)]);
     let found = ValueFlow::operators_of(module, function);
     assert!(found.contains(&format!("{term:?}")), "{found:?}");
     let forbidden: BTreeSet<String> = found.difference(&allowed).cloned().collect();
