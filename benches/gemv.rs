@@ -11,7 +11,7 @@
 mod shapes;
 
 use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
-use sterna::backend::gpu::Variant;
+use sterna::backend::gpu::{Gpu, Variant};
 use sterna::backend::simd::Level;
 
 use shapes::{Product, cpu, gpu, group, group_matrices, is_test, matrices};
@@ -61,6 +61,26 @@ fn gemv(criterion: &mut Criterion) {
             let call = gpu::Call::new(gpu, variant, &product, copies);
             call.check(&product);
             let id = BenchmarkId::new(format!("{n}x{k}"), "gpu");
+            group.bench_function(id, |bencher| bencher.iter_custom(|count| call.time(count)));
+            group.finish();
+        }
+        group_gemv_gpu(criterion, gpu, n, k.next_multiple_of(64), copies);
+    }
+}
+
+/// `group_gemv` and `group_gemv_int8` on the GPU, of binary and ternary weights.
+fn group_gemv_gpu(criterion: &mut Criterion, gpu: &Gpu, n: usize, k: usize, copies: usize) {
+    for (binary, label) in [(false, "gpu-ternary"), (true, "gpu-binary")] {
+        let product = if binary { Product::binary(n, k, 1) } else { Product::new(n, k, 1) };
+        // Two bits a weight, or one.
+        let len_bytes = product.len_bytes() >> u32::from(binary);
+        let copies = copies << u32::from(binary);
+        for (int8, name) in [(false, "group_gemv"), (true, "group_gemv_int8")] {
+            let mut group = criterion.benchmark_group(name);
+            group.throughput(Throughput::Bytes(len_bytes as u64)).sample_size(10);
+            let call = gpu::Call::groups(gpu, &product, binary, int8, copies);
+            call.check(&product);
+            let id = BenchmarkId::new(format!("{n}x{k}"), label);
             group.bench_function(id, |bencher| bencher.iter_custom(|count| call.time(count)));
             group.finish();
         }

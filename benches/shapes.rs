@@ -49,8 +49,18 @@ pub struct Product {
 
 impl Product {
     pub fn new(n: usize, k: usize, n_tokens: usize) -> Self {
+        Self::of(n, k, n_tokens, |trit| trit)
+    }
+
+    /// Weights −1 and +1 only.
+    pub fn binary(n: usize, k: usize, n_tokens: usize) -> Self {
+        Self::of(n, k, n_tokens, |trit| if trit < 0 { -1 } else { 1 })
+    }
+
+    fn of(n: usize, k: usize, n_tokens: usize, weight: fn(i8) -> i8) -> Self {
         let mut random = Random::new((n * 31 + k) as u64);
-        let (w, x) = (random.trits(n * k), random.codes(n_tokens * k));
+        let (mut w, x) = (random.trits(n * k), random.codes(n_tokens * k));
+        w.iter_mut().for_each(|trit| *trit = weight(*trit));
         let shape = MatShape::new(n, k).expect("a real shape");
         let packed = Packed::pack(Layout::I2, shape, &w);
         // The first and the last token tell enough.
@@ -240,10 +250,12 @@ pub mod group {
 pub mod gpu {
     use std::time::{Duration, Instant};
 
+    use sterna::backend::gpu::kernels::{GroupMatrix, RowsOut, TokensPerLane};
     use sterna::backend::gpu::{
         Capabilities, Gpu, Op, PassParams, Pipelines, Slice, Variant, kernels, row_offsets,
         self_test,
     };
+    use sterna::layout::{Layout, Signs, group_scales};
 
     use super::Product;
 
@@ -269,7 +281,12 @@ pub mod gpu {
         params: PassParams,
         ops: Vec<Op>,
         acc: Slice,
+        /// Whether the result is f32.
+        float: bool,
     }
+
+    /// Inputs a scale in the benches, if K has room for it.
+    const GROUP: usize = 128;
 
     impl<'a> Call<'a> {
         pub fn new(gpu: &'a Gpu, variant: Variant, product: &Product, copies: usize) -> Self {
@@ -302,7 +319,55 @@ pub mod gpu {
             });
             let ops = ops.collect();
             let params = PassParams { n_tokens: n_tokens as u32, ..PassParams::default() };
-            Self { gpu, uniform, params, ops, acc }
+            Self { gpu, uniform, params, ops, acc, float: false }
+        }
+
+        /// The same product with scales of groups, all 1, so that the answer stays the same: f32 or
+        /// int8 activations.
+        pub fn groups(
+            gpu: &'a Gpu,
+            product: &Product,
+            binary: bool,
+            int8: bool,
+            copies: usize,
+        ) -> Self {
+            let shape = product.packed.shape();
+            let (n, k) = (shape.n(), shape.k());
+            let group = if k.is_multiple_of(GROUP) { GROUP } else { 64 };
+            let matrix = GroupMatrix { shape, group, binary };
+            let n_tokens = product.x.len() / k;
+            let upload = |what, words: &[u32]| gpu.upload(what, words).expect("device memory");
+            let w: Vec<u32> = match binary {
+                true => product.packed.repack(Signs).words().to_vec(),
+                false => product.packed.repack(Layout::Planes).words().to_vec(),
+            };
+            let ones = vec![0x3c00; n * k / group];
+            let scales = upload("scales", &group_scales::pack(n, k / group, &ones));
+            let codes = self_test::encode_codes(Variant::BitSerial, &product.x, k);
+            let x: Vec<u32> = product.x.iter().map(|&code| f32::from(code).to_bits()).collect();
+            let x = if int8 { upload("x", &codes) } else { upload("x", &x) };
+            let act_scale = upload("act_scale", &vec![1f32.to_bits(); n_tokens * k / group]);
+            let stride = kernels::padded_rows(n);
+            let acc = gpu.storage("acc", n_tokens * stride).expect("device memory");
+            let tokens = if n_tokens == 1 { TokensPerLane::One } else { TokensPerLane::Four };
+            let out = RowsOut { base: 0, rows: n, stride };
+            let call = match int8 {
+                true => kernels::group_gemv_int8(matrix, out, tokens),
+                false => kernels::group_gemv(matrix, out, tokens, false),
+            };
+            let (pipelines, uniform) = (Pipelines::default(), gpu.params_buffer());
+            let ops = (0..copies).map(|_| {
+                let w = upload("w", &w);
+                let mut buffers = vec![&w, &scales, &x];
+                if int8 {
+                    buffers.push(&act_scale);
+                }
+                buffers.push(&acc);
+                gpu.op(&pipelines, &call, &uniform, &buffers).expect("a pipeline")
+            });
+            let ops = ops.collect();
+            let params = PassParams { n_tokens: n_tokens as u32, ..PassParams::default() };
+            Self { gpu, uniform, params, ops, acc, float: true }
         }
 
         /// Runs once and compares with the reference's first and last token.
@@ -312,7 +377,10 @@ pub mod gpu {
             let n_pad = kernels::padded_rows(n);
             let found = self.gpu.read(&self.acc, n_tokens * n_pad).expect("the device answers");
             for m in [0, n_tokens - 1] {
-                let found: &[i32] = bytemuck::cast_slice(&found[m * n_pad..][..n]);
+                let found: Vec<i32> = found[m * n_pad..][..n]
+                    .iter()
+                    .map(|&word| if self.float { f32::from_bits(word) as i32 } else { word as i32 })
+                    .collect();
                 assert_eq!(found, &product.y[m * n..][..n], "token {m}");
             }
         }

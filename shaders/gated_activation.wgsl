@@ -3,7 +3,7 @@
 // | # | name         | type           | shape      | notes                                  |
 // | 0 | pass         | uniform        | Pass       | n_tokens                               |
 // | 1 | acc          | read i32       | [M, N_PAD] | rows: F of gate, then F of up          |
-// | 2 | weight_scale | read f32       | [2F]       |                                        |
+// | 2 | weight_scale | read f32       | [N_PAD]    |                                        |
 // | 3 | act_scale    | read f32       | [M]        |                                        |
 // | 4 | z            | read_write f32 | [M, F]     | f32: relu² overflows f16               |
 // Workgroup: WG lanes, one element each; grid (ceil(F/WG), M, 1). ACT: 0 relu², 1 SiLU.

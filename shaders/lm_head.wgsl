@@ -1,10 +1,12 @@
-// lm_head: normalised hidden state → logits, full-precision table.
+// lm_head: normalised hidden state → logits, full-precision or int8 table.
 //   logits[m, ROW_BASE + r] = Σ_k table[r, k]·x[m, k]
-// | # | name   | type           | shape         | notes                                     |
-// | 0 | pass   | uniform        | Pass          | n_logit_rows                              |
-// | 1 | x      | read f32       | [M, K]        | rmsnorm of the wanted tokens              |
-// | 2 | table  | read vec4<u32> | [ROWS, UNITS] | a shard; shared/dense                     |
-// | 3 | logits | read_write f32 | [M, V]        |                                           |
+// | # | name   | type           | shape           | notes                                   |
+// | 0 | pass   | uniform        | Pass            | n_logit_rows                            |
+// | 1 | x      | read f32       | [M, K]          | rmsnorm of the wanted tokens            |
+// | 2 | table  | read vec4<u32> | [ROWS, UNITS]   | a shard; shared/dense                   |
+// | 3 | scale  | read f32       | [ROWS, K/GROUP] | only of codes (FORMAT = 3)              |
+// | 4 | min    | read f32       | [ROWS, K/GROUP] | only if HAS_MIN = 1                     |
+// | 5 | logits | read_write f32 | [M, V]          |                                         |
 // Workgroup: 32 lanes a row, 8 rows; grid (ceil(ROWS/8), logit rows, 1), once per shard.
 // Twin: cpu-ref/src/lm_head.rs. Bound: K·2⁻²⁴ of Σ|table·x| from the f32 sum.
 #import pass
@@ -16,11 +18,15 @@ override ROW_BASE: u32 = 0u;
 override ROWS: u32 = 1u;
 override V: u32 = 1u;
 override FORMAT: u32 = 0u;
+override GROUP: u32 = 32u;
+override HAS_MIN: u32 = 0u;
 
 @group(0) @binding(0) var<uniform> pass_: Pass;
 @group(0) @binding(1) var<storage, read> x: array<f32>;
 @group(0) @binding(2) var<storage, read> table: array<vec4<u32>>;
-@group(0) @binding(3) var<storage, read_write> logits: array<f32>;
+@group(0) @binding(3) var<storage, read> scale: array<f32>;
+@group(0) @binding(4) var<storage, read> min_: array<f32>;
+@group(0) @binding(5) var<storage, read_write> logits: array<f32>;
 
 var<workgroup> partial: array<f32, 256>;
 
@@ -41,7 +47,15 @@ fn main(@builtin(workgroup_id) wg: vec3<u32>, @builtin(local_invocation_index) l
     if row < ROWS {
         for (var unit = lane; unit < UNITS; unit += 32u) {
             let words = table[row * UNITS + unit];
-            if FORMAT == 2u {
+            if FORMAT == 3u {
+                let scale_min = unit_scale(row, unit);
+                for (var i = 0u; i < 4u; i++) {
+                    let values = code_values(words[i], scale_min);
+                    let k = 16u * unit + 4u * i;
+                    sum += values.x * x_at(m, k) + values.y * x_at(m, k + 1u);
+                    sum += values.z * x_at(m, k + 2u) + values.w * x_at(m, k + 3u);
+                }
+            } else if FORMAT == 2u {
                 for (var i = 0u; i < 4u; i++) {
                     sum += bitcast<f32>(words[i]) * x_at(m, 4u * unit + i);
                 }

@@ -4,7 +4,7 @@
 // | 0 | pass         | uniform        | Pass       | n_tokens                               |
 // | 1 | hidden       | read f32       | [M, N]     |                                        |
 // | 2 | acc          | read i32       | [M, N_PAD] |                                        |
-// | 3 | weight_scale | read f32       | [N]        |                                        |
+// | 3 | weight_scale | read f32       | [N_PAD]    |                                        |
 // | 4 | act_scale    | read f32       | [M]        |                                        |
 // | 5 | out          | read_write f32 | [M, N]     | another buffer than hidden             |
 // Workgroup: WG lanes, one element each; grid (ceil(N/WG), M, 1).

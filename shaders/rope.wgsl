@@ -3,7 +3,7 @@
 // | # | name         | type           | shape            | notes                             |
 // | 0 | pass         | uniform        | Pass             | n_tokens, start                   |
 // | 1 | acc          | read i32       | [M, N_PAD]       | rows: Q heads, K heads, V heads   |
-// | 2 | weight_scale | read f32       | [N]              | N = (H + 2G)·D                    |
+// | 2 | weight_scale | read f32       | [N_PAD]          | N = (H + 2G)·D                    |
 // | 3 | act_scale    | read f32       | [M]              |                                   |
 // | 4 | angles       | read vec2<f32> | [capacity, D/2]  | (cos, sin)                        |
 // | 5 | query        | read_write f32 | [M, H, D]        |                                   |

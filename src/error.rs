@@ -43,6 +43,66 @@ pub enum Error {
         /// What is inconsistent, in numbers.
         problem: String,
     },
+    /// A GGUF header or its offsets do not describe the file.
+    #[error("{file}: not a valid GGUF file: {problem}")]
+    Gguf {
+        /// The file.
+        file: String,
+        /// What is inconsistent, in numbers.
+        problem: String,
+    },
+    /// A GGUF file is of another version or byte order.
+    #[error(
+        "{file}: expected GGUF version 2 or 3 in little-endian order, found {found}; convert the model again"
+    )]
+    GgufVersion {
+        /// The file.
+        file: String,
+        /// Its version.
+        found: String,
+    },
+    /// The parts of a split GGUF model do not belong together.
+    #[error("{file}: expected {expected}, found {found}")]
+    GgufSplit {
+        /// The part.
+        file: String,
+        /// What the other parts, or the file's name, ask for.
+        expected: String,
+        /// What the part says.
+        found: String,
+    },
+    /// A directory holds several models.
+    #[error("{}: expected one model, found {found}; name one of the files", path.display())]
+    SeveralModels {
+        /// The directory.
+        path: PathBuf,
+        /// Their files.
+        found: String,
+    },
+    /// A key of a GGUF file is missing or has another type than its meaning requires.
+    #[error("{file}: {key}: expected {expected}, found {found}")]
+    Metadata {
+        /// The GGUF file.
+        file: String,
+        /// The key.
+        key: String,
+        /// The type that would do.
+        expected: &'static str,
+        /// The value in the file.
+        found: String,
+    },
+    /// The model needs a tensor whose element type this version does not read.
+    #[error("{file}: tensor {tensor}: this version does not read {found}: {remedy}")]
+    GgmlType {
+        /// The GGUF file.
+        file: String,
+        /// The tensor's name.
+        tensor: String,
+        /// The type.
+        found: String,
+        /// What would help.
+        remedy: &'static str,
+    },
     /// The index of a sharded checkpoint names a file outside its directory.
     #[error("{file}: expected the name of a file in the same directory, found {found}")]
     ShardName {
@@ -151,6 +211,28 @@ pub enum Error {
         device: &'static str,
         /// What of the model it has no kernel for.
         what: &'static str,
+    },
+    /// A conversion would replace a file.
+    #[error("{}: it is there already; --force replaces it", path.display())]
+    Exists {
+        /// The output.
+        path: PathBuf,
+    },
+    /// The target of a conversion cannot hold the model.
+    #[error("the model cannot be converted: {problem}")]
+    Conversion {
+        /// Why, and what would do.
+        problem: String,
+    },
+    /// Two models that should hold the same weights do not.
+    #[error("{what}: expected {expected}, found {found}")]
+    Differs {
+        /// The tensor and the place.
+        what: String,
+        /// The first model's value.
+        expected: String,
+        /// The second model's value.
+        found: String,
     },
     /// The tokenizer file cannot be used.
     #[error("{file}: {problem}")]
@@ -280,5 +362,133 @@ pub enum Error {
     NanLogits {
         /// The position of the token whose successor was asked for.
         position: usize,
+    },
+    /// A name is not that of a model on the hub.
+    #[error("expected ORG/NAME or ORG/NAME:FILE.gguf, found {found}")]
+    HubName {
+        /// The name given.
+        found: String,
+    },
+    /// A revision is not the name of a branch, tag or commit.
+    #[error("expected a branch, tag or commit, found {found}")]
+    HubRevision {
+        /// The revision given.
+        found: String,
+    },
+    /// A setting of the hub, from the environment or a file, is invalid.
+    #[error("{name}: expected {expected}, found {found}")]
+    HubSetting {
+        /// The variable or the file.
+        name: String,
+        /// What would do.
+        expected: &'static str,
+        /// What it is.
+        found: String,
+    },
+    /// The hub has no such model, revision or file.
+    #[error("{what}: not found on {endpoint}; check name and revision")]
+    HubNotFound {
+        /// The model and revision, or the file.
+        what: String,
+        /// The hub.
+        endpoint: String,
+    },
+    /// The hub does not let this user read the model.
+    #[error("{what}: not authorised (status {status}): {hint}")]
+    HubNotAuthorised {
+        /// The model and revision, or the file.
+        what: String,
+        /// 401 or 403.
+        status: u16,
+        /// What would help.
+        hint: String,
+    },
+    /// The hub answers no more requests for a while.
+    #[error("{what}: the hub limits requests (status 429); try again {}, or set HF_TOKEN", retry_after.map_or("later".to_owned(), |seconds| format!("in {seconds} s")))]
+    HubRateLimited {
+        /// The model and revision, or the file.
+        what: String,
+        /// When the hub takes requests again, in seconds, if it says so.
+        retry_after: Option<u64>,
+    },
+    /// The hub failed, again and again.
+    #[error("{what}: the server failed (status {status}), and again when asked again; try later")]
+    HubServer {
+        /// The model and revision, or the file.
+        what: String,
+        /// 500 or more.
+        status: u16,
+    },
+    /// The hub could not be reached, or the connection was cut, again and again.
+    #[error("{what}: {problem}; pull again to continue")]
+    HubConnection {
+        /// The model and revision, or the file.
+        what: String,
+        /// The last failure.
+        problem: String,
+    },
+    /// The hub's answer is not what its protocol says.
+    #[error("{what}: expected {expected}, found {found}")]
+    HubAnswer {
+        /// The model and revision, or the file.
+        what: String,
+        /// What the protocol says.
+        expected: &'static str,
+        /// What the answer says.
+        found: String,
+    },
+    /// A download has other bytes than the hub announced.
+    #[error("{file}: expected {expected}, found {found}; the download was deleted, pull again")]
+    HubChecksum {
+        /// The model and file.
+        file: String,
+        /// The announced checksum.
+        expected: String,
+        /// The checksum of what arrived.
+        found: String,
+    },
+    /// The repository names a file that would be outside its directory, or is no file's name.
+    #[error("{name}: expected the name of a file inside the model, found {found}")]
+    HubFileName {
+        /// The model.
+        name: String,
+        /// The name in the repository.
+        found: String,
+    },
+    /// The repository holds several models.
+    #[error("{name} holds several models; add one of these to the name: {found}")]
+    HubAmbiguous {
+        /// The model.
+        name: String,
+        /// The files, with their sizes.
+        found: String,
+    },
+    /// The repository holds no model in a format that this version reads.
+    #[error("{name}: no model.safetensors or GGUF file to pull: {problem}")]
+    HubNoModel {
+        /// The model.
+        name: String,
+        /// What it holds or lacks.
+        problem: String,
+    },
+    /// The cache does not hold the whole model, and nothing may be downloaded.
+    #[error("{name}: not in the cache {}: {missing}; offline, so nothing was downloaded", cache.display())]
+    HubOffline {
+        /// The model and revision.
+        name: String,
+        /// The cache.
+        cache: PathBuf,
+        /// What is missing.
+        missing: String,
+    },
+    /// The model does not fit on the disk.
+    #[error("{}: {needed} are needed, {free} are free", cache.display())]
+    HubDisk {
+        /// The cache.
+        cache: PathBuf,
+        /// The size of what is to be downloaded.
+        needed: String,
+        /// The free space.
+        free: String,
     },
 }

@@ -10,7 +10,9 @@ use crate::error::{Error, Result};
 use crate::format::{Bytes, ModelFiles};
 use crate::model::Transformer;
 use crate::sampler::{Sampler, Sampling};
-use crate::tokenizer::{ChatTemplate, DecodeStream, Message, Source, Tokenizer, stop_ids};
+use crate::tokenizer::{
+    ChatTemplate, DecodeStream, GgufVocabulary, Message, Source, Tokenizer, stop_ids,
+};
 use crate::weights::WeightSource;
 
 /// A model that speaks: transformer, tokenizer, chat template and stop tokens.
@@ -34,9 +36,9 @@ pub struct GenerateOptions {
 }
 
 impl Default for GenerateOptions {
-    /// 256 tokens, greedily.
+    /// 512 tokens, greedily.
     fn default() -> Self {
-        Self { max_tokens: 256, sampling: Sampling::Greedy, repetition_penalty: 1.0 }
+        Self { max_tokens: 512, sampling: Sampling::Greedy, repetition_penalty: 1.0 }
     }
 }
 
@@ -47,6 +49,43 @@ impl GenerateOptions {
     /// [`Error::Sampling`] with the first option that is out of range.
     pub fn validate(&self) -> Result<()> {
         Sampler::new(self.sampling, self.repetition_penalty).map(|_| ())
+    }
+}
+
+/// A model's way between text and tokens.
+struct Language {
+    tokenizer: Tokenizer,
+    chat: Option<ChatTemplate>,
+    stop_ids: Vec<u32>,
+}
+
+impl Language {
+    fn of(checkpoint: &Checkpoint) -> Result<Self> {
+        let vocab_size = checkpoint.config().vocab_size;
+        if let Some(metadata) = checkpoint.files().metadata() {
+            let vocabulary = GgufVocabulary::from_metadata(metadata)?;
+            let tokenizer = Tokenizer::from_gguf(&vocabulary, vocab_size)?;
+            let chat = ChatTemplate::from_gguf(&vocabulary, checkpoint.is_2b4t());
+            let stop_ids = vocabulary.stop_ids(&tokenizer);
+            return Ok(Self { tokenizer, chat, stop_ids });
+        }
+        let files = checkpoint.files();
+        let tokenizer = SideFile::required(files, "tokenizer.json")?;
+        let tokenizer = Tokenizer::from_json(tokenizer.source(), vocab_size)?;
+
+        let tokenizer_config = SideFile::find(files, "tokenizer_config.json")?;
+        let jinja = SideFile::find(files, "chat_template.jinja")?;
+        let chat = ChatTemplate::from_files(
+            tokenizer_config.as_ref().map(SideFile::source),
+            jinja.as_ref().map(SideFile::source),
+        )?;
+
+        let config = SideFile::required(files, "config.json")?;
+        let generation_config = SideFile::find(files, "generation_config.json")?;
+        let configs = [Some(&config), generation_config.as_ref()];
+        let configs: Vec<_> = configs.into_iter().flatten().map(SideFile::source).collect();
+        let stop_ids = stop_ids(&tokenizer, &configs, vocab_size)?;
+        Ok(Self { tokenizer, chat, stop_ids })
     }
 }
 
@@ -63,7 +102,7 @@ impl Model {
     /// Loads a checkpoint on a device, telling `progress` how far it has come.
     ///
     /// # Errors
-    /// If there is no `tokenizer.json`, a side file is malformed or does not fit the model, the
+    /// If there is no tokenizer, a side file is malformed or does not fit the model, the
     /// device is not there, or a tensor holds an invalid value.
     pub fn from_checkpoint(
         checkpoint: &Checkpoint,
@@ -71,38 +110,43 @@ impl Model {
         options: &LoadOptions,
         progress: OnProgress<'_>,
     ) -> Result<Self> {
-        let files = checkpoint.files();
-        let vocab_size = checkpoint.config().vocab_size;
-
-        let tokenizer = SideFile::required(files, "tokenizer.json")?;
-        let tokenizer = Tokenizer::from_json(tokenizer.source(), vocab_size)?;
-
-        let tokenizer_config = SideFile::find(files, "tokenizer_config.json")?;
-        let jinja = SideFile::find(files, "chat_template.jinja")?;
-        let chat = ChatTemplate::from_files(
-            tokenizer_config.as_ref().map(SideFile::source),
-            jinja.as_ref().map(SideFile::source),
-        )?;
-
-        let config = SideFile::required(files, "config.json")?;
-        let generation_config = SideFile::find(files, "generation_config.json")?;
-        let configs = [Some(&config), generation_config.as_ref()];
-        let configs: Vec<_> = configs.into_iter().flatten().map(SideFile::source).collect();
-        let stop_ids = stop_ids(&tokenizer, &configs, vocab_size)?;
-
+        let language = Language::of(checkpoint)?;
         let transformer = Transformer::load(checkpoint, device, options, progress)?;
-        let label = files.label().to_owned();
+        let label = checkpoint.files().label().to_owned();
+        let Language { tokenizer, chat, stop_ids } = language;
         Ok(Self { label, transformer, tokenizer, chat, stop_ids })
+    }
+
+    /// What a user should know of how a checkpoint's texts are read, one line each: such as a chat
+    /// template that is not the model's and was replaced.
+    ///
+    /// # Errors
+    /// If the file has no tokenizer.
+    pub fn notes(checkpoint: &Checkpoint) -> Result<Vec<String>> {
+        match checkpoint.files().metadata() {
+            None => Ok(Vec::new()),
+            Some(metadata) => {
+                Ok(GgufVocabulary::from_metadata(metadata)?.notes(checkpoint.is_2b4t()))
+            }
+        }
     }
 
     /// A text as tokens of a checkpoint's own tokenizer, without loading its weights.
     ///
     /// # Errors
-    /// If there is no `tokenizer.json`, or it does not fit the model.
+    /// If there is no tokenizer, or it does not fit the model.
     pub fn encode(checkpoint: &Checkpoint, text: &str) -> Result<Vec<u32>> {
-        let tokenizer = SideFile::required(checkpoint.files(), "tokenizer.json")?;
         let vocab_size = checkpoint.config().vocab_size;
-        Tokenizer::from_json(tokenizer.source(), vocab_size)?.encode(text, true)
+        let tokenizer = match checkpoint.files().metadata() {
+            Some(metadata) => {
+                Tokenizer::from_gguf(&GgufVocabulary::from_metadata(metadata)?, vocab_size)?
+            }
+            None => {
+                let tokenizer = SideFile::required(checkpoint.files(), "tokenizer.json")?;
+                Tokenizer::from_json(tokenizer.source(), vocab_size)?
+            }
+        };
+        tokenizer.encode(text, true)
     }
 
     /// The directory, or the name of the built-in model.

@@ -18,9 +18,12 @@ pub mod backend;
 pub mod built_in;
 mod checkpoint;
 pub mod config;
+pub mod convert;
 pub mod error;
 pub mod format;
 pub mod generate;
+#[cfg(feature = "hub")]
+pub mod hub;
 pub mod kv_cache;
 pub mod layout;
 pub mod model;
@@ -34,7 +37,7 @@ pub mod verify;
 pub mod weights;
 
 pub use backend::{Device, LoadOptions};
-pub use checkpoint::Checkpoint;
+pub use checkpoint::{Checkpoint, I2sLayout, OpenOptions};
 pub use error::{Error, Result};
 pub use generate::{GenerateOptions, Generation, Model, Piece};
 pub use model::Transformer;

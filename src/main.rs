@@ -37,7 +37,11 @@ fn main() -> ExitCode {
             fail(&explain(&error));
             let is_usage = matches!(
                 error.downcast_ref(),
-                Some(sterna::Error::Sampling { .. } | sterna::Error::UnknownDevice { .. })
+                Some(
+                    sterna::Error::Sampling { .. }
+                        | sterna::Error::UnknownDevice { .. }
+                        | sterna::Error::HubRevision { .. }
+                )
             );
             ExitCode::from(if is_usage { USAGE } else { FAILED })
         }

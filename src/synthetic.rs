@@ -43,6 +43,125 @@ pub fn bitnet_2b4t() -> ModelConfig {
     }
 }
 
+/// The dimensions of a published model; `None` for a name that is not in [`NAMES`].
+///
+/// Vocabularies are the rows that the published tables have. Where a base of the rotary frequencies
+/// is not known, that of a relative stands in: of no meaning for random weights.
+pub fn published(name: &str) -> Option<ModelConfig> {
+    Some(match name {
+        "bitnet-2b4t" => bitnet_2b4t(),
+        "bitnet-large" => bitnet_1bitllm(1536, 4096, 24, 16),
+        "bitnet-xl" => bitnet_1bitllm(2048, 5460, 24, 32),
+        "bitnet-3b" => bitnet_1bitllm(3200, 8640, 26, 32),
+        "llama3-8b" => llama(4096, 14_336, 32, (32, 8, 128), 128_256, 500_000.0),
+        "falcon3-1b" => llama(2048, 8192, 18, (8, 4, 256), 131_072, 1_000_042.0),
+        "falcon3-3b" => llama(3072, 9216, 22, (12, 4, 256), 131_072, 1_000_042.0),
+        "falcon3-7b" => llama(3072, 23_040, 28, (12, 4, 256), 131_072, 1_000_042.0),
+        "falcon3-10b" => llama(3072, 23_040, 40, (12, 4, 256), 131_072, 1_000_042.0),
+        "falcon-e-1b" => llama(2048, 9216, 24, (16, 2, 128), 32_768, 1_000_042.0),
+        "falcon-e-3b" => llama(2048, 13_312, 32, (16, 2, 128), 32_768, 1_000_042.0),
+        "bonsai-1.7b" => bonsai(1, 2048, 6144, 28, 16),
+        "bonsai-4b" => bonsai(1, 2560, 9728, 36, 32),
+        "bonsai-8b" => bonsai(1, 4096, 12_288, 36, 32),
+        "ternary-bonsai-1.7b" => bonsai(2, 2048, 6144, 28, 16),
+        "ternary-bonsai-4b" => bonsai(2, 2560, 9728, 36, 32),
+        "ternary-bonsai-8b" => bonsai(2, 4096, 12_288, 36, 32),
+        _ => return None,
+    })
+}
+
+/// The names that [`published`] knows.
+pub const NAMES: [&str; 17] = [
+    "bitnet-2b4t",
+    "bitnet-large",
+    "bitnet-xl",
+    "bitnet-3b",
+    "llama3-8b",
+    "falcon3-1b",
+    "falcon3-3b",
+    "falcon3-7b",
+    "falcon3-10b",
+    "falcon-e-1b",
+    "falcon-e-3b",
+    "bonsai-1.7b",
+    "bonsai-4b",
+    "bonsai-8b",
+    "ternary-bonsai-1.7b",
+    "ternary-bonsai-4b",
+    "ternary-bonsai-8b",
+];
+
+fn bitnet_1bitllm(hidden: usize, intermediate: usize, layers: usize, heads: usize) -> ModelConfig {
+    ModelConfig {
+        architecture: Architecture::Bitnet1bitLlm,
+        vocab_size: 32_002,
+        hidden_size: hidden,
+        intermediate_size: intermediate,
+        num_hidden_layers: layers,
+        num_attention_heads: heads,
+        num_key_value_heads: heads,
+        head_dim: hidden / heads,
+        hidden_act: Activation::Silu,
+        max_position_embeddings: 2048,
+        rope_theta: 10_000.0,
+        ..bitnet_2b4t()
+    }
+}
+
+fn llama(
+    hidden: usize,
+    intermediate: usize,
+    layers: usize,
+    (heads, kv_heads, head_dim): (usize, usize, usize),
+    vocab_size: usize,
+    rope_theta: f32,
+) -> ModelConfig {
+    ModelConfig {
+        architecture: Architecture::Llama,
+        weight_form: WeightForm::PackedDivide,
+        vocab_size,
+        hidden_size: hidden,
+        intermediate_size: intermediate,
+        num_hidden_layers: layers,
+        num_attention_heads: heads,
+        num_key_value_heads: kv_heads,
+        head_dim,
+        hidden_act: Activation::Silu,
+        max_position_embeddings: 8192,
+        rope_theta,
+        tie_word_embeddings: false,
+        ..bitnet_2b4t()
+    }
+}
+
+fn bonsai(
+    bits: usize,
+    hidden: usize,
+    intermediate: usize,
+    layers: usize,
+    heads: usize,
+) -> ModelConfig {
+    ModelConfig {
+        vocab_size: 151_669,
+        hidden_size: hidden,
+        intermediate_size: intermediate,
+        num_hidden_layers: layers,
+        num_attention_heads: heads,
+        num_key_value_heads: 8,
+        max_position_embeddings: 32_768,
+        rope_scaling: RopeScaling::Yarn {
+            factor: 4.0,
+            original_context: 8192.0,
+            beta_fast: 32.0,
+            beta_slow: 1.0,
+            attention_factor: RopeScaling::yarn_attention_factor(4.0),
+        },
+        // The largest has a head of its own.
+        tie_word_embeddings: hidden < 4096,
+        ..tiny_bonsai(bits, 128)
+    }
+}
+
 /// A BitNet-shaped model that runs in a moment: awkward sizes, no multiples of a tile.
 pub fn tiny_bitnet() -> ModelConfig {
     ModelConfig {
@@ -121,18 +240,18 @@ impl SyntheticModel {
     }
 
     /// Row `token` of the embedding table, bf16, into `out[hidden]`.
-    pub fn embedding_row(&self, token: usize, out: &mut [u16]) {
+    fn embedding_row(&self, token: usize, out: &mut [u16]) {
         normal_row(self.table_seed(0), token, out);
     }
 
     /// Row `token` of the LM head, bf16, into `out[hidden]`; for untied configurations.
-    pub fn lm_head_row(&self, token: usize, out: &mut [u16]) {
+    fn lm_head_row(&self, token: usize, out: &mut [u16]) {
         normal_row(self.table_seed(1), token, out);
     }
 
     /// The scale as a checkpoint of this [`WeightForm`] stores it, bf16, for a matrix of `k`
     /// columns.
-    pub fn stored_scale(&self, k: usize) -> u16 {
+    fn stored_scale(&self, k: usize) -> u16 {
         let scale = (1.5 / k as f32).sqrt();
         f32_to_bf16(match self.config.weight_form {
             WeightForm::PackedDivide => 1.0 / scale,
@@ -161,7 +280,7 @@ impl SyntheticModel {
         let shape = MatShape::new(self.config.vocab_size, self.config.hidden_size)?;
         if let Some((scale, alphabet)) = self.groups() {
             let matrix = TernaryMatrix::synthetic(shape, self.table_seed(table), scale, alphabet);
-            return Ok(Table::new(shape, TableData::Groups(matrix)));
+            return Ok(Table::new(shape, TableData::Groups(Box::new(matrix))));
         }
         let mut bits = vec![0; shape.len()];
         bits.par_chunks_exact_mut(shape.k()).enumerate().for_each(|(n, out)| row(n, out));
@@ -373,5 +492,33 @@ mod tests {
             assert_eq!(row.contains(&0), bits == 2);
             assert!(row.contains(&1) && row.contains(&-1));
         }
+    }
+
+    /// Parameters as the model cards and the files themselves count them.
+    #[test]
+    fn published_models_have_their_sizes() {
+        for (name, expected) in [
+            ("bitnet-2b4t", 2_412_820_480),
+            ("bitnet-large", 728_842_752),
+            ("bitnet-xl", 1_273_583_584),
+            ("bitnet-3b", 3_324_387_840),
+            ("bonsai-1.7b", 1_720_028_160),
+            ("bonsai-4b", 4_021_784_576),
+            ("ternary-bonsai-8b", 8_188_548_096u64),
+        ] {
+            let config = published(name).unwrap();
+            let linears = crate::tensor_names::LINEARS.iter().map(|linear| {
+                let (n, k) = (linear.shape)(&config);
+                n * k
+            });
+            let norms = crate::tensor_names::norms(&config).map(|norm| (norm.len)(&config));
+            let layer: usize = linears.chain(norms).sum();
+            let tables = if config.tie_word_embeddings { 1 } else { 2 };
+            let tables = tables * config.vocab_size * config.hidden_size;
+            let total = tables + config.num_hidden_layers * layer + config.hidden_size;
+            assert_eq!(total as u64, expected, "{name}");
+        }
+        assert!(NAMES.iter().all(|name| published(name).is_some()));
+        assert_eq!(published("gpt-2"), None);
     }
 }

@@ -97,6 +97,11 @@ impl Linear {
         self.with_suffix(naming, layer, ".weight_scale")
     }
 
+    /// A further scale that some GGUF files have beside it.
+    pub fn ggml_scale(&self, layer: usize) -> String {
+        self.with_suffix(Naming::Gguf, layer, ".scale")
+    }
+
     /// The norm inside it, where the model has such norms: `rms_norm` in Hugging Face's classes.
     pub fn norm(&self, naming: Naming, layer: usize) -> String {
         match naming {

@@ -7,20 +7,24 @@ use std::path::PathBuf;
 use anyhow::Result;
 use serde::Serialize;
 use sterna::Checkpoint;
-use sterna::config::{ModelConfig, WeightForm};
+use sterna::config::{Activations, ModelConfig, WeightForm};
+use sterna::tensor_names::{LINEARS, norms};
 use sterna::weights::WeightSource;
 
-use super::{open, print, print_json};
+use super::{FileArguments, open, print, print_json};
 
 /// Show what a model's files hold, and the memory that running it takes
 ///
-/// Reads config.json and the headers of the safetensors files, checks them against each other, and
-/// prints the dimensions, the tensors, the bytes of each part, and what the model takes on a
-/// device. Weights are not read.
+/// Reads the configuration and the headers of the safetensors or GGUF files, checks them against
+/// each other, and prints the dimensions, the tensors, the bytes of each part, and what the model
+/// takes on a device. Of the weights no more is read than the kind of their scales.
 #[derive(clap::Args)]
 pub(super) struct Arguments {
-    /// Directory of the model [default: built in]
+    /// GGUF file or directory of the model, or its name on the Hugging Face hub [default: built in]
     model: Option<PathBuf>,
+
+    #[command(flatten)]
+    files: FileArguments,
 
     /// Write one JSON object
     #[arg(long)]
@@ -32,6 +36,7 @@ struct Report {
     model: String,
     architecture: String,
     weights: &'static str,
+    activations: &'static str,
     config: Dimensions,
     parameters: u64,
     memory: Memory,
@@ -75,7 +80,7 @@ struct Tensor {
 }
 
 pub(super) fn run(arguments: &Arguments) -> Result<()> {
-    let checkpoint = open(arguments.model.as_deref())?;
+    let checkpoint = open(arguments.model.as_deref(), arguments.files)?;
     let report = report(&checkpoint)?;
     if arguments.json { print_json(&report) } else { print(&text(&report)?) }
 }
@@ -98,6 +103,11 @@ fn report(checkpoint: &Checkpoint) -> Result<Report> {
             WeightForm::Mlx { bits: 1, .. } => "MLX, 1 bit, a scale for each group of inputs",
             WeightForm::Mlx { .. } => "MLX, 2 bits, a scale for each group of inputs",
             WeightForm::Ggml => "GGML types, see the tensors",
+        },
+        activations: match config.activations {
+            Activations::Int8Token => "int8, one scale a token",
+            Activations::Float => "f32",
+            Activations::Int8Group => "int8, one scale a group",
         },
         config: dimensions(config),
         parameters: parameters(config),
@@ -134,8 +144,12 @@ fn parameters(config: &ModelConfig) -> u64 {
     .map(|size| size as u64);
     let tables = if config.tie_word_embeddings { 1 } else { 2 };
     let matrices = 2 * query * hidden + 2 * kv * hidden + 3 * intermediate * hidden;
-    let sub_norms = if config.has_sub_norms() { query + intermediate } else { 0 };
-    tables * vocab * hidden + layers * (matrices + 2 * hidden + sub_norms) + hidden
+    let norms: u64 = norms(config).map(|norm| (norm.len)(config) as u64).sum();
+    let linear_norms = match config.linear_norm_eps {
+        Some(_) => LINEARS.iter().map(|linear| (linear.shape)(config).1 as u64).sum(),
+        None => 0,
+    };
+    tables * vocab * hidden + layers * (matrices + norms + linear_norms) + hidden
 }
 
 fn memory(checkpoint: &Checkpoint) -> Result<Memory> {
@@ -164,6 +178,7 @@ fn text(report: &Report) -> Result<String> {
     let out = &mut text;
     writeln!(out, "{}", report.model)?;
     writeln!(out, "  architecture  {} ({})", report.architecture, report.weights)?;
+    writeln!(out, "  activations   {}", report.activations)?;
     writeln!(
         out,
         "  dimensions    {} layers, hidden {}, intermediate {}, {}/{} heads of {}, vocabulary {}",

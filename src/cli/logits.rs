@@ -10,7 +10,7 @@ use sterna::Transformer;
 use sterna::backend::{Output, Want};
 use tempfile::NamedTempFile;
 
-use super::progress::LoadBar;
+use super::progress::Bar;
 use super::{ModelArguments, interrupt_flag};
 
 /// Write the logits of a sequence of tokens to a file
@@ -41,10 +41,10 @@ pub(super) fn run(arguments: &Arguments) -> Result<()> {
     let checkpoint = arguments.model.checkpoint()?;
     let file = OutputFile::create(&arguments.out)?;
     let options = arguments.model.load_options(Some(arguments.tokens.len()));
-    let mut bar = LoadBar::new();
+    let mut bar = Bar::load();
     let device = arguments.model.device;
     let mut transformer =
-        Transformer::load(&checkpoint, device, &options, &mut |at| bar.update(at))?;
+        Transformer::load(&checkpoint, device, &options, &mut |at| bar.layers(at))?;
     drop(bar);
     write_logits(&mut transformer, &arguments.tokens, options.max_batch, file)
 }

@@ -1,9 +1,11 @@
 //! The commands of the program. Only this module and `main.rs` print.
 
+mod convert;
 mod devices;
 mod inspect;
 mod logits;
 mod progress;
+mod pull;
 mod run;
 mod verify;
 
@@ -14,8 +16,8 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use anyhow::{Context, Result};
 use clap::{Args, Parser, Subcommand};
-use sterna::Checkpoint;
 use sterna::backend::{Device, LoadOptions};
+use sterna::{Checkpoint, I2sLayout, OpenOptions};
 
 /// Runs ternary language models (BitNet b1.58 and relatives) on any GPU, and on the CPU.
 #[derive(Parser)]
@@ -28,15 +30,18 @@ pub(crate) struct Arguments {
 const EXAMPLES: &str = "\
 Examples:
   sterna run \"Once upon a time\"                    a story by the built-in model
-  sterna run -m DIR --chat \"Why is the sky blue?\"  a question to a model of your own
+  sterna run -m FILE.gguf --chat \"Why?\"           a question to a model of your own
+  sterna pull ORG/NAME                             a model from the Hugging Face hub
   sterna devices                                   what it can run on
   sterna run --help                                more options, and what they mean";
 
 #[derive(Subcommand)]
 enum Command {
     Run(run::Arguments),
+    Convert(convert::Arguments),
     Devices(devices::Arguments),
     Inspect(inspect::Arguments),
+    Pull(pull::Arguments),
     Logits(logits::Arguments),
     Verify(verify::Arguments),
 }
@@ -45,8 +50,10 @@ enum Command {
 pub(crate) fn run(arguments: Arguments) -> Result<()> {
     match arguments.command {
         Command::Run(arguments) => run::run(arguments),
+        Command::Convert(arguments) => convert::run(&arguments),
         Command::Devices(arguments) => devices::run(&arguments),
         Command::Inspect(arguments) => inspect::run(&arguments),
+        Command::Pull(arguments) => pull::run(&arguments),
         Command::Logits(arguments) => logits::run(&arguments),
         Command::Verify(arguments) => verify::run(&arguments),
     }
@@ -55,12 +62,18 @@ pub(crate) fn run(arguments: Arguments) -> Result<()> {
 /// Which model, and where it runs.
 #[derive(Args)]
 struct ModelArguments {
-    /// Directory of the model (config.json, model.safetensors, tokenizer.json) [default: built in]
+    /// A GGUF file, a directory (config.json, model.safetensors, tokenizer.json), or a name on the
+    /// Hugging Face hub, ORG/NAME or ORG/NAME:FILE.gguf [default: built in]
     ///
-    /// The layout is that of Hugging Face; model.safetensors may be shards with an index. Without
-    /// this option, the built-in teller of stories runs.
-    #[arg(short, long, value_name = "DIR")]
+    /// A directory has the layout of Hugging Face or MLX; model.safetensors may be shards with an
+    /// index. Any part opens a GGUF model of several parts. A name
+    /// that is no path is looked up in the cache, and pulled if it is not there (see "sterna pull
+    /// --help"). Without this option, the built-in teller of stories runs.
+    #[arg(short, long, value_name = "MODEL")]
     model: Option<PathBuf>,
+
+    #[command(flatten)]
+    files: FileArguments,
 
     /// What to run on: auto, gpu, gpu:N, cpu or ref
     ///
@@ -73,6 +86,58 @@ struct ModelArguments {
     /// CPU threads [default: one per physical core]
     #[arg(long, value_name = "N", value_parser = at_least_one)]
     threads: Option<usize>,
+
+    /// What linear layers multiply with, for models whose weights alone are quantised (Bonsai)
+    ///
+    /// "model" is what the model defines: f32. "int8" rounds activations to int8 in the groups that
+    /// share a weight scale: faster, with slightly other logits. BitNet models have int8
+    /// activations by definition and take no choice.
+    #[arg(long, value_enum, value_name = "KIND", default_value = "model")]
+    activations: ActivationChoice,
+}
+
+/// `--activations`.
+#[derive(Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+enum ActivationChoice {
+    /// As the model defines them.
+    Model,
+    /// int8 a group.
+    Int8,
+}
+
+/// How a model's files are found and read.
+#[derive(Args, Clone, Copy)]
+struct FileArguments {
+    #[command(flatten)]
+    hub: pull::Offline,
+
+    /// Layout of I2_S tensors in a GGUF file, which the file does not say
+    ///
+    /// "x86" is blocks of 128 weights, as in every published file; "arm64" blocks of 64, which
+    /// bitnet.cpp's own quantiser has written on Arm since November 2025. The wrong one is wrong
+    /// text.
+    #[arg(long, value_enum, value_name = "LAYOUT", default_value = "x86")]
+    i2s_layout: I2sLayoutChoice,
+}
+
+/// `--i2s-layout`.
+#[derive(Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+enum I2sLayoutChoice {
+    /// Blocks of 128 weights.
+    X86,
+    /// Blocks of 64 weights.
+    Arm64,
+}
+
+impl FileArguments {
+    fn open_options(self) -> OpenOptions {
+        OpenOptions {
+            i2s_layout: match self.i2s_layout {
+                I2sLayoutChoice::X86 => I2sLayout::Blocks128,
+                I2sLayoutChoice::Arm64 => I2sLayout::Arm64,
+            },
+        }
+    }
 }
 
 /// An option's value of 1 or more.
@@ -86,19 +151,27 @@ fn at_least_one(text: &str) -> Result<usize, String> {
 
 impl ModelArguments {
     fn checkpoint(&self) -> Result<Checkpoint> {
-        open(self.model.as_deref())
+        open(self.model.as_deref(), self.files)
     }
 
     fn load_options(&self, context: Option<usize>) -> LoadOptions {
-        LoadOptions { context, threads: self.threads, ..LoadOptions::default() }
+        let int8_activations = self.activations == ActivationChoice::Int8;
+        LoadOptions { context, threads: self.threads, int8_activations, ..LoadOptions::default() }
     }
 }
 
-fn open(model: Option<&Path>) -> Result<Checkpoint> {
+fn open(model: Option<&Path>, files: FileArguments) -> Result<Checkpoint> {
     Ok(match model {
-        Some(directory) => Checkpoint::open(directory)?,
+        Some(model) => {
+            Checkpoint::open_with(&pull::resolve_model(model, files.hub)?, files.open_options())?
+        }
         None => sterna::built_in::checkpoint()?,
     })
+}
+
+/// Says something about the model on standard error; a closed one is no failure.
+fn say(line: &str) {
+    let _ = writeln!(io::stderr(), "{line}");
 }
 
 /// Prints text on standard output, at once.

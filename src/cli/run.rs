@@ -11,8 +11,8 @@ use sterna::generate::{GenerateOptions, Generation, Model};
 use sterna::sampler::Sampling;
 use sterna::tokenizer::{Message, Role};
 
-use super::progress::LoadBar;
-use super::{ModelArguments, at_least_one, interrupt_flag, print, print_json};
+use super::progress::Bar;
+use super::{ModelArguments, at_least_one, interrupt_flag, print, print_json, say};
 
 /// Continue a text, or answer a question
 ///
@@ -33,7 +33,7 @@ pub(super) struct Arguments {
     model: ModelArguments,
 
     /// Most tokens to generate
-    #[arg(short = 'n', long = "tokens", value_name = "TOKENS", default_value_t = 256)]
+    #[arg(short = 'n', long = "tokens", value_name = "TOKENS", default_value_t = 512)]
     max_tokens: usize,
 
     /// Temperature: 0 always takes the most probable token, more is more varied
@@ -133,12 +133,15 @@ pub(super) fn run(arguments: Arguments) -> Result<()> {
 
     let checkpoint = arguments.model.checkpoint()?;
     let load_options = arguments.model.load_options(arguments.context);
-    let mut bar = LoadBar::new();
+    let mut bar = Bar::load();
     let device = arguments.model.device;
     let mut model =
-        Model::from_checkpoint(&checkpoint, device, &load_options, &mut |at| bar.update(at))?;
+        Model::from_checkpoint(&checkpoint, device, &load_options, &mut |at| bar.layers(at))?;
     let load_time = bar.elapsed();
     drop(bar);
+    for note in Model::notes(&checkpoint)? {
+        say(&note);
+    }
 
     let (label, device) = (model.label().to_owned(), model.transformer().device().clone());
     let mut generation = if arguments.chat {

@@ -9,8 +9,8 @@ use sterna::verify::{self, Verification};
 use sterna::weights::{Checkpoint, WeightSource};
 use sterna::{Model, Transformer};
 
-use super::progress::LoadBar;
-use super::{at_least_one, open, print, print_json};
+use super::progress::Bar;
+use super::{FileArguments, at_least_one, open, print, print_json};
 
 /// Prove that the devices of this machine compute what they should
 ///
@@ -22,9 +22,13 @@ use super::{at_least_one, open, print, print_json};
 #[derive(clap::Args)]
 #[command(after_long_help = EXAMPLES)]
 pub(super) struct Arguments {
-    /// Directory of the model whose text is compared [default: built in]
-    #[arg(short, long, value_name = "DIR")]
+    /// Directory of the model whose text is compared, or its name on the Hugging Face hub
+    /// [default: built in]
+    #[arg(short, long, value_name = "MODEL")]
     model: Option<std::path::PathBuf>,
+
+    #[command(flatten)]
+    files: FileArguments,
 
     /// What to check: auto, gpu, gpu:N, cpu or ref [default: every device there is]
     #[arg(long, value_name = "DEVICE")]
@@ -89,7 +93,7 @@ struct GreedyText {
 }
 
 pub(super) fn run(arguments: &Arguments) -> Result<()> {
-    let checkpoint = open(arguments.model.as_deref())?;
+    let checkpoint = open(arguments.model.as_deref(), arguments.files)?;
     let devices = verify::devices(arguments.device)?;
     let mut variants = Vec::new();
     for &device in &devices {
@@ -154,8 +158,8 @@ fn generations(
     };
     let mut texts: Vec<GreedyText> = Vec::new();
     for device in devices {
-        let mut bar = LoadBar::new();
-        let mut model = Transformer::load(checkpoint, device, options, &mut |at| bar.update(at))?;
+        let mut bar = Bar::load();
+        let mut model = Transformer::load(checkpoint, device, options, &mut |at| bar.layers(at))?;
         drop(bar);
         let token_ids = greedy(&mut model, &prompt)?;
         let device = model.device();
@@ -186,9 +190,9 @@ fn table(report: &Report) -> Result<String> {
         writeln!(text, "{}: {}, {}", variant.device, variant.description, variant.variant)?;
         for check in &variant.checks {
             let verdict = check.problem.as_deref().unwrap_or("ok");
-            writeln!(text, "  {:18} {:3} cases  {verdict}", check.kernel, check.cases)?;
+            writeln!(text, "  {:22} {:3} cases  {verdict}", check.kernel, check.cases)?;
         }
-        writeln!(text, "  integer hash       {}", variant.integer_hash)?;
+        writeln!(text, "  {:22} {}", "integer hash", variant.integer_hash)?;
     }
     writeln!(text, "greedy text of {}, {TOKENS} tokens", report.model)?;
     for generation in &report.generations {

@@ -4,6 +4,7 @@
 //! that is documented and an error otherwise; what it says twice must agree; what this version does
 //! not compute is refused by name.
 
+pub(crate) mod gguf;
 mod hf;
 
 pub use cpu_ref::mlp::Activation;
@@ -138,7 +139,7 @@ impl Architecture {
     }
 
     /// The default `hidden_act` of the class.
-    fn default_hidden_act(self) -> Activation {
+    pub(crate) fn default_hidden_act(self) -> Activation {
         match self {
             Self::BitNet => Activation::Relu2,
             Self::Bitnet1bitLlm | Self::Llama | Self::Qwen3 => Activation::Silu,
@@ -203,10 +204,15 @@ impl ModelConfig {
 }
 
 /// The file's name, for errors.
-struct File<'a>(&'a str);
+pub(crate) struct File<'a>(pub(crate) &'a str);
 
 impl File<'_> {
-    fn error(&self, key: &str, expected: impl Into<String>, found: impl Into<String>) -> Error {
+    pub(crate) fn error(
+        &self,
+        key: &str,
+        expected: impl Into<String>,
+        found: impl Into<String>,
+    ) -> Error {
         Error::Config {
             file: self.0.to_owned(),
             key: key.to_owned(),
@@ -216,7 +222,7 @@ impl File<'_> {
     }
 
     /// A dimension that the file must give, 1 to `max`.
-    fn dimension(&self, key: &str, value: Option<u64>, max: usize) -> Result<usize> {
+    pub(crate) fn dimension(&self, key: &str, value: Option<u64>, max: usize) -> Result<usize> {
         let expected = || format!("1 to {max}");
         let value = value.ok_or_else(|| self.error(key, expected(), "nothing"))?;
         match usize::try_from(value) {
@@ -226,7 +232,7 @@ impl File<'_> {
     }
 
     /// A number that is finite and positive as f32.
-    fn positive(&self, key: &str, value: Option<f64>) -> Result<f32> {
+    pub(crate) fn positive(&self, key: &str, value: Option<f64>) -> Result<f32> {
         const EXPECTED: &str = "a positive number";
         let value = value.ok_or_else(|| self.error(key, EXPECTED, "nothing"))?;
         let narrowed = value as f32;

@@ -1,7 +1,8 @@
 //! The files of a checkpoint as one set of named tensors.
 
-use std::collections::BTreeMap;
 use std::collections::btree_map::Entry;
+use std::collections::{BTreeMap, BTreeSet};
+use std::ffi::{OsStr, OsString};
 use std::fs::File;
 use std::io::{self, Read};
 use std::ops::Range;
@@ -10,8 +11,10 @@ use std::sync::Arc;
 
 use serde::Deserialize;
 
+use super::ggml::{self, GgmlType};
+use super::gguf::{self, Metadata};
 use super::safetensors::{self, LENGTH_BYTES, UniqueMap};
-use super::{Bytes, Dtype, TensorInfo, TensorView, mapped, quoted};
+use super::{Bytes, Dtype, TensorInfo, TensorView, mapped, quoted, shortened};
 use crate::error::{Error, Result};
 
 const SINGLE: &str = "model.safetensors";
@@ -20,25 +23,29 @@ const INDEX: &str = "model.safetensors.index.json";
 /// The longest side file (configuration, tokenizer, index) that is read into memory.
 const MAX_FILE_BYTES: u64 = 1 << 28;
 
-/// The files of a checkpoint: a directory, or parts of the program.
+/// The files of a checkpoint: a directory, a GGUF file, or parts of the program.
 ///
-/// Opening reads and checks the safetensors headers only. A tensor's bytes are mapped when it is
-/// asked for and leave memory when its view is dropped.
+/// Opening reads and checks the headers only. A tensor's bytes are mapped when it is asked for and
+/// leave memory when its view is dropped.
 #[derive(Debug)]
 pub struct ModelFiles {
     label: String,
     source: Source,
     shards: Vec<Shard>,
     tensors: BTreeMap<String, TensorInfo>,
+    metadata: Option<Metadata>,
 }
 
 #[derive(Debug)]
 enum Source {
     Directory(PathBuf),
-    Embedded(&'static [(&'static str, &'static [u8])]),
+    /// GGUF files in this directory, whose other files have nothing to do with them.
+    GgufOnly(PathBuf),
+    /// Whole files by name.
+    Memory(Vec<(String, Bytes)>),
 }
 
-/// One safetensors file.
+/// One safetensors or GGUF file.
 #[derive(Debug)]
 struct Shard {
     /// For messages.
@@ -49,7 +56,7 @@ struct Shard {
 #[derive(Debug)]
 enum ShardData {
     File { path: PathBuf, file: File },
-    Static(&'static [u8]),
+    Memory(Bytes),
 }
 
 /// `model.safetensors.index.json`; `metadata` is of no use here.
@@ -59,45 +66,109 @@ struct Index {
 }
 
 impl ModelFiles {
-    /// Opens a directory with `model.safetensors.index.json` and its shards, or else with
-    /// `model.safetensors`.
+    /// Opens what `path` is:
+    ///
+    /// - a directory with `model.safetensors.index.json` and its shards, or else with
+    ///   `model.safetensors`;
+    /// - a directory without those, but with one GGUF model;
+    /// - a GGUF file. The files beside it are not looked at, except for the other parts of a split
+    ///   model (`…-00001-of-0000N.gguf`), which any of its parts opens.
     ///
     /// # Errors
-    /// If there is neither, a file cannot be read, a header does not describe its file, two shards
-    /// hold the same tensor, or the index names a file outside the directory or a tensor that its
-    /// shard lacks.
+    /// If it is none of these, a directory holds several GGUF models, a file cannot be read, a
+    /// header does not describe its file, two files hold the same tensor, the index names a file
+    /// outside the directory or a tensor that its shard lacks, or the parts of a split model are
+    /// not all there.
     pub fn open(path: &Path) -> Result<Self> {
         let io_error = |source| Error::Io { path: path.to_owned(), source };
-        if !std::fs::metadata(path).map_err(io_error)?.is_dir() {
-            return Err(io_error(io::ErrorKind::NotADirectory.into()));
+        let label = path.display().to_string();
+        if std::fs::metadata(path).map_err(io_error)?.is_dir() {
+            return Self::load(label, Source::Directory(path.to_owned()));
         }
-        Self::load(path.display().to_string(), Source::Directory(path.to_owned()))
+        let (Some(name), true) = (path.file_name(), is_gguf(path)?) else {
+            let reason = "not a directory and not a GGUF file";
+            return Err(io_error(io::Error::new(io::ErrorKind::NotADirectory, reason)));
+        };
+        let directory = path.parent().unwrap_or(Path::new("")).to_owned();
+        let mut files = Self::empty(label, Source::GgufOnly(directory));
+        files.add_gguf(name)?;
+        Ok(files)
     }
 
-    /// The same for files `(name, bytes)` that are part of the program; `label` stands for the
-    /// directory in messages.
+    /// The same as for a directory, for files `(name, bytes)` that are part of the program; `label`
+    /// stands for the directory in messages.
     ///
     /// # Errors
     /// As [`ModelFiles::open`].
     pub fn embedded(label: &str, files: &'static [(&'static str, &'static [u8])]) -> Result<Self> {
-        Self::load(label.to_owned(), Source::Embedded(files))
+        let files = files.iter().map(|&(name, bytes)| (name.to_owned(), Bytes::Static(bytes)));
+        Self::load(label.to_owned(), Source::Memory(files.collect()))
+    }
+
+    /// The same for files `(name, bytes)` that have been read or made.
+    ///
+    /// # Errors
+    /// As [`ModelFiles::open`].
+    pub fn in_memory(
+        label: &str,
+        files: impl IntoIterator<Item = (String, Vec<u8>)>,
+    ) -> Result<Self> {
+        let owned = |(name, bytes): (String, Vec<u8>)| (name, Bytes::Owned(bytes.into()));
+        Self::load(label.to_owned(), Source::Memory(files.into_iter().map(owned).collect()))
+    }
+
+    fn empty(label: String, source: Source) -> Self {
+        Self { label, source, shards: Vec::new(), tensors: BTreeMap::new(), metadata: None }
     }
 
     fn load(label: String, source: Source) -> Result<Self> {
-        let mut files = Self { label, source, shards: Vec::new(), tensors: BTreeMap::new() };
-        match files.file(INDEX)? {
-            Some(json) => files.add_indexed(&json)?,
-            None => {
-                let Some(shard) = files.open_shard(SINGLE)? else {
-                    return Err(Error::NotACheckpoint {
-                        path: files.label.into(),
-                        expected: "model.safetensors or model.safetensors.index.json",
-                    });
-                };
-                files.add(shard)?;
-            }
+        let mut files = Self::empty(label, source);
+        if let Some(json) = files.file(INDEX)? {
+            files.add_indexed(&json)?;
+        } else if let Some(shard) = files.open_shard(SINGLE)? {
+            files.add_safetensors(shard)?;
+        } else {
+            files.add_gguf(&files.only_gguf()?)?;
         }
         Ok(files)
+    }
+
+    /// The name of the one GGUF file; of the first part if that is a split model.
+    fn only_gguf(&self) -> Result<OsString> {
+        let mut names = BTreeSet::new();
+        for name in self.names()?.into_iter().filter(|name| has_gguf_extension(Path::new(name))) {
+            let part = name.to_str().and_then(SplitName::parse);
+            names.insert(part.map(|part| part.name(1).into()).unwrap_or(name));
+        }
+        let names: Vec<OsString> = names.into_iter().collect();
+        match names.len() {
+            0 => Err(Error::NotACheckpoint {
+                path: self.label.clone().into(),
+                expected: "model.safetensors, model.safetensors.index.json or GGUF file",
+            }),
+            1 => Ok(names[0].clone()),
+            count => {
+                let shown: Vec<String> =
+                    names.iter().take(3).map(|name| shortened(&name.to_string_lossy())).collect();
+                let rest = if count > shown.len() { ", …" } else { "" };
+                Err(Error::SeveralModels {
+                    path: self.label.clone().into(),
+                    found: format!("{count} GGUF models ({}{rest})", shown.join(", ")),
+                })
+            }
+        }
+    }
+
+    /// The names of all files.
+    fn names(&self) -> Result<Vec<OsString>> {
+        match &self.source {
+            Source::Memory(files) => Ok(files.iter().map(|(name, _)| name.into()).collect()),
+            Source::Directory(directory) | Source::GgufOnly(directory) => {
+                let names = std::fs::read_dir(directory)
+                    .and_then(|entries| entries.map(|entry| Ok(entry?.file_name())).collect());
+                names.map_err(|source| Error::Io { path: directory.clone(), source })
+            }
+        }
     }
 
     /// Adds every shard that the index names, then checks that each tensor is where it says. A
@@ -121,7 +192,7 @@ impl ModelFiles {
                 source: io::ErrorKind::NotFound.into(),
             })?;
             shards.insert(name, self.shards.len());
-            self.add(shard)?;
+            self.add_safetensors(shard)?;
         }
         for (tensor, name) in &weight_map {
             let shard = shards[name.as_str()];
@@ -136,8 +207,8 @@ impl ModelFiles {
         Ok(())
     }
 
-    /// Reads and checks a shard's header.
-    fn add(&mut self, shard: Shard) -> Result<()> {
+    /// Reads and checks the header of a safetensors file.
+    fn add_safetensors(&mut self, shard: Shard) -> Result<()> {
         let file_len = shard.len()?;
         if file_len < LENGTH_BYTES as u64 {
             let problem = format!("a file of {file_len} bytes, too short for a header");
@@ -147,7 +218,62 @@ impl ModelFiles {
         start.copy_from_slice(&shard.slice(0, LENGTH_BYTES)?);
         let header_len = safetensors::header_len(&shard.label, start, file_len)?;
         let json = shard.slice(LENGTH_BYTES as u64, header_len)?;
-        for info in safetensors::parse(&shard.label, &json, file_len, self.shards.len())? {
+        let tensors = safetensors::parse(&shard.label, &json, file_len, self.shards.len())?;
+        self.add(shard, tensors)
+    }
+
+    /// Adds the GGUF file of that name, and the other parts if it is split.
+    fn add_gguf(&mut self, name: &OsStr) -> Result<()> {
+        let (shard, header) = self.open_gguf(name)?;
+        let split = Split::of(&header.metadata)?;
+        let parts = name.to_str().and_then(SplitName::parse);
+        let named_count = parts.as_ref().map_or(1, |parts| parts.count);
+        let Some(parts) = parts.filter(|_| split.count > 1) else {
+            if split.count.max(1) != named_count {
+                return Err(Error::GgufSplit {
+                    file: shard.label,
+                    expected: "a name that ends in -0000N-of-0000M.gguf with M as split.count"
+                        .to_owned(),
+                    found: format!("split.count {}", split.count),
+                });
+            }
+            self.metadata = Some(header.metadata);
+            return self.add(shard, header.tensors);
+        };
+        drop(header);
+        for no in 1..=parts.count {
+            let (shard, header) = self.open_gguf(OsStr::new(&parts.name(no)))?;
+            Split::of(&header.metadata)?.check(
+                &shard.label,
+                Split { no: no - 1, count: parts.count, tensors: split.tensors },
+            )?;
+            self.metadata.get_or_insert(header.metadata);
+            self.add(shard, header.tensors)?;
+        }
+        if self.tensors.len() as u64 != split.tensors {
+            return Err(Error::GgufSplit {
+                file: self.label.clone(),
+                expected: format!("{} tensors (split.tensors.count)", split.tensors),
+                found: format!("{} in its {} parts", self.tensors.len(), split.count),
+            });
+        }
+        Ok(())
+    }
+
+    fn open_gguf(&self, name: &OsStr) -> Result<(Shard, gguf::Header)> {
+        let shard = self.open_shard(name)?.ok_or_else(|| Error::Io {
+            path: self.join(name).into(),
+            source: io::ErrorKind::NotFound.into(),
+        })?;
+        let file_len = shard.len()?;
+        // How long the header is shows only in reading it; pages that are not read cost nothing.
+        let start = shard.slice(0, file_len.min(gguf::MAX_HEADER_BYTES) as usize)?;
+        let header = gguf::parse(&shard.label, &start, file_len, self.shards.len())?;
+        Ok((shard, header))
+    }
+
+    fn add(&mut self, shard: Shard, tensors: Vec<TensorInfo>) -> Result<()> {
+        for info in tensors {
             match self.tensors.entry(info.name.clone()) {
                 Entry::Vacant(place) => {
                     place.insert(info);
@@ -165,14 +291,15 @@ impl ModelFiles {
         Ok(())
     }
 
-    fn open_shard(&self, name: &str) -> Result<Option<Shard>> {
+    fn open_shard(&self, name: impl AsRef<Path>) -> Result<Option<Shard>> {
+        let name = name.as_ref();
         let label = self.join(name);
         let data = match &self.source {
-            Source::Embedded(files) => match embedded(files, name) {
-                Some(bytes) => ShardData::Static(bytes),
+            Source::Memory(files) => match in_memory(files, name) {
+                Some(bytes) => ShardData::Memory(bytes.clone()),
                 None => return Ok(None),
             },
-            Source::Directory(directory) => {
+            Source::Directory(directory) | Source::GgufOnly(directory) => {
                 let path = directory.join(name);
                 match open_regular(&path)? {
                     Some(file) => ShardData::File { path, file },
@@ -183,13 +310,15 @@ impl ModelFiles {
         Ok(Some(Shard { label, data }))
     }
 
-    /// The whole of a side file such as `config.json`; `None` if there is no such file.
+    /// The whole of a side file such as `config.json`; `None` if there is no such file, or if a
+    /// GGUF file was opened rather than its directory.
     ///
     /// # Errors
     /// If it cannot be read or is larger than 256 MiB.
     pub fn file(&self, name: &str) -> Result<Option<Bytes>> {
         let directory = match &self.source {
-            Source::Embedded(files) => return Ok(embedded(files, name).map(Bytes::Static)),
+            Source::Memory(files) => return Ok(in_memory(files, Path::new(name)).cloned()),
+            Source::GgufOnly(_) => return Ok(None),
             Source::Directory(directory) => directory,
         };
         let path = directory.join(name);
@@ -205,14 +334,24 @@ impl ModelFiles {
         }
     }
 
-    /// The directory, or the label of embedded files: for messages.
+    /// The directory or GGUF file, or the label of files in memory: for messages.
     pub fn label(&self) -> &str {
         &self.label
     }
 
     /// How messages name the file `name` of this set.
-    pub fn join(&self, name: &str) -> String {
-        Path::new(&self.label).join(name).display().to_string()
+    pub fn join(&self, name: impl AsRef<Path>) -> String {
+        let directory = match &self.source {
+            Source::GgufOnly(directory) => directory,
+            Source::Directory(_) | Source::Memory(_) => Path::new(&self.label),
+        };
+        directory.join(name).display().to_string()
+    }
+
+    /// The key–value pairs of a GGUF model (of its first part if it is split); `None` for
+    /// safetensors.
+    pub fn metadata(&self) -> Option<&Metadata> {
+        self.metadata.as_ref()
     }
 
     /// The names of all tensors, in alphabetical order.
@@ -269,6 +408,19 @@ impl ModelFiles {
         })
     }
 
+    /// The element type of a tensor in a GGUF file.
+    ///
+    /// # Errors
+    /// If this version does not read it; says what would help.
+    pub fn ggml_type(&self, info: &TensorInfo) -> Result<GgmlType> {
+        GgmlType::from_name(&info.dtype).ok_or_else(|| Error::GgmlType {
+            file: self.file_of(info).to_owned(),
+            tensor: quoted(&info.name),
+            found: shortened(&info.dtype).escape_debug().to_string(),
+            remedy: ggml::remedy(&info.dtype),
+        })
+    }
+
     /// Part of a tensor's bytes, mapped: for reading a large one piece by piece.
     ///
     /// # Errors
@@ -285,7 +437,7 @@ impl ModelFiles {
 impl Shard {
     fn len(&self) -> Result<u64> {
         match &self.data {
-            ShardData::Static(bytes) => Ok(bytes.len() as u64),
+            ShardData::Memory(bytes) => Ok(bytes.len() as u64),
             ShardData::File { path, file } => match file.metadata() {
                 Ok(metadata) => Ok(metadata.len()),
                 Err(source) => Err(Error::Io { path: path.clone(), source }),
@@ -298,10 +450,7 @@ impl Shard {
         match &self.data {
             // An empty map is an error on some systems.
             _ if len == 0 => Ok(Bytes::Static(&[])),
-            ShardData::Static(bytes) => {
-                let offset = offset as usize;
-                Ok(Bytes::Static(&bytes[offset..offset + len]))
-            }
+            ShardData::Memory(bytes) => Ok(bytes.part(offset as usize, len)),
             ShardData::File { path, file } => mapped::map(file, offset, len)
                 .map(|map| Bytes::Mapped(Arc::new(map)))
                 .map_err(|source| Error::Io { path: path.clone(), source }),
@@ -309,8 +458,87 @@ impl Shard {
     }
 }
 
-fn embedded(files: &'static [(&'static str, &'static [u8])], name: &str) -> Option<&'static [u8]> {
-    files.iter().find(|(file, _)| *file == name).map(|(_, bytes)| *bytes)
+/// What a part of a split GGUF model says of itself.
+#[derive(Debug, PartialEq, Eq)]
+struct Split {
+    /// From 0.
+    no: u64,
+    /// 0 where a merged model kept the key.
+    count: u64,
+    /// In all parts.
+    tensors: u64,
+}
+
+impl Split {
+    fn of(metadata: &Metadata) -> Result<Self> {
+        let count = metadata.get("split.count")?.unwrap_or(0);
+        if count <= 1 {
+            return Ok(Self { no: 0, count, tensors: 0 });
+        }
+        let (no, tensors) =
+            (metadata.require("split.no")?, metadata.require("split.tensors.count")?);
+        Ok(Self { no, count, tensors })
+    }
+
+    fn check(&self, file: &str, expected: Self) -> Result<()> {
+        if *self == expected {
+            return Ok(());
+        }
+        let shown = |split: &Self| {
+            let Self { no, count, tensors } = split;
+            format!("split.no {no}, split.count {count}, split.tensors.count {tensors}")
+        };
+        let (expected, found) = (shown(&expected), shown(self));
+        Err(Error::GgufSplit { file: file.to_owned(), expected, found })
+    }
+}
+
+/// The name of a part of a split GGUF model: `{stem}-00001-of-00003.gguf`.
+struct SplitName<'a> {
+    stem: &'a str,
+    count: u64,
+}
+
+impl<'a> SplitName<'a> {
+    fn parse(name: &'a str) -> Option<Self> {
+        let number = |text: &str| -> Option<u64> {
+            let digits = text.len() == 5 && text.bytes().all(|byte| byte.is_ascii_digit());
+            if digits { text.parse().ok() } else { None }
+        };
+        let (rest, count) = name.strip_suffix(".gguf")?.rsplit_once("-of-")?;
+        let (stem, no) = rest.rsplit_once('-')?;
+        let (no, count) = (number(no)?, number(count)?);
+        if (1..=count).contains(&no) { Some(Self { stem, count }) } else { None }
+    }
+
+    /// The name of part `no`, counted from 1.
+    fn name(&self, no: u64) -> String {
+        format!("{}-{no:05}-of-{:05}.gguf", self.stem, self.count)
+    }
+}
+
+fn in_memory<'a>(files: &'a [(String, Bytes)], name: &Path) -> Option<&'a Bytes> {
+    files.iter().find(|(file, _)| Path::new(file) == name).map(|(_, bytes)| bytes)
+}
+
+fn has_gguf_extension(path: &Path) -> bool {
+    path.extension().is_some_and(|extension| extension.eq_ignore_ascii_case("gguf"))
+}
+
+/// Whether a file is called a GGUF file, or begins like one: caches name files by their hash.
+fn is_gguf(path: &Path) -> Result<bool> {
+    let Some(mut file) = open_regular(path)? else {
+        return Ok(false);
+    };
+    if has_gguf_extension(path) {
+        return Ok(true);
+    }
+    let mut start = [0; gguf::MAGIC.len()];
+    match file.read_exact(&mut start) {
+        Ok(()) => Ok(start == gguf::MAGIC),
+        Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => Ok(false),
+        Err(source) => Err(Error::Io { path: path.to_owned(), source }),
+    }
 }
 
 /// Opens a regular file or a link to one; `None` if it does not exist. Anything else (opening a
@@ -326,8 +554,11 @@ fn open_regular(path: &Path) -> Result<Option<File>> {
 }
 
 /// Whether `name` is a file name and nothing else on every system: no directory, drive or parent.
+/// Nor a name that no message can hold: of more bytes than file systems allow, or of several lines.
 fn is_plain_file_name(name: &str) -> bool {
     let mut components = Path::new(name).components();
     matches!((components.next(), components.next()), (Some(Component::Normal(_)), None))
-        && !name.contains(['/', '\\', ':', '\0'])
+        && name.len() <= 255
+        && !name.contains(['/', '\\', ':'])
+        && !name.contains(char::is_control)
 }

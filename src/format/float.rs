@@ -95,6 +95,25 @@ pub fn f16_to_f32(bits: u16) -> f32 {
     f32::from_bits(value.to_bits() | sign)
 }
 
+/// f32 → IEEE half, to nearest, ties to even; past the range infinity, NaN stays NaN.
+pub fn f32_to_f16(value: f32) -> u16 {
+    let sign = (value.to_bits() >> 16) as u16 & 0x8000;
+    let magnitude = value.abs();
+    if value.is_nan() {
+        return sign | 0x7e00;
+    }
+    let bits = if magnitude < f32::from_bits((127 - 14) << 23) {
+        // Subnormal: adding 0.5 aligns a unit of the half (2^−24) with f32's last place.
+        ((magnitude + 0.5).to_bits() - 0.5f32.to_bits()) as u16
+    } else {
+        // Thirteen fraction bits go; the exponent's bias is 112 less. A carry moves on into it.
+        let bits = magnitude.to_bits();
+        let rounded = bits + 0x0fff + (bits >> 13 & 1);
+        ((rounded - (112 << 23)) >> 13).min(0x7c00) as u16
+    };
+    sign | bits
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -138,5 +157,27 @@ mod tests {
             assert!(found == expected || (found.is_nan() && expected.is_nan()), "{bits:#06x}");
             assert_eq!(found.is_sign_negative(), bits & 0x8000 != 0, "{bits:#06x}");
         }
+    }
+
+    #[test]
+    fn rounding_to_half() {
+        // Every half is itself, and stays it up to the middle to its neighbours.
+        for bits in 0..0x7c00u16 {
+            let value = f16_to_f32(bits);
+            assert_eq!(f32_to_f16(value), bits);
+            assert_eq!(f32_to_f16(-value), bits | 0x8000);
+            if bits < 0x7bff {
+                let middle = (value + f16_to_f32(bits + 1)) / 2.0;
+                assert_eq!(f32_to_f16(middle), bits + (bits & 1), "{bits:#x}");
+                assert_eq!(f32_to_f16(middle.next_down()), bits);
+                assert_eq!(f32_to_f16(middle.next_up()), bits + 1);
+            }
+        }
+        assert_eq!(f32_to_f16(65_519.0), 0x7bff);
+        assert_eq!(f32_to_f16(65_520.0), 0x7c00);
+        assert_eq!(f32_to_f16(1e30), 0x7c00);
+        assert_eq!(f32_to_f16(f32::NEG_INFINITY), 0xfc00);
+        assert!(f16_to_f32(f32_to_f16(f32::NAN)).is_nan());
+        assert_eq!(f32_to_f16(1e-30), 0);
     }
 }

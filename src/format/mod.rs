@@ -2,9 +2,12 @@
 
 mod files;
 pub mod float;
+pub mod ggml;
+pub mod gguf;
 mod mapped;
 mod safetensors;
 
+use std::ops::Range;
 use std::sync::Arc;
 
 pub use files::ModelFiles;
@@ -60,8 +63,27 @@ pub enum Bytes {
     Mapped(Arc<memmap2::Mmap>),
     /// Read into memory.
     Owned(Arc<[u8]>),
+    /// A range of a file that is in memory.
+    Part(Arc<[u8]>, Range<usize>),
     /// Part of the program.
     Static(&'static [u8]),
+}
+
+impl Bytes {
+    /// The same bytes from `start`, `len` of them.
+    ///
+    /// # Panics
+    /// If there are not that many, or they are a map: those are made in the size that is needed.
+    fn part(&self, start: usize, len: usize) -> Self {
+        match self {
+            Self::Owned(bytes) => {
+                assert!(len <= bytes.len() && start <= bytes.len() - len);
+                Self::Part(bytes.clone(), start..start + len)
+            }
+            Self::Static(bytes) => Self::Static(&bytes[start..][..len]),
+            Self::Mapped(_) | Self::Part(..) => panic!("not a whole file in memory"),
+        }
+    }
 }
 
 impl std::ops::Deref for Bytes {
@@ -71,8 +93,15 @@ impl std::ops::Deref for Bytes {
         match self {
             Self::Mapped(map) => map,
             Self::Owned(bytes) => bytes,
+            Self::Part(bytes, range) => &bytes[range.clone()],
             Self::Static(bytes) => bytes,
         }
+    }
+}
+
+impl std::fmt::Debug for Bytes {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "{} bytes", self.len())
     }
 }
 
@@ -81,11 +110,13 @@ impl std::ops::Deref for Bytes {
 pub struct TensorInfo {
     /// The tensor's name.
     pub name: String,
-    /// Element type as the file spells it; it need not be a [`Dtype`].
+    /// Element type as the file spells it; it need not be a [`Dtype`]. In a GGUF file the name of a
+    /// [`GgmlType`](ggml::GgmlType), or a name for messages if it is none.
     pub dtype: String,
     /// Row-major shape, last axis contiguous.
     pub shape: Vec<usize>,
-    /// Length of the elements.
+    /// Length of the elements; in a GGUF file, of all bytes to the next tensor if the type is
+    /// unknown.
     pub len_bytes: u64,
     /// Where the elements begin in their file.
     offset: u64,

@@ -4,14 +4,17 @@
 //! runs it (`utils/chat_template_utils.py`), with a limit on its steps.
 
 use std::collections::BTreeMap;
+use std::fmt::{self, Write as _};
+use std::io;
+use std::sync::atomic::{AtomicUsize, Ordering};
 
 use minijinja::syntax::SyntaxConfig;
 use minijinja::value::{Kwargs, Serde};
-use minijinja::{Environment, ErrorKind, context};
+use minijinja::{Environment, ErrorKind, Output, context};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
-use super::Source;
+use super::{GgufVocabulary, Source};
 use crate::error::{Error, Result};
 
 /// Who speaks.
@@ -42,8 +45,20 @@ impl Message {
     }
 }
 
+/// How BitNet b1.58 2B4T was trained to talk (`tokenizer_config.json` of the original checkpoint).
+const BITNET_2B4T: &str = "{{ bos_token }}{% for message in messages %}\
+    {{ message['role'] | capitalize + ': ' + message['content'] | trim + '<|eot_id|>' }}\
+    {% endfor %}{% if add_generation_prompt %}{{ 'Assistant: ' }}{% endif %}";
+
 /// Steps that a template may take: thousands of times more than any in the wild needs.
 const FUEL: u64 = 10_000_000;
+
+/// The longest text that a template may write: far more than any context holds.
+///
+/// That bounds the text, and what `{{ … }}` writes into variables and macros. The engine has no
+/// bound for a string that an expression makes (`x ~ x`, `x | replace(…)`), nor for plain template
+/// text inside `{% set %}…{% endset %}`: a hostile template can still exhaust memory with those.
+const MAX_TEXT_BYTES: usize = 16 << 20;
 
 /// A model's own chat template.
 #[derive(Debug, Clone)]
@@ -83,12 +98,33 @@ impl ChatTemplate {
         }))
     }
 
+    /// The template of a GGUF file; `None` if it has none. Instead of the placeholder that
+    /// bitnet.cpp writes into BitNet b1.58 2B4T, the template of the original checkpoint, which
+    /// [`GgufVocabulary::notes`] tells.
+    ///
+    /// `is_2b4t`: whether the file has that model's dimensions; its own architecture,
+    /// `bitnet-b1.58`, is known without. A template that is not the placeholder is always kept.
+    pub fn from_gguf(vocabulary: &GgufVocabulary, is_2b4t: bool) -> Option<Self> {
+        let template = vocabulary.chat_template.as_deref()?;
+        let is_wrong = vocabulary.has_wrong_template(is_2b4t);
+        Some(Self {
+            file: vocabulary.file.clone(),
+            template: if is_wrong { BITNET_2B4T } else { template }.to_owned(),
+            special_tokens: vocabulary.special_tokens(),
+        })
+    }
+
+    /// The Jinja program.
+    pub(super) fn into_template(self) -> String {
+        self.template
+    }
+
     /// The text of a conversation; with `add_generation_prompt`, it ends where the assistant's
     /// answer begins. Encode it without adding special tokens: the template has written them.
     ///
     /// # Errors
     /// [`Error::ChatTemplate`] if the template is invalid, refuses the messages
-    /// (`raise_exception`), or does not end.
+    /// (`raise_exception`), does not end, or writes more than 16 MiB.
     pub fn render(&self, messages: &[Message], add_generation_prompt: bool) -> Result<String> {
         let render = || {
             let environment = environment()?;
@@ -100,7 +136,11 @@ impl ChatTemplate {
                 documents => (),
                 ..minijinja::Value::from(Serde(&self.special_tokens))
             };
-            environment.template_from_str(&self.template)?.render(variables)
+            let mut text = Vec::new();
+            let output = Limited { inner: &mut text, left: MAX_TEXT_BYTES };
+            environment.template_from_str(&self.template)?.render_captured_to(variables, output)?;
+            String::from_utf8(text)
+                .map_err(|error| minijinja::Error::new(ErrorKind::WriteFailure, error.to_string()))
         };
         render().map_err(|source| Error::ChatTemplate { file: self.file.clone(), source })
     }
@@ -132,7 +172,7 @@ fn template_of<'a>(file: &str, config: &'a Value) -> Result<Option<&'a str>> {
 }
 
 /// Every `…_token` that is a string or a `{content}` object.
-fn special_tokens(config: &Value) -> BTreeMap<String, String> {
+pub(super) fn special_tokens(config: &Value) -> BTreeMap<String, String> {
     let entries = config.as_object().into_iter().flatten();
     let tokens = entries.filter(|(key, _)| key.ends_with("_token"));
     let text = |value: &Value| {
@@ -147,6 +187,11 @@ fn environment() -> std::result::Result<Environment<'static>, minijinja::Error> 
     environment.set_syntax(SyntaxConfig::builder().trim_blocks(true).lstrip_blocks(true).build()?);
     environment.set_auto_escape_callback(|_| minijinja::AutoEscape::None);
     environment.set_fuel(Some(FUEL));
+    let written = AtomicUsize::new(0);
+    environment.set_formatter(move |output, _, value| {
+        // Nothing is escaped, whatever the template says.
+        write!(Counted { output, written: &written }, "{value}").map_err(|_| too_long())
+    });
     environment.set_unknown_method_callback(minijinja_contrib::pycompat::unknown_method_callback);
     environment.add_function("raise_exception", |message: String| {
         Err::<(), _>(minijinja::Error::new(ErrorKind::InvalidOperation, message))
@@ -157,6 +202,46 @@ fn environment() -> std::result::Result<Environment<'static>, minijinja::Error> 
     });
     environment.add_filter("tojson", to_json);
     Ok(environment)
+}
+
+fn too_long() -> minijinja::Error {
+    let problem = format!("it writes more than {MAX_TEXT_BYTES} bytes");
+    minijinja::Error::new(ErrorKind::InvalidOperation, problem)
+}
+
+/// The text of a template, up to a length.
+struct Limited<'a> {
+    inner: &'a mut Vec<u8>,
+    left: usize,
+}
+
+impl io::Write for Limited<'_> {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        self.left =
+            self.left.checked_sub(bytes.len()).ok_or_else(|| io::Error::other(too_long()))?;
+        self.inner.extend(bytes);
+        Ok(bytes.len())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+/// What `{{ … }}` writes, be it to the text or into a variable or macro: up to a length in all.
+struct Counted<'a, 'o> {
+    output: &'a mut Output<'o>,
+    written: &'a AtomicUsize,
+}
+
+impl fmt::Write for Counted<'_, '_> {
+    fn write_str(&mut self, text: &str) -> fmt::Result {
+        let before = self.written.fetch_add(text.len(), Ordering::Relaxed);
+        if before.saturating_add(text.len()) > MAX_TEXT_BYTES {
+            return Err(fmt::Error);
+        }
+        self.output.write_str(text)
+    }
 }
 
 /// Python's `json.dumps(value, ensure_ascii=False, indent=indent)`; the engine's own filter escapes
@@ -316,6 +401,14 @@ mod tests {
             "{% for a in range(99999) %}{% for b in range(99999) %}x{% endfor %}{% endfor %}",
             "{{ 'x' * 9999999999999 }}",
             "{% include 'chat' %}",
+            // Each writes terabytes.
+            "{% for i in range(99999) %}{{ 'x' * 99999999 }}{% endfor %}",
+            "{% set x = 'x' * 10000 %}{% for i in range(99999) %}{{ x }}{% endfor %}",
+            &format!("{{% for i in range(99999) %}}{}{{% endfor %}}", "x".repeat(100_000)),
+            "{% set x = 'xx' %}{% set ns = namespace(x=x) %}{% for i in range(50) %}\
+             {% set y %}{{ ns.x }}{{ ns.x }}{% endset %}{% set ns.x = y %}{% endfor %}",
+            "{% set ns = namespace(x='xx') %}{% for i in range(50) %}\
+             {% set y %}{{ [ns.x, ns.x] }}{% endset %}{% set ns.x = y %}{% endfor %}",
             &nested,
             &parens,
         ] {

@@ -1,21 +1,29 @@
-//! Text ↔ token ids, by the model's own `tokenizer.json`, chat template and stop tokens.
+//! Text ↔ token ids, by the model's own `tokenizer.json` or GGUF metadata, chat template and stop
+//! tokens.
 //!
 //! - [`Tokenizer`]: encode and decode;
+//! - [`GgufVocabulary`]: what a GGUF file says about all of these;
 //! - [`DecodeStream`]: decode token by token, without broken characters;
 //! - [`ChatTemplate`]: messages → the text that the model was trained on;
 //! - [`stop_ids`]: the tokens that end a text.
 
 mod chat;
+mod gguf;
+mod sentencepiece;
 mod stop;
 mod stream;
+mod to_gguf;
 
 pub use chat::{ChatTemplate, Message, Role};
+pub use gguf::{GgufVocabulary, TokenKind};
 pub use stop::stop_ids;
 pub use stream::DecodeStream;
+pub use to_gguf::HuggingFaceFiles;
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
 
 use crate::error::{Error, Result};
+use sentencepiece::SentencePiece;
 
 /// A file of the model, for the functions here: its name for messages, and its contents.
 #[derive(Debug, Clone, Copy)]
@@ -33,11 +41,25 @@ impl Source<'_> {
     }
 }
 
-/// A model's tokenizer, in the Hugging Face format.
+/// A model's tokenizer.
 pub struct Tokenizer {
     file: String,
-    inner: tokenizers::Tokenizer,
+    inner: Inner,
     vocab_size: usize,
+    /// What [`Tokenizer::encode`] puts before and after a text, other than what `inner` does.
+    bos: Option<u32>,
+    eos: Option<u32>,
+}
+
+enum Inner {
+    /// Of a `tokenizer.json`, or the byte-level BPE of a GGUF file.
+    HuggingFace {
+        tokenizer: Box<tokenizers::Tokenizer>,
+        /// What the model gives for a byte that the vocabulary lacks; not a token.
+        missing_id: Option<u32>,
+    },
+    /// The SentencePiece BPE of a GGUF file.
+    SentencePiece(Box<SentencePiece>),
 }
 
 impl Tokenizer {
@@ -60,7 +82,10 @@ impl Tokenizer {
             Some((token, &id)) if id as usize >= model_vocab_size => {
                 format!("token {token:?} has id {id}, the model's vocab_size is {model_vocab_size}")
             }
-            Some(_) => return Ok(Self { file, inner, vocab_size: vocab.len() }),
+            Some(_) => {
+                let inner = Inner::HuggingFace { tokenizer: Box::new(inner), missing_id: None };
+                return Ok(Self { file, inner, vocab_size: vocab.len(), bos: None, eos: None });
+            }
         };
         Err(Error::Tokenizer { file, problem })
     }
@@ -73,8 +98,25 @@ impl Tokenizer {
     /// # Errors
     /// [`Error::Tokenizer`] if the tokenizer cannot represent the text.
     pub fn encode(&self, text: &str, add_special_tokens: bool) -> Result<Vec<u32>> {
-        let encode = || self.inner.encode_fast(text, add_special_tokens);
-        Ok(guarded(&self.file, encode)?.get_ids().to_vec())
+        let ids = match &self.inner {
+            Inner::HuggingFace { tokenizer, missing_id } => {
+                let encode = || tokenizer.encode_fast(text, add_special_tokens);
+                let ids = guarded(&self.file, encode)?.get_ids().to_vec();
+                if missing_id.is_some_and(|missing| ids.contains(&missing)) {
+                    let problem = "the text has bytes that the vocabulary has no token for";
+                    return Err(Error::Tokenizer {
+                        file: self.file.clone(),
+                        problem: problem.to_owned(),
+                    });
+                }
+                ids
+            }
+            Inner::SentencePiece(pieces) => pieces.encode(text),
+        };
+        if !add_special_tokens || (self.bos.is_none() && self.eos.is_none()) {
+            return Ok(ids);
+        }
+        Ok(self.bos.into_iter().chain(ids).chain(self.eos).collect())
     }
 
     /// Token ids → text; ids without a token give nothing, invalid UTF-8 gives U+FFFD.
@@ -82,7 +124,17 @@ impl Tokenizer {
     /// # Errors
     /// [`Error::Tokenizer`] if the file's decoder fails.
     pub fn decode(&self, ids: &[u32], skip_special_tokens: bool) -> Result<String> {
-        guarded(&self.file, || self.inner.decode(ids, skip_special_tokens))
+        match &self.inner {
+            Inner::HuggingFace { tokenizer, missing_id } => {
+                let decode = |ids: &[u32]| tokenizer.decode(ids, skip_special_tokens);
+                if missing_id.is_some_and(|missing| ids.contains(&missing)) {
+                    let ids = ids.iter().copied().filter(|&id| Some(id) != *missing_id);
+                    return guarded(&self.file, || decode(&ids.collect::<Vec<u32>>()));
+                }
+                guarded(&self.file, || decode(ids))
+            }
+            Inner::SentencePiece(pieces) => Ok(pieces.decode(ids, skip_special_tokens)),
+        }
     }
 
     /// Starts decoding token by token what follows the tokens `context`; skips special tokens.
@@ -100,28 +152,66 @@ impl Tokenizer {
 
     /// The id of a token, as the vocabulary spells it.
     pub fn token_id(&self, token: &str) -> Option<u32> {
-        self.inner.token_to_id(token)
+        match &self.inner {
+            Inner::HuggingFace { tokenizer, missing_id } => {
+                tokenizer.token_to_id(token).filter(|&id| Some(id) != *missing_id)
+            }
+            Inner::SentencePiece(pieces) => pieces.id(token),
+        }
     }
 
     /// The token of an id, as the vocabulary spells it.
     pub fn token(&self, id: u32) -> Option<String> {
-        let added = self.inner.get_added_vocabulary();
-        added.simple_id_to_token(id).or_else(|| self.inner.id_to_token(id))
+        match &self.inner {
+            Inner::HuggingFace { missing_id, .. } if Some(id) == *missing_id => None,
+            Inner::HuggingFace { tokenizer, .. } => {
+                let added = tokenizer.get_added_vocabulary();
+                added.simple_id_to_token(id).or_else(|| tokenizer.id_to_token(id))
+            }
+            Inner::SentencePiece(pieces) => pieces.piece(id).map(|piece| piece.text.clone()),
+        }
     }
 
     /// The id of a token that the tokenizer marks as special.
     pub fn special_token_id(&self, token: &str) -> Option<u32> {
-        let added = self.inner.get_added_vocabulary();
-        if added.is_special_token(token) { self.token_id(token) } else { None }
+        let id = self.token_id(token)?;
+        let is_special = match &self.inner {
+            Inner::HuggingFace { tokenizer, .. } => {
+                tokenizer.get_added_vocabulary().is_special_token(token)
+            }
+            Inner::SentencePiece(pieces) => pieces.piece(id)?.is_special(),
+        };
+        is_special.then_some(id)
     }
 
     /// The ids of all special tokens, ascending.
     pub fn special_ids(&self) -> Vec<u32> {
-        let added = self.inner.get_added_vocabulary().get_added_tokens_decoder();
-        let special = added.iter().filter(|(_, token)| token.special);
-        let mut ids: Vec<u32> = special.map(|(&id, _)| id).collect();
-        ids.sort_unstable();
-        ids
+        match &self.inner {
+            Inner::HuggingFace { tokenizer, .. } => {
+                let added = tokenizer.get_added_vocabulary().get_added_tokens_decoder();
+                let special = added.iter().filter(|(_, token)| token.special);
+                let mut ids: Vec<u32> = special.map(|(&id, _)| id).collect();
+                ids.sort_unstable();
+                ids
+            }
+            Inner::SentencePiece(pieces) => pieces.special_ids(),
+        }
+    }
+}
+
+/// Text of a file as a message shows it: a hostile file may have anything there, of any length.
+fn quoted(text: &str) -> String {
+    match text.char_indices().nth(40) {
+        Some((end, _)) => format!("{:?}…", &text[..end]),
+        None => format!("{text:?}"),
+    }
+}
+
+/// The first characters of JSON, for a message.
+fn shortened(text: &str, max_characters: usize) -> String {
+    match text.char_indices().nth(max_characters) {
+        Some((end, _)) => text[..end].to_owned() + "…",
+        None => text.to_owned(),
     }
 }
 

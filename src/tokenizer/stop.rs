@@ -2,13 +2,26 @@
 
 use serde_json::Value;
 
-use super::{Source, Tokenizer};
+use super::{Source, Tokenizer, shortened};
 use crate::error::{Error, Result};
 
 /// Tokens that end a text or a turn wherever they are special tokens; checkpoints often list only
 /// one of those that their model produces.
-const END_TOKENS: [&str; 5] =
-    ["<|eot_id|>", "<|im_end|>", "<|end_of_turn|>", "<|endoftext|>", "<|end_of_text|>"];
+const END_TOKENS: [&str; 6] =
+    ["<|eot_id|>", "<|im_end|>", "<|end_of_turn|>", "<|endoftext|>", "<|end_of_text|>", "</s>"];
+
+/// Those of the well-known end tokens that `tokenizer` marks as special.
+pub(super) fn end_token_ids(tokenizer: &Tokenizer) -> impl Iterator<Item = u32> {
+    END_TOKENS.iter().filter_map(|token| tokenizer.special_token_id(token))
+}
+
+/// Each id once, ascending.
+pub(super) fn sorted_ids(ids: impl Iterator<Item = u32>) -> Vec<u32> {
+    let mut ids: Vec<u32> = ids.collect();
+    ids.sort_unstable();
+    ids.dedup();
+    ids
+}
 
 /// The tokens that end a text, ascending: `eos_token_id` (a number or a list) of each of `configs`
 /// (`generation_config.json` and `config.json`), and the well-known end tokens that `tokenizer`
@@ -22,33 +35,29 @@ pub fn stop_ids(
     configs: &[Source<'_>],
     vocab_size: usize,
 ) -> Result<Vec<u32>> {
-    let named = END_TOKENS.iter().filter_map(|token| tokenizer.special_token_id(token));
-    let mut ids: Vec<u32> = named.collect();
+    let mut ids: Vec<u32> = end_token_ids(tokenizer).collect();
     for config in configs {
-        match config.json()?.get("eos_token_id") {
-            None | Some(Value::Null) => {}
-            Some(Value::Array(list)) => {
-                for id in list {
-                    ids.push(token_id(config.file, id, vocab_size)?);
-                }
-            }
-            Some(id) => ids.push(token_id(config.file, id, vocab_size)?),
-        }
+        ids.extend(eos_ids(*config, vocab_size)?);
     }
-    ids.sort_unstable();
-    ids.dedup();
-    Ok(ids)
+    Ok(sorted_ids(ids.into_iter()))
+}
+
+/// `eos_token_id` of a file, in its order.
+pub(super) fn eos_ids(config: Source<'_>, vocab_size: usize) -> Result<Vec<u32>> {
+    let json = config.json()?;
+    let ids = match json.get("eos_token_id") {
+        None | Some(Value::Null) => &[],
+        Some(Value::Array(list)) => list.as_slice(),
+        Some(id) => std::slice::from_ref(id),
+    };
+    ids.iter().map(|id| token_id(config.file, id, vocab_size)).collect()
 }
 
 fn token_id(file: &str, id: &Value, vocab_size: usize) -> Result<u32> {
     let valid = id.as_u64().and_then(|id| u32::try_from(id).ok());
     valid.filter(|&id| (id as usize) < vocab_size).ok_or_else(|| {
         // A hostile file may have anything here, of any length.
-        let mut found = id.to_string();
-        if let Some((end, _)) = found.char_indices().nth(40) {
-            found.truncate(end);
-            found.push('…');
-        }
+        let found = shortened(&id.to_string(), 40);
         Error::Config {
             file: file.to_owned(),
             key: "eos_token_id".to_owned(),

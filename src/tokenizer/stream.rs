@@ -5,7 +5,7 @@
 
 use tokenizers::DecoderWrapper;
 
-use super::Tokenizer;
+use super::{Inner, Tokenizer};
 use crate::error::Result;
 
 /// Turns one token after another into text; holds back the bytes of an unfinished character.
@@ -15,9 +15,10 @@ pub struct DecodeStream<'a> {
 }
 
 enum State {
-    /// Byte-level BPE: a token is a string of bytes, at most three of which wait for the rest of
-    /// their character.
-    Bytes(Vec<u8>),
+    /// Byte-level BPE and SentencePiece of a GGUF file: a token is a string of bytes, at most three
+    /// of which wait for the rest of their character. `drop_space`: the text has not begun yet, and
+    /// its first space is none of it.
+    Bytes { waiting: Vec<u8>, drop_space: bool },
     /// Any other decoder: a token's text may depend on its neighbours. `tokens[..read]` have been
     /// handed out, and are kept as context for the others, which wait.
     Window { tokens: Vec<u32>, read: usize },
@@ -30,8 +31,18 @@ const MAX_WAITING_TOKENS: usize = 4;
 
 impl<'a> DecodeStream<'a> {
     pub(super) fn new(tokenizer: &'a Tokenizer, context: &[u32]) -> Result<Self> {
-        let state = match tokenizer.inner.get_decoder() {
-            Some(DecoderWrapper::ByteLevel(_)) => State::Bytes(Vec::with_capacity(64)),
+        let decoder = match &tokenizer.inner {
+            Inner::HuggingFace { tokenizer, .. } => tokenizer.get_decoder(),
+            Inner::SentencePiece(pieces) => {
+                let drop_space = pieces.space_prefix() && pieces.is_empty_text(context);
+                let waiting = Vec::with_capacity(64);
+                return Ok(Self { tokenizer, state: State::Bytes { waiting, drop_space } });
+            }
+        };
+        let state = match decoder {
+            Some(DecoderWrapper::ByteLevel(_)) => {
+                State::Bytes { waiting: Vec::with_capacity(64), drop_space: false }
+            }
             _ => {
                 let tokens = context[context.len().saturating_sub(CONTEXT_TOKENS)..].to_vec();
                 State::Window { read: tokens.len(), tokens }
@@ -46,8 +57,14 @@ impl<'a> DecodeStream<'a> {
     /// [`crate::Error::Tokenizer`] if the file's decoder fails.
     pub fn push(&mut self, token: u32) -> Result<String> {
         match &mut self.state {
-            State::Bytes(waiting) => {
+            State::Bytes { waiting, drop_space } => {
                 self.tokenizer.append_bytes(token, waiting);
+                if *drop_space && !waiting.is_empty() {
+                    *drop_space = false;
+                    if waiting.starts_with(b" ") {
+                        waiting.remove(0);
+                    }
+                }
                 Ok(take_characters(waiting))
             }
             State::Window { tokens, .. } => {
@@ -67,7 +84,7 @@ impl<'a> DecodeStream<'a> {
 
     pub(crate) fn flush(&mut self) -> Result<String> {
         match &mut self.state {
-            State::Bytes(waiting) => {
+            State::Bytes { waiting, .. } => {
                 Ok(String::from_utf8_lossy(&std::mem::take(waiting)).into_owned())
             }
             State::Window { .. } => self.advance_window(true),
@@ -120,10 +137,14 @@ fn may_be_completed(bytes: &[u8]) -> bool {
 }
 
 impl Tokenizer {
-    /// Appends the bytes of a token of byte-level BPE; special and unknown tokens have none.
+    /// Appends the bytes of a token; special and unknown tokens have none.
     fn append_bytes(&self, id: u32, bytes: &mut Vec<u8>) {
+        let tokenizer = match &self.inner {
+            Inner::HuggingFace { tokenizer, .. } => tokenizer,
+            Inner::SentencePiece(pieces) => return pieces.append_bytes(id, true, bytes),
+        };
         let Some(token) = self.token(id) else { return };
-        if self.inner.get_added_vocabulary().is_special_token(&token) {
+        if tokenizer.get_added_vocabulary().is_special_token(&token) {
             return;
         }
         let start = bytes.len();
@@ -152,6 +173,11 @@ fn byte_of(character: char) -> Option<u8> {
         0x143 => Some(0xad),
         _ => None,
     }
+}
+
+/// The byte-level alphabet.
+pub(super) fn byte_alphabet() -> impl Iterator<Item = char> {
+    (0..=0x143).filter_map(char::from_u32).filter(|&character| byte_of(character).is_some())
 }
 
 #[cfg(test)]
@@ -210,8 +236,7 @@ mod tests {
 
     #[test]
     fn the_byte_alphabet_has_every_byte_once() {
-        let mut bytes: Vec<u8> =
-            (0..0x200).filter_map(char::from_u32).filter_map(byte_of).collect();
+        let mut bytes: Vec<u8> = byte_alphabet().filter_map(byte_of).collect();
         bytes.sort_unstable();
         assert_eq!(bytes, (0..=255).collect::<Vec<u8>>());
         assert_eq!((byte_of('Ġ'), byte_of('Ċ')), (Some(b' '), Some(b'\n')));

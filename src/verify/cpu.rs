@@ -1,20 +1,17 @@
 //! The SIMD kernels on plain slices.
 
 use cpu_ref::attention::Heads;
-use cpu_ref::group_gemv::{bound, group_dot, group_dot_int8, quantize_absmax_groups};
 use cpu_ref::layout::{CHUNK_K, TILE_ROWS, k_chunks};
 use cpu_ref::mlp::Activation;
 use cpu_ref::quantize_absmax::Quantized;
 
-use super::{Check, first_distance, fractions};
 use crate::backend::simd::{
-    self, Activations, CacheHead, GroupLayout, GroupWeights, TableRows, TokenScale,
+    self, Activations, CacheHead, GroupLayout, Matrix, TableRows, TokenScale,
 };
 use crate::error::Result;
-use crate::format::float::f16_to_f32;
-use crate::layout::{Layout, Packed, Signs, group_scales};
-use crate::random::Random;
+use crate::layout::{Layout, Packed};
 use crate::shape::MatShape;
+use crate::weights::TernaryMatrix;
 
 pub(super) struct OnCpu<'a>(pub(super) &'a dyn simd::Kernels);
 
@@ -105,131 +102,84 @@ impl super::Kernels for OnCpu<'_> {
         logits.truncate(rows);
         Ok(logits)
     }
-}
 
-/// The kernels for weights with scales of groups, each layout with its shortest and a longer group.
-pub(super) fn group_checks(kernels: &dyn simd::Kernels) -> Vec<Check> {
-    let layouts = [(GroupLayout::I2, [64, 128]), (GroupLayout::Signs, [128, 256])];
-    let cases: Vec<_> = layouts
-        .into_iter()
-        .flat_map(|(layout, groups)| groups.map(|group| (layout, group)))
-        .flat_map(|(layout, group)| [1, 5].map(|n_tokens| (layout, group, n_tokens)))
-        .collect();
-    let check = |kernel, run: &dyn Fn(&GroupCase) -> Option<String>| {
-        let of_case = |&(layout, group, n_tokens)| run(&GroupCase::new(layout, group, n_tokens));
-        Check { kernel, cases: cases.len(), problem: cases.iter().find_map(of_case) }
-    };
-    vec![
-        check("group_gemv", &|case| case.float(kernels)),
-        check("group_gemv_int8", &|case| case.int8(kernels)),
-        rotation_check(kernels),
-    ]
-}
+    fn group_gemv(&self, matrix: &TernaryMatrix, x: &[f32]) -> Result<Option<Vec<f32>>> {
+        let packed = Matrix::pack(&[matrix])?;
+        let (shape, weights) = (packed.shape, packed.group_weights());
+        let m = x.len() / shape.k();
+        let mut tiled = vec![0.0; shape.n().next_multiple_of(TILE_ROWS) * m];
+        self.0.group_gemm(weights, x, &mut tiled);
+        Ok(Some(self.untile(&tiled, shape.n(), m)))
+    }
 
-fn rotation_check(kernels: &dyn simd::Kernels) -> Check {
-    let mut random = Random::new(0x57E2_7A03);
-    let blocks = [1, 4, 128, 1024];
-    let problem = blocks.into_iter().find_map(|block| {
-        let x = fractions(&mut random, 2 * block, 3);
-        let signs: Vec<f32> = x.iter().map(|x| if *x < 0.0 { -1.0 } else { 1.0 }).collect();
-        let mut found = x.clone();
-        kernels.rotate(&mut found, &signs, block);
-        let expected = cpu_ref::hadamard::rotate(&x, &signs, block);
-        first_distance(&format!("block {block}"), &expected, &found, 0.0)
-    });
-    Check { kernel: "hadamard", cases: blocks.len(), problem }
-}
-
-/// A matrix with scales of groups, and M tokens.
-struct GroupCase {
-    layout: GroupLayout,
-    shape: MatShape,
-    group: usize,
-    w: Vec<i8>,
-    /// `[N, K/group]`.
-    halves: Vec<u16>,
-    /// `[M, K]`.
-    x: Vec<f32>,
-}
-
-impl GroupCase {
-    fn new(layout: GroupLayout, group: usize, n_tokens: usize) -> Self {
-        let (n, k) = (70, 9 * group);
-        let mut random = Random::new(0x57E2_7A02);
-        let mut w = random.trits(n * k);
-        if layout == GroupLayout::Signs {
-            w.iter_mut().for_each(|w| *w = if *w < 0 { -1 } else { 1 });
+    fn group_gemv_int8(
+        &self,
+        matrix: &TernaryMatrix,
+        codes: &[i8],
+        act_scales: &[f32],
+    ) -> Result<Option<Vec<f32>>> {
+        let packed = Matrix::pack(&[matrix])?;
+        let (shape, weights) = (packed.shape, packed.group_weights());
+        let (m, group) = (codes.len() / shape.k(), codes.len() / act_scales.len());
+        let scales: Vec<_> = codes
+            .chunks_exact(group)
+            .zip(act_scales)
+            .map(|(codes, &act_scale)| TokenScale {
+                act_scale,
+                code_sum: codes.iter().map(|&code| i32::from(code)).sum(),
+            })
+            .collect();
+        let mut ordered = vec![0; codes.len()];
+        for (k, &code) in codes.iter().enumerate() {
+            ordered[packed.layout().place(k)] = code;
         }
-        // Halves of either sign between 1/64 and 1/32.
-        let half = |_| 0x2400 | random.bits() as u16 & 0x83ff;
-        let halves = (0..n * k / group).map(half).collect();
-        let x = fractions(&mut random, n_tokens * k, 3);
-        let shape = MatShape::new(n, k).expect("small sizes");
-        Self { layout, shape, group, w, halves, x }
+        let (chunks, groups) = (shape.k() / CHUNK_K, shape.k() / group);
+        let x = Activations::of_groups(&ordered, &scales, chunks, groups);
+        let mut tiled = vec![0.0; shape.n().next_multiple_of(TILE_ROWS) * m];
+        self.0.group_gemm_int8(weights, x, &mut tiled);
+        Ok(Some(self.untile(&tiled, shape.n(), m)))
     }
 
-    fn float(&self, kernels: &dyn simd::Kernels) -> Option<String> {
-        let found = self.run(|weights, y| kernels.group_gemm(weights, &self.x, y));
-        let within = |row: &[i8], scales: &[f32], x: &[f32], found: f32| {
-            (group_dot(row, scales, x), bound(row, scales, x), found)
-        };
-        let near = |(expected, bound, found): (f32, f32, f32)| (expected - found).abs() <= bound;
-        let mut rows = self.each(&found, within).enumerate();
-        let (at, (expected, bound, found)) = rows.find(|&(_, row)| !near(row))?;
-        Some(format!("{}: [{at}]: expected {expected} ± {bound}, found {found}", self.name()))
+    fn quantize_absmax_groups(
+        &self,
+        x: &[f32],
+        group: usize,
+    ) -> Result<Option<(Vec<i8>, Vec<f32>)>> {
+        let layout = GroupLayout::Signs;
+        let mut ordered = vec![0; x.len()];
+        let mut scales = vec![TokenScale::default(); x.len() / group];
+        self.0.quantize_absmax_groups(x, layout, &mut ordered, &mut scales);
+        let codes = (0..x.len()).map(|k| ordered[layout.place(k)]).collect();
+        Ok(Some((codes, scales.iter().map(|scale| scale.act_scale).collect())))
     }
 
-    fn int8(&self, kernels: &dyn simd::Kernels) -> Option<String> {
-        let (k, groups) = (self.shape.k(), self.shape.k() / self.group);
-        let mut codes = vec![0; self.x.len()];
-        let mut scales = vec![TokenScale::default(); self.x.len() / self.group];
-        let tokens = self.x.chunks_exact(k).zip(codes.chunks_exact_mut(k));
-        for ((x, codes), scales) in tokens.zip(scales.chunks_exact_mut(groups)) {
-            kernels.quantize_absmax_groups(x, self.layout, codes, scales);
+    fn group_embedding(&self, table: &TernaryMatrix, token: usize) -> Result<Option<Vec<f32>>> {
+        let packed = Matrix::pack(&[table])?;
+        let mut row = vec![0.0; packed.shape.k()];
+        packed.row(token, &mut row);
+        Ok(Some(row))
+    }
+
+    fn hadamard(&self, x: &[f32], signs: &[f32], block: usize) -> Result<Option<Vec<f32>>> {
+        let mut y = x.to_vec();
+        self.0.rotate(&mut y, signs, block);
+        Ok(Some(y))
+    }
+
+    fn head_norm(&self, head: &[f32], weight: &[f32], eps: f32) -> Result<Option<Vec<f32>>> {
+        let mut head = head.to_vec();
+        self.0.rmsnorm_heads(&mut head, weight, eps);
+        Ok(Some(head))
+    }
+}
+
+impl OnCpu<'_> {
+    /// `[M, N]` of `tiled[tiles][M][32]`.
+    fn untile(&self, tiled: &[f32], n: usize, n_tokens: usize) -> Vec<f32> {
+        let mut y = vec![0.0; n * n_tokens];
+        for (m, y) in y.chunks_exact_mut(n).enumerate() {
+            self.0.untile(tiled, (m, n_tokens), y);
         }
-        let x = Activations::of_groups(&codes, &scales, k / CHUNK_K, groups);
-        let found = self.run(|weights, y| kernels.group_gemm_int8(weights, x, y));
-        let exact = |row: &[i8], scales: &[f32], x: &[f32], _| {
-            let (codes, act_scales) = quantize_absmax_groups(x, self.group);
-            group_dot_int8(row, scales, &codes, &act_scales)
-        };
-        let expected: Vec<f32> = self.each(&found, exact).collect();
-        first_distance(&self.name(), &expected, &found, 0.0)
-    }
-
-    fn name(&self) -> String {
-        let n_tokens = self.x.len() / self.shape.k();
-        format!("{:?} {}, groups of {} × {n_tokens} tokens", self.layout, self.shape, self.group)
-    }
-
-    /// `[M, N]` that `run(weights, y)` writes as `y[tiles][M][32]`.
-    fn run(&self, run: impl FnOnce(GroupWeights<'_>, &mut [f32])) -> Vec<f32> {
-        let (n, k) = (self.shape.n(), self.shape.k());
-        let words = match self.layout {
-            GroupLayout::I2 => Packed::pack(Layout::I2, self.shape, &self.w).words().to_vec(),
-            GroupLayout::Signs => Packed::pack(Signs, self.shape, &self.w).words().to_vec(),
-        };
-        let scales = group_scales::pack(n, k / self.group, &self.halves);
-        let m = self.x.len() / k;
-        let mut tiled = vec![0.0; n.next_multiple_of(TILE_ROWS) * m];
-        run(GroupWeights::new(self.layout, (&words, &scales), k, self.group), &mut tiled);
-        let at = |t, row| tiled[(row / TILE_ROWS * m + t) * TILE_ROWS + row % TILE_ROWS];
-        (0..m).flat_map(|t| (0..n).map(move |row| (t, row))).map(|(t, row)| at(t, row)).collect()
-    }
-
-    /// `judge(row, scales, x, found)` of every token and row.
-    fn each<'a, T>(
-        &'a self,
-        found: &'a [f32],
-        judge: impl Fn(&[i8], &[f32], &[f32], f32) -> T + 'a,
-    ) -> impl Iterator<Item = T> + 'a {
-        let (n, k) = (self.shape.n(), self.shape.k());
-        let groups = k / self.group;
-        found.iter().enumerate().map(move |(at, &found)| {
-            let (m, row) = (at / n, at % n);
-            let halves = &self.halves[row * groups..][..groups];
-            let scales: Vec<f32> = halves.iter().map(|&bits| f16_to_f32(bits)).collect();
-            judge(&self.w[row * k..][..k], &scales, &self.x[m * k..][..k], found)
-        })
+        y
     }
 }

@@ -4,12 +4,17 @@ use cpu_ref::attention::Heads;
 use cpu_ref::mlp::Activation;
 use cpu_ref::quantize_absmax::Quantized;
 
-use crate::backend::gpu::kernels::{self, DenseFormat, DenseShard, padded_rows};
-use crate::backend::gpu::self_test::{decode_codes, multiply, quantize, run};
+use crate::backend::gpu::kernels::{
+    self, DenseFormat, DenseShard, LinearRows, Rotate, padded_rows,
+};
+use crate::backend::gpu::self_test::{
+    GroupInput, decode_codes, embed_groups, multiply, multiply_groups, quantize, run,
+};
 use crate::backend::gpu::{Call, Gpu, PassParams, Slice, Variant};
 use crate::error::Result;
 use crate::layout::Packed;
 use crate::shape::MatShape;
+use crate::weights::TernaryMatrix;
 
 pub(super) struct OnGpu<'a> {
     pub(super) gpu: &'a Gpu,
@@ -110,7 +115,8 @@ impl super::Kernels for OnGpu<'_> {
         let [keys, values] = cache;
         let buffers = [&acc, &weight_scale, &act_scale, &angles, &query, &keys?, &values?];
         let params = PassParams { start: position as u32, ..ONE };
-        run(self.gpu, &kernels::rope(heads), params, &buffers)?;
+        let rows = LinearRows::sums(3 * dim);
+        run(self.gpu, &kernels::rope(heads, &rows), params, &buffers)?;
         Ok(bytemuck::cast_vec(self.gpu.read(&query, dim)?))
     }
 
@@ -123,25 +129,80 @@ impl super::Kernels for OnGpu<'_> {
 
     fn gated_activation(&self, gate: &[f32], up: &[f32], act: Activation) -> Result<Vec<f32>> {
         let sums = self.as_sums(&[gate, up].concat())?;
-        let call = kernels::gated_activation(gate.len(), act);
+        let call = kernels::gated_activation(gate.len(), act, &LinearRows::sums(2 * gate.len()));
         self.run_f32(&call, ONE, &sums.each_ref(), gate.len())
     }
 
     fn residual_add(&self, hidden: &[f32], y: &[f32]) -> Result<Vec<f32>> {
         let [acc, weight_scale, act_scale] = self.as_sums(y)?;
         let inputs = [&self.upload(hidden)?, &acc, &weight_scale, &act_scale];
-        self.run_f32(&kernels::residual_add(y.len()), ONE, &inputs, y.len())
+        let call = kernels::residual_add(y.len(), &LinearRows::sums(y.len()));
+        self.run_f32(&call, ONE, &inputs, y.len())
+    }
+
+    fn group_gemv(&self, matrix: &TernaryMatrix, x: &[f32]) -> Result<Option<Vec<f32>>> {
+        let n_tokens = x.len() / matrix.shape().k();
+        multiply_groups(self.gpu, matrix, GroupInput::Float(x), n_tokens).map(Some)
+    }
+
+    fn group_gemv_int8(
+        &self,
+        matrix: &TernaryMatrix,
+        codes: &[i8],
+        act_scales: &[f32],
+    ) -> Result<Option<Vec<f32>>> {
+        let n_tokens = codes.len() / matrix.shape().k();
+        let input = GroupInput::Int8 { codes, act_scales };
+        multiply_groups(self.gpu, matrix, input, n_tokens).map(Some)
+    }
+
+    fn quantize_absmax_groups(
+        &self,
+        x: &[f32],
+        group: usize,
+    ) -> Result<Option<(Vec<i8>, Vec<f32>)>> {
+        let (codes, act_scales) =
+            (self.gpu.storage("codes", x.len() / 4)?, self.gpu.storage("scales", x.len() / group)?);
+        let call = kernels::quantize_absmax_groups(x.len(), group);
+        run(self.gpu, &call, ONE, &[&self.upload(x)?, &codes, &act_scales])?;
+        let codes = self.gpu.read(&codes, x.len() / 4)?;
+        let codes = decode_codes(Variant::BitSerial, &codes, x.len());
+        let act_scales = self.gpu.read(&act_scales, x.len() / group)?;
+        Ok(Some((codes, bytemuck::cast_vec(act_scales))))
+    }
+
+    fn group_embedding(&self, table: &TernaryMatrix, token: usize) -> Result<Option<Vec<f32>>> {
+        embed_groups(self.gpu, table, token as u32).map(Some)
+    }
+
+    fn hadamard(&self, x: &[f32], signs: &[f32], block: usize) -> Result<Option<Vec<f32>>> {
+        let call = kernels::hadamard(x.len(), block, Rotate::Input);
+        self.run_f32(&call, ONE, &[&self.upload(x)?, &self.upload(signs)?], x.len()).map(Some)
+    }
+
+    fn head_norm(&self, head: &[f32], weight: &[f32], eps: f32) -> Result<Option<Vec<f32>>> {
+        let dim = head.len();
+        // The head as query, key and value.
+        let [acc, weight_scale, act_scale] = self.as_sums(&[head, head, head].concat())?;
+        let weight = self.upload(weight)?;
+        let heads = Heads { query: 1, kv: 1, dim };
+        let call = kernels::head_norm(heads, eps, &LinearRows::sums(3 * dim));
+        let inputs = [&acc, &weight_scale, &act_scale, &weight, &weight];
+        let mut rows = self.run_f32(&call, ONE, &inputs, padded_rows(3 * dim))?;
+        rows.truncate(dim);
+        Ok(Some(rows))
     }
 
     fn embedding(&self, table: &[f32], k: usize, token: usize) -> Result<Vec<f32>> {
         let (rows, shard) = self.table(table, k)?;
-        let tokens = self.upload(&[token as u32])?;
-        self.run_f32(&kernels::embedding(shard), ONE, &[&tokens, &rows], k)
+        let (tokens, none) = (self.upload(&[token as u32])?, self.upload(&[0u32])?);
+        self.run_f32(&kernels::embedding(shard), ONE, &[&tokens, &rows, &none, &none], k)
     }
 
     fn lm_head(&self, table: &[f32], x: &[f32]) -> Result<Vec<f32>> {
         let (rows, shard) = self.table(table, x.len())?;
         let call = kernels::lm_head(shard, shard.rows);
-        self.run_f32(&call, ONE, &[&self.upload(x)?, &rows], shard.rows)
+        let (x, none) = (self.upload(x)?, self.upload(&[0u32])?);
+        self.run_f32(&call, ONE, &[&x, &rows, &none, &none], shard.rows)
     }
 }

@@ -8,6 +8,7 @@ mod cpu;
 mod gpu;
 
 use cpu_ref::attention::Heads;
+use cpu_ref::group_gemv::{group_dot, group_dot_int8, quantize_absmax_groups};
 use cpu_ref::mlp::Activation;
 use cpu_ref::quantize_absmax::Quantized;
 
@@ -15,8 +16,10 @@ use crate::backend::gpu::{Capabilities, Gpu, Variant, adapters};
 use crate::backend::simd::Level;
 use crate::backend::{self, Device};
 use crate::error::Result;
+use crate::format::float::f16_to_f32;
 use crate::random::Random;
 use crate::shape::MatShape;
+use crate::weights::{Alphabet, TernaryMatrix};
 
 /// The kernels of one backend and variant, on plain slices.
 ///
@@ -35,6 +38,41 @@ trait Kernels {
     /// Row `token` of the table `[V, K]`.
     fn embedding(&self, table: &[f32], k: usize, token: usize) -> Result<Vec<f32>>;
     fn lm_head(&self, table: &[f32], x: &[f32]) -> Result<Vec<f32>>;
+
+    // Kernels that a backend may not have by themselves: it answers `None`, and the list of its
+    // checks does not name them.
+
+    /// `y[M, N]` of a matrix with scales of groups and `x[M, K]`.
+    fn group_gemv(&self, _matrix: &TernaryMatrix, _x: &[f32]) -> Result<Option<Vec<f32>>> {
+        Ok(None)
+    }
+    /// `y[M, N]` of a matrix with scales of groups and codes `[M, K]`.
+    fn group_gemv_int8(
+        &self,
+        _matrix: &TernaryMatrix,
+        _codes: &[i8],
+        _act_scales: &[f32],
+    ) -> Result<Option<Vec<f32>>> {
+        Ok(None)
+    }
+    fn quantize_absmax_groups(
+        &self,
+        _x: &[f32],
+        _group: usize,
+    ) -> Result<Option<(Vec<i8>, Vec<f32>)>> {
+        Ok(None)
+    }
+    /// Row `token` of a table with scales of groups.
+    fn group_embedding(&self, _table: &TernaryMatrix, _token: usize) -> Result<Option<Vec<f32>>> {
+        Ok(None)
+    }
+    fn hadamard(&self, _x: &[f32], _signs: &[f32], _block: usize) -> Result<Option<Vec<f32>>> {
+        Ok(None)
+    }
+    /// RMSNorm of one head.
+    fn head_norm(&self, _head: &[f32], _weight: &[f32], _eps: f32) -> Result<Option<Vec<f32>>> {
+        Ok(None)
+    }
 }
 
 /// One kernel of one backend against the reference.
@@ -117,8 +155,7 @@ pub fn verify(device: Device) -> Result<Vec<Verification>> {
         Device::Cpu => {
             for level in Level::available() {
                 let Some(kernels) = level.kernels() else { continue };
-                let (mut checks, integer_hash) = judge(&cpu::OnCpu(kernels.as_ref()))?;
-                checks.extend(cpu::group_checks(kernels.as_ref()));
+                let (checks, integer_hash) = judge(&cpu::OnCpu(kernels.as_ref()))?;
                 results.push(Verification {
                     device: "cpu".to_owned(),
                     description: level.title().to_owned(),
@@ -382,6 +419,105 @@ fn float_cases(kernels: &dyn Kernels) -> Result<Vec<FloatCase>> {
     Ok(cases)
 }
 
+/// A random matrix with scales of groups.
+fn group_matrix(
+    random: &mut Random,
+    shape: MatShape,
+    group: usize,
+    alphabet: Alphabet,
+) -> TernaryMatrix {
+    let trits = match alphabet {
+        Alphabet::Binary => (0..shape.len()).map(|_| 2 * random.below(2) as i8 - 1).collect(),
+        Alphabet::Ternary => random.trits(shape.len()),
+    };
+    // Halves of both signs between 1/16 and 4.
+    let scales = (0..shape.len() / group)
+        .map(|_| (0x2c00 + random.below(0x1800) as u16) | ((random.below(2) as u16) << 15));
+    let scales = scales.collect();
+    TernaryMatrix::from_groups(shape, trits, scales, group, alphabet)
+}
+
+/// The rows of a matrix with scales of groups.
+fn group_rows(matrix: &TernaryMatrix) -> Result<Vec<(Vec<i8>, Vec<f32>)>> {
+    let rows = (0..matrix.shape().n()).map(|n| {
+        let (mut trits, mut scales) = (vec![0; matrix.shape().k()], vec![0; matrix.groups()]);
+        matrix.row_with_scales(n, &mut trits, &mut scales)?;
+        Ok((trits, scales.into_iter().map(f16_to_f32).collect()))
+    });
+    rows.collect()
+}
+
+/// The kernels of models whose scales are those of groups, which a backend may not have by
+/// themselves.
+fn group_cases(kernels: &dyn Kernels) -> Result<Vec<FloatCase>> {
+    let mut random = Random::new(0x57E2_7A02);
+    let mut cases = Vec::new();
+    let mut add = |kernel, shape: String, found, expected, bound| {
+        if let Some(found) = found {
+            cases.push(FloatCase { kernel, shape, found, expected, bound });
+        }
+    };
+    for (alphabet, k, group, n_tokens) in [
+        (Alphabet::Binary, 192, 64, 1),
+        (Alphabet::Binary, 2560, 128, 1),
+        (Alphabet::Binary, 512, 128, 5),
+        (Alphabet::Ternary, 192, 64, 5),
+        (Alphabet::Ternary, 2560, 256, 1),
+    ] {
+        let shape = MatShape::new(70, k)?;
+        let matrix = group_matrix(&mut random, shape, group, alphabet);
+        let rows = group_rows(&matrix)?;
+        let what = format!("{alphabet:?} {shape}, groups of {group}, {n_tokens} tokens");
+        let x = fractions(&mut random, n_tokens * k, 3);
+        let float = |x: &[f32]| {
+            let dot = |(row, scales): &(Vec<i8>, Vec<f32>)| group_dot(row, scales, x);
+            rows.iter().map(dot).collect::<Vec<_>>()
+        };
+        let expected = x.chunks_exact(k).flat_map(float).collect();
+        // Sums of K terms in another order.
+        let bound = 8.0 * FEW_ULP;
+        add("group_gemv", what.clone(), kernels.group_gemv(&matrix, &x)?, expected, bound);
+        let codes = random.codes(n_tokens * k);
+        let act_scales = fractions(&mut random, n_tokens * k / group, 1);
+        let int8 = |(codes, act): (&[i8], &[f32])| {
+            let dot = |(row, d): &(Vec<i8>, Vec<f32>)| group_dot_int8(row, d, codes, act);
+            rows.iter().map(dot).collect::<Vec<_>>()
+        };
+        let tokens = codes.chunks_exact(k).zip(act_scales.chunks_exact(k / group));
+        let expected = tokens.flat_map(int8).collect();
+        let found = kernels.group_gemv_int8(&matrix, &codes, &act_scales)?;
+        add("group_gemv_int8", what.clone(), found, expected, FEW_ULP);
+        let (row, scales) = &rows[65];
+        let weights = row.iter().enumerate();
+        let expected = weights.map(|(k, &trit)| scales[k / group] * f32::from(trit)).collect();
+        add("group_embedding", what, kernels.group_embedding(&matrix, 65)?, expected, 0.0);
+    }
+    let x = fractions(&mut random, 2560, 5);
+    let (_, scales) = quantize_absmax_groups(&x, 128);
+    let found = kernels.quantize_absmax_groups(&x, 128)?;
+    let values = |codes: &[i8], scales: &[f32]| -> Vec<f32> {
+        codes.iter().enumerate().map(|(k, &code)| f32::from(code) * scales[k / 128]).collect()
+    };
+    // Half a step, of a group whose scale is at most that of the largest value.
+    let found_values = found.as_ref().map(|(codes, scales)| values(codes, scales));
+    add("quantize_absmax_groups", "values".to_owned(), found_values, x.clone(), 0.51 / 127.0);
+    let found = found.map(|(_, scales)| scales);
+    add("quantize_absmax_groups", "act_scale".to_owned(), found, scales, FEW_ULP);
+    for block in [64, 512] {
+        let signs: Vec<f32> = (0..x.len()).map(|_| [-1.0, 1.0][random.below(2)]).collect();
+        let found = kernels.hadamard(&x, &signs, block)?;
+        let expected = cpu_ref::hadamard::rotate(&x, &signs, block);
+        add("hadamard", format!("blocks of {block}"), found, expected, FEW_ULP);
+    }
+    for dim in [96, 128] {
+        let (head, weight) = (fractions(&mut random, dim, 3), fractions(&mut random, dim, 2));
+        let found = kernels.head_norm(&head, &weight, 1e-6)?;
+        let expected = cpu_ref::rmsnorm::rmsnorm(&head, &weight, 1e-6);
+        add("head_norm", format!("D {dim}"), found, expected, FEW_ULP);
+    }
+    Ok(cases)
+}
+
 /// Runs all cases on a backend: the checks, and the hash of its integer results.
 fn judge(kernels: &dyn Kernels) -> Result<(Vec<Check>, String)> {
     let mut checks: Vec<Check> = Vec::new();
@@ -403,7 +539,8 @@ fn judge(kernels: &dyn Kernels) -> Result<(Vec<Check>, String)> {
         hash.add(&found);
         add(case.kernel(), first_difference(&case.shape(), &case.expected(), &found));
     }
-    for FloatCase { kernel, shape, found, expected, bound } in float_cases(kernels)? {
+    let floats = float_cases(kernels)?.into_iter().chain(group_cases(kernels)?);
+    for FloatCase { kernel, shape, found, expected, bound } in floats {
         add(kernel, first_distance(&shape, &expected, &found, bound));
     }
     Ok((checks, hash.hex()))
@@ -501,7 +638,9 @@ mod tests {
         for level in verify(Device::Cpu).unwrap() {
             let problems: Vec<_> = level.checks.iter().filter(|c| c.problem.is_some()).collect();
             assert!(level.passed(), "{}: {problems:?}", level.variant);
-            for kernel in ["group_gemv", "group_gemv_int8", "hadamard"] {
+            for kernel in
+                ["group_gemv", "group_gemv_int8", "group_embedding", "hadamard", "head_norm"]
+            {
                 assert!(level.checks.iter().any(|check| check.kernel == kernel), "{kernel}");
             }
         }

@@ -27,7 +27,7 @@ pub enum TableData {
     /// exactly.
     Codes(Codes),
     /// Binary or ternary with a scale for each group.
-    Groups(TernaryMatrix),
+    Groups(Box<TernaryMatrix>),
 }
 
 /// `value[n, k] = scale[n, g]·codes[n, k] + min[n, g]`, `g = k / group`.
@@ -176,7 +176,7 @@ mod tests {
         }
         let scales = vec![0x3c00, 0x4200];
         let matrix = TernaryMatrix::from_groups(shape, trits, scales, 64, Alphabet::Ternary);
-        Table::new(shape, TableData::Groups(matrix)).row(1, &mut row).unwrap();
+        Table::new(shape, TableData::Groups(Box::new(matrix))).row(1, &mut row).unwrap();
         assert_eq!((row[0], row[1], row[63]), (3.0, 0.0, -3.0));
     }
 

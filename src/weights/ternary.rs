@@ -7,6 +7,7 @@ use super::Input;
 use crate::error::{Error, Result};
 use crate::format::TensorView;
 use crate::format::float::{Float, f16_to_f32, first_non_finite};
+use crate::format::ggml::TernaryType;
 use crate::shape::MatShape;
 
 /// A ternary matrix as its file stores it; rows are decoded on demand, so that loading never holds
@@ -16,6 +17,8 @@ pub struct TernaryMatrix {
     scale: WeightScale,
     alphabet: Alphabet,
     rows: Rows,
+    /// Head dimension, where each head's rows are stored even ones of a pair first.
+    interleaved: Option<usize>,
     input: Input,
 }
 
@@ -50,6 +53,11 @@ enum Rows {
     /// MLX: codes U32 `[N, K·bits/32]`, lowest bits first, and F16 scales `[N, K/group]`, which are
     /// twice the weight's for one bit.
     Mlx { codes: TensorView, scales: TensorView },
+    /// GGML blocks. With `one_scale`, the blocks' own scales are all the same (or 0, which makes
+    /// weights 0) and not given along.
+    Ggml { tensor: TensorView, ty: TernaryType, one_scale: bool },
+    /// Floats `[N, K]` of three values.
+    ThreeValues { tensor: TensorView, float: Float },
     /// Plain trits `[N, K]`, and f16 scales `[N, K/group]` where there are groups.
     Trits { trits: Vec<i8>, scales: Vec<u16> },
     /// Random trits and scales, a function of the row.
@@ -58,7 +66,7 @@ enum Rows {
 
 impl TernaryMatrix {
     fn new(shape: MatShape, scale: WeightScale, alphabet: Alphabet, rows: Rows) -> Self {
-        Self { shape, scale, alphabet, rows, input: Input::default() }
+        Self { shape, scale, alphabet, rows, interleaved: None, input: Input::default() }
     }
 
     /// A matrix from plain trits `[N, K]` and the scale that multiplies them.
@@ -187,6 +195,151 @@ impl TernaryMatrix {
         Ok(Self::new(shape, WeightScale::Groups { group }, alphabet, rows))
     }
 
+    /// A matrix in a type of GGML: rows of blocks, whose scales are checked here; `scale` for a type
+    /// whose blocks have none. The codes are checked as rows are decoded.
+    ///
+    /// # Errors
+    /// [`Error::TensorValue`] for a scale that is NaN or infinite, or a group of inputs that no
+    /// kernel takes.
+    ///
+    /// # Panics
+    /// If the tensor is shorter than its shape, or `scale` does not go with the type.
+    pub(crate) fn from_ggml(
+        shape: MatShape,
+        tensor: TensorView,
+        ty: TernaryType,
+        scale: Option<f32>,
+    ) -> Result<Self> {
+        let row_bytes = ty.row_bytes(shape.k()).expect("rows are whole blocks");
+        assert!(tensor.bytes.len() >= shape.n() * row_bytes);
+        let scale = match (ty.group(), scale) {
+            (None, Some(scale)) => WeightScale::Tensor(scale),
+            (Some(group), None) => WeightScale::Groups { group },
+            _ => panic!("{ty:?} has scales of its own or needs one"),
+        };
+        let alphabet = if ty.is_binary() { Alphabet::Binary } else { Alphabet::Ternary };
+        let one_scale = ty.group().is_none();
+        let rows = Rows::Ggml { tensor, ty, one_scale };
+        let matrix = Self::new(shape, scale, alphabet, rows);
+        matrix.each_scale(|n, g, bits| {
+            let scale = f16_to_f32(bits);
+            if scale.is_finite() {
+                return Ok(());
+            }
+            let Rows::Ggml { tensor, .. } = &matrix.rows else { unreachable!("made above") };
+            let group = shape.k() / matrix.groups();
+            Err(value_error(tensor, "finite scales", scale, n, g * group))
+        })?;
+        Ok(matrix)
+    }
+
+    /// A matrix from floats `[N, K]` that are 0 or ± one number, as converters write ternary weights
+    /// into dense files.
+    ///
+    /// # Errors
+    /// [`Error::TensorValue`] for another value.
+    ///
+    /// # Panics
+    /// If the tensor's length does not match the shape.
+    pub(crate) fn from_three_values(
+        shape: MatShape,
+        tensor: TensorView,
+        float: Float,
+    ) -> Result<Self> {
+        assert_eq!(tensor.bytes.len(), shape.len() * float.len_bytes());
+        let row_bytes = shape.k() * float.len_bytes();
+        let decode = |bytes: &[u8]| {
+            let mut row = vec![0.0; shape.k()];
+            float.decode(bytes, &mut row);
+            row
+        };
+        let rows = || tensor.bytes.par_chunks_exact(row_bytes);
+        let largest = |row: Vec<f32>| row.iter().fold(0.0f32, |max, weight| max.max(weight.abs()));
+        let scale = rows().map(|bytes| largest(decode(bytes))).reduce(|| 0.0, f32::max);
+        // A matrix of zeros may have any scale.
+        let scale = if scale > 0.0 { scale } else { 1.0 };
+        rows().enumerate().try_for_each(|(n, bytes)| {
+            let row = decode(bytes);
+            match row.iter().position(|&weight| weight != 0.0 && weight.abs() != scale) {
+                None => Ok(()),
+                Some(k) => {
+                    let expected = "0 and ± one number: ternary weights (convert the Hugging Face \
+                                    checkpoint, which says how to make them ternary)";
+                    Err(value_error(&tensor, expected, row[k], n, k))
+                }
+            }
+        })?;
+        let rows = Rows::ThreeValues { tensor, float };
+        Ok(Self::new(shape, WeightScale::Tensor(scale), Alphabet::Ternary, rows))
+    }
+
+    /// The same matrix with one scale, if the scales of its groups are all the same positive number
+    /// (or 0, which makes the group's weights 0); otherwise the matrix as it is.
+    ///
+    /// # Errors
+    /// As [`TernaryMatrix::row`].
+    pub(crate) fn collapse(self) -> Result<Self> {
+        let Rows::Ggml { one_scale: false, .. } = &self.rows else { return Ok(self) };
+        if self.alphabet == Alphabet::Binary {
+            return Ok(self);
+        }
+        let mut common = None;
+        let mut several = false;
+        self.each_scale(|_, _, bits| {
+            if bits & 0x7fff != 0 {
+                several |= *common.get_or_insert(bits) != bits || bits & 0x8000 != 0;
+            }
+            Ok(())
+        })?;
+        if several {
+            return Ok(self);
+        }
+        let scale = WeightScale::Tensor(common.map_or(1.0, f16_to_f32));
+        let Rows::Ggml { tensor, ty, .. } = self.rows else { unreachable!("matched above") };
+        Ok(Self { scale, rows: Rows::Ggml { tensor, ty, one_scale: true }, ..self })
+    }
+
+    /// Calls `see(n, g, bits)` with every group's scale of a matrix in GGML blocks.
+    fn each_scale(&self, mut see: impl FnMut(usize, usize, u16) -> Result<()>) -> Result<()> {
+        let Rows::Ggml { tensor, ty, .. } = &self.rows else { return Ok(()) };
+        let k = self.shape.k();
+        let row_bytes = ty.row_bytes(k).expect("rows are whole blocks");
+        let rows = tensor.bytes.chunks_exact(row_bytes.max(1)).take(self.shape.n());
+        for (n, row) in rows.enumerate() {
+            for (g, bits) in ty.scales(row).enumerate() {
+                see(n, g, bits)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// The same matrix times a number.
+    ///
+    /// # Panics
+    /// If it has scales of groups.
+    pub(crate) fn scaled(self, factor: f32) -> Self {
+        let WeightScale::Tensor(scale) = self.scale else { panic!("scales of groups") };
+        Self { scale: WeightScale::Tensor(scale * factor), ..self }
+    }
+
+    /// The same matrix, whose rows are stored in the order of interleaved RoPE: row `2i` of a head
+    /// is its row `i`, row `2i + 1` its row `i + D/2`.
+    ///
+    /// # Panics
+    /// If N is no whole number of heads of `head_dim` rows.
+    pub(crate) fn with_interleaved_heads(self, head_dim: usize) -> Self {
+        assert!(head_dim.is_multiple_of(2) && self.shape.n().is_multiple_of(head_dim));
+        Self { interleaved: Some(head_dim), ..self }
+    }
+
+    /// Where row `n` is stored.
+    fn stored_row(&self, n: usize) -> usize {
+        let Some(head_dim) = self.interleaved else { return n };
+        let (head, i) = (n / head_dim, n % head_dim);
+        let half = head_dim / 2;
+        head * head_dim + if i < half { 2 * i } else { 2 * (i - half) + 1 }
+    }
+
     /// The same matrix, whose input passes `input` first.
     pub fn with_input(self, input: Input) -> Self {
         Self { input, ..self }
@@ -243,6 +396,7 @@ impl TernaryMatrix {
     pub fn row_with_scales(&self, n: usize, out: &mut [i8], scales: &mut [u16]) -> Result<()> {
         let (k, groups) = (self.shape.k(), self.groups());
         assert!(n < self.shape.n() && out.len() == k && scales.len() == groups);
+        let n = self.stored_row(n);
         match &self.rows {
             Rows::HfPacked(tensor) => {
                 let packed_rows = self.shape.n().div_ceil(4);
@@ -291,6 +445,33 @@ impl TernaryMatrix {
                         Err(value_error(codes, "codes 0, 1 and 2", 3, n, column))
                     }
                 }
+            }
+            Rows::Ggml { tensor, ty, one_scale } => {
+                let row_bytes = ty.row_bytes(k).expect("rows are whole blocks");
+                let bytes = &tensor.bytes[n * row_bytes..][..row_bytes];
+                let decoded = match (one_scale, ty.group()) {
+                    (true, Some(group)) => {
+                        let mut own = vec![0; k / group];
+                        let decoded = ty.decode_row(bytes, out, &mut own);
+                        for (trits, scale) in out.chunks_exact_mut(group).zip(own) {
+                            if scale & 0x7fff == 0 {
+                                trits.fill(0);
+                            }
+                        }
+                        decoded
+                    }
+                    _ => ty.decode_row(bytes, out, scales),
+                };
+                decoded.map_err(|bad| value_error(tensor, "codes 0, 1 and 2", 3, n, bad.column))
+            }
+            Rows::ThreeValues { tensor, float } => {
+                let row_bytes = k * float.len_bytes();
+                let mut row = vec![0.0; k];
+                float.decode(&tensor.bytes[n * row_bytes..][..row_bytes], &mut row);
+                for (out, weight) in out.iter_mut().zip(row) {
+                    *out = i8::from(weight > 0.0) - i8::from(weight < 0.0);
+                }
+                Ok(())
             }
             Rows::Trits { trits, scales: stored } => {
                 out.copy_from_slice(&trits[n * k..][..k]);

@@ -14,6 +14,16 @@ pub const MODELS: [&str; 3] = ["bitnet-a-bf16", "bitnet-a-packed", "llama-a-bitl
 #[allow(dead_code, reason = "a device may not run it")]
 pub const BONSAI: &str = "qwen3-1bit-mlx";
 
+#[allow(dead_code, reason = "a device may not run them")]
+/// The same weights in GGUF files, q/k rows permuted where the architecture asks for it; the
+/// embeddings and the scales of TQ2_0 are rounded to IEEE half.
+pub const GGUF: [&str; 4] = [
+    "gguf/bitnet-a-i2_s.gguf",
+    "gguf/bitnet-a-tq2_0.gguf",
+    "gguf/llama-a-i2_s.gguf",
+    "gguf/qwen3-1bit-q1_0.gguf",
+];
+
 fn golden(path: impl AsRef<Path>) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden").join(path)
 }
@@ -31,7 +41,13 @@ struct Expected {
 
 impl Expected {
     fn of(model: &str) -> Self {
-        let path = golden(format!("expected/{}", model.trim_end_matches("-mlx")));
+        let name = match model {
+            "gguf/bitnet-a-i2_s.gguf" | "gguf/bitnet-a-tq2_0.gguf" => "bitnet-a-packed",
+            "gguf/llama-a-i2_s.gguf" => "llama-a-bitlinear",
+            "gguf/qwen3-1bit-q1_0.gguf" | BONSAI => "qwen3-1bit",
+            name => name,
+        };
+        let path = golden(format!("expected/{name}"));
         let read = |extension| std::fs::read(path.with_extension(extension)).expect("golden file");
         let json = serde_json::from_slice(&read("json")).expect("golden JSON");
         Self { tensors: read("safetensors"), json }

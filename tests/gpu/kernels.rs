@@ -1,13 +1,20 @@
 //! Every kernel against its twin in `cpu-ref`: random shapes and edges.
 
 use cpu_ref::attention::Heads;
+use cpu_ref::group_gemv::{bound, group_dot, group_dot_int8, quantize_absmax_groups};
 use cpu_ref::mlp::Activation;
 use libtest_mimic::Failed;
-use sterna::backend::gpu::kernels::{self, DenseFormat, DenseShard, Variant, padded_rows};
+use sterna::backend::gpu::kernels::{
+    self, DenseFormat, DenseShard, GroupMatrix, LinearRows, Rotate, RowsOut, TokensPerLane,
+    Variant, padded_rows,
+};
+use sterna::backend::gpu::self_test::GroupInput;
 use sterna::backend::gpu::{Gpu, PassParams, row_offsets, self_test};
-use sterna::layout::Packed;
+use sterna::format::float::f16_to_f32;
+use sterna::layout::{Layout, Packed, Signs, group_scales};
 use sterna::random::Random;
 use sterna::shape::MatShape;
+use sterna::weights::{Alphabet, Codes, Table, TableData, TernaryMatrix};
 
 use crate::util::{as_f32, as_i32, close, run_guarded, same};
 use crate::{Body, Case};
@@ -43,6 +50,24 @@ pub fn cases() -> Vec<Case> {
     add("residual_add".into(), Box::new(residual_add));
     add("embedding_and_lm_head".into(), Box::new(embedding_and_lm_head));
     add("argmax".into(), Box::new(argmax));
+    add("codes_embedding_and_lm_head".into(), Box::new(codes_embedding_and_lm_head));
+    for int8 in [false, true] {
+        let name = if int8 { "group_gemv_int8" } else { "group_gemv" };
+        add(format!("{name}::shapes"), Box::new(move |gpu| group_shapes(gpu, int8)));
+        add(format!("{name}::extremes"), Box::new(move |gpu| group_extremes(gpu, int8)));
+        add(format!("{name}::shards_and_guards"), Box::new(move |gpu| group_shards(gpu, int8)));
+        add(
+            format!("self_test::{name}"),
+            Box::new(move |gpu| self_test::check_groups(gpu, int8).map_err(Failed::from)),
+        );
+    }
+    add("group_gemv::non_finite".into(), Box::new(group_non_finite));
+    add("group_gemv::a_corrupted_weight_is_caught".into(), Box::new(group_corrupted));
+    add("group_embedding".into(), Box::new(group_embedding));
+    add("quantize_absmax_groups".into(), Box::new(quantize_groups));
+    add("head_norm".into(), Box::new(head_norm));
+    add("runs_of_rows".into(), Box::new(runs_of_rows));
+    add("hadamard".into(), Box::new(hadamard));
     cases
 }
 
@@ -277,8 +302,10 @@ fn rope(gpu: &Gpu) -> Result<(), Failed> {
             gpu.upload("angles", &angles)?,
         ];
         let params = PassParams { start: start as u32, ..tokens(m) };
+        let rows = LinearRows::sums(sums.n);
         let lens = [m * query_size, capacity * kv_size, capacity * kv_size];
-        let out = run_guarded(gpu, &kernels::rope(heads), params, &inputs.each_ref(), &lens)?;
+        let out =
+            run_guarded(gpu, &kernels::rope(heads, &rows), params, &inputs.each_ref(), &lens)?;
         let [query, keys, values] = [0, 1, 2].map(|i| as_f32(&out[i]));
         for token in 0..m {
             let mut row = sums.row(token);
@@ -357,7 +384,8 @@ fn gated_activation(gpu: &Gpu) -> Result<(), Failed> {
                 gpu.upload("weight_scale", &sums.weight_scale)?,
                 gpu.upload("act_scale", &sums.act_scale)?,
             ];
-            let call = kernels::gated_activation(intermediate, activation);
+            let rows = LinearRows::sums(2 * intermediate);
+            let call = kernels::gated_activation(intermediate, activation, &rows);
             let inputs = inputs.each_ref();
             let out = run_guarded(gpu, &call, tokens(m), &inputs, &[m * intermediate])?;
             let expected: Vec<f32> = (0..m)
@@ -392,7 +420,7 @@ fn residual_add(gpu: &Gpu) -> Result<(), Failed> {
             gpu.upload("weight_scale", &sums.weight_scale)?,
             gpu.upload("act_scale", &sums.act_scale)?,
         ];
-        let call = kernels::residual_add(n);
+        let call = kernels::residual_add(n, &LinearRows::sums(n));
         let out = run_guarded(gpu, &call, tokens(m), &inputs.each_ref(), &[m * n])?;
         let rows: Vec<f32> = (0..m).flat_map(|token| sums.row(token)).collect();
         let expected = cpu_ref::residual::residual_add(&hidden, &rows);
@@ -427,6 +455,7 @@ fn table(format: DenseFormat, random: &mut Random, n: usize, k: usize) -> (Vec<u
                     values.push(value);
                     row.extend([value.to_bits() as u16, (value.to_bits() >> 16) as u16]);
                 }
+                DenseFormat::Codes { .. } => unreachable!("made by `codes`"),
             }
         }
         row.resize(format.units(k) * 8, 0);
@@ -448,6 +477,7 @@ fn f16_bits(value: f32) -> u16 {
 
 fn embedding_and_lm_head(gpu: &Gpu) -> Result<(), Failed> {
     let mut random = Random::new(29);
+    let none = gpu.upload("none", &[0u32])?;
     for format in [DenseFormat::Bf16, DenseFormat::F16, DenseFormat::F32] {
         for (n, k) in [(1, 1), (9, 8), (50, 37), (300, 256), (17, 2560)] {
             let (words, values) = table(format, &mut random, n, k);
@@ -468,7 +498,7 @@ fn embedding_and_lm_head(gpu: &Gpu) -> Result<(), Failed> {
                 let rows = gpu.upload("table", rows)?;
                 let call = kernels::embedding(shard);
                 let lens = [ids.len() * k];
-                let inputs = [&tokens_buffer, &rows];
+                let inputs = [&tokens_buffer, &rows, &none, &none];
                 let out = run_guarded(gpu, &call, tokens(ids.len()), &inputs, &lens)?.remove(0);
                 let mine = shard.base..shard.base + shard.rows;
                 for (m, &id) in
@@ -480,7 +510,8 @@ fn embedding_and_lm_head(gpu: &Gpu) -> Result<(), Failed> {
 
                 let params = PassParams { n_logit_rows: 2, ..tokens(2) };
                 let call = kernels::lm_head(shard, n);
-                let out = run_guarded(gpu, &call, params, &[&x_buffer, &rows], &[2 * n])?.remove(0);
+                let inputs = [&x_buffer, &rows, &none, &none];
+                let out = run_guarded(gpu, &call, params, &inputs, &[2 * n])?.remove(0);
                 for (m, x) in x.chunks_exact(k).enumerate() {
                     let expected = cpu_ref::lm_head::lm_head(&values, x);
                     let found = as_f32(&out[m * n..][mine.clone()]);
@@ -524,4 +555,585 @@ fn argmax(gpu: &Gpu) -> Result<(), Failed> {
     check("argmax of infinities", &[f32::NEG_INFINITY, f32::NEG_INFINITY], 1)?;
     check("argmax of NaN", &[1.0, f32::NAN, 2.0], 1)?;
     check("argmax of −NaN", &[1.0, -f32::NAN], 1)
+}
+
+/// A matrix with scales of groups, unpacked.
+struct Groups {
+    shape: MatShape,
+    group: usize,
+    binary: bool,
+    trits: Vec<i8>,
+    /// f16 bits.
+    scales: Vec<u16>,
+}
+
+impl Groups {
+    /// Scales of both signs, some subnormal, some 0.
+    fn random(random: &mut Random, (n, k): (usize, usize), group: usize, binary: bool) -> Self {
+        let trits = if binary { signs(random, n * k) } else { random.trits(n * k) };
+        let scale = |random: &mut Random| match random.below(8) {
+            0 => random.below(0x400) as u16 | 0x8000,
+            1 => random.below(0x400) as u16,
+            _ => (0x2000 + random.below(0x2000) as u16) | ((random.below(2) as u16) << 15),
+        };
+        let scales = (0..n * k / group).map(|_| scale(random)).collect();
+        let shape = MatShape::new(n, k).expect("a small shape");
+        Self { shape, group, binary, trits, scales }
+    }
+
+    fn matrix(&self) -> TernaryMatrix {
+        let alphabet = if self.binary { Alphabet::Binary } else { Alphabet::Ternary };
+        let (trits, scales) = (self.trits.clone(), self.scales.clone());
+        TernaryMatrix::from_groups(self.shape, trits, scales, self.group, alphabet)
+    }
+
+    fn for_kernel(&self) -> GroupMatrix {
+        GroupMatrix { shape: self.shape, group: self.group, binary: self.binary }
+    }
+
+    /// Packed weights and scales.
+    fn words(&self) -> [Vec<u32>; 2] {
+        let scales = group_scales::pack(self.shape.n(), self.groups(), &self.scales);
+        let words = if self.binary {
+            Packed::pack(Signs, self.shape, &self.trits).words().to_vec()
+        } else {
+            Packed::pack(Layout::Planes, self.shape, &self.trits).words().to_vec()
+        };
+        [words, scales]
+    }
+
+    fn groups(&self) -> usize {
+        self.shape.k() / self.group
+    }
+
+    /// Each row's trits and scales.
+    fn rows(&self) -> impl Iterator<Item = (&[i8], Vec<f32>)> {
+        let scales = self.scales.chunks_exact(self.groups());
+        let scales = scales.map(|row| row.iter().map(|&bits| f16_to_f32(bits)).collect());
+        self.trits.chunks_exact(self.shape.k()).zip(scales)
+    }
+
+    /// Fails if `found[M, N]` is not what the twin makes of `x[M, K]`.
+    fn judge_float(&self, what: &str, found: &[f32], x: &[f32]) -> Result<(), Failed> {
+        let n = self.shape.n();
+        for (m, x) in x.chunks_exact(self.shape.k()).enumerate() {
+            let rows = self.rows();
+            let (expected, bounds): (Vec<f32>, Vec<f32>) = rows
+                .map(|(row, scales)| (group_dot(row, &scales, x), bound(row, &scales, x)))
+                .unzip();
+            close(&format!("{what} token {m}"), &found[m * n..][..n], &expected, |at| bounds[at])?;
+        }
+        Ok(())
+    }
+
+    /// What the twin makes of quantised activations.
+    fn int8(&self, codes: &[i8], act_scales: &[f32]) -> Vec<f32> {
+        let tokens = codes.chunks_exact(self.shape.k()).zip(act_scales.chunks_exact(self.groups()));
+        let rows = |(codes, act_scales)| {
+            let rows = self.rows();
+            rows.map(|(row, d)| group_dot_int8(row, &d, codes, act_scales)).collect::<Vec<_>>()
+        };
+        tokens.flat_map(rows).collect()
+    }
+
+    /// The same bits where products and sums are rounded apart, as the reference does; elsewhere a
+    /// few roundings of the sum of magnitudes.
+    fn judge_int8(
+        &self,
+        gpu: &Gpu,
+        what: &str,
+        found: &[f32],
+        (codes, act_scales): (&[i8], &[f32]),
+    ) -> Result<(), Failed> {
+        let expected = self.int8(codes, act_scales);
+        if rounds_like_the_reference(gpu) {
+            return same(what, found, &expected);
+        }
+        let magnitude = |codes: &[i8], act_scales: &[f32]| {
+            let largest = act_scales.iter().fold(0.0f32, |max, scale| max.max(scale.abs()));
+            let scales = self.scales.iter().map(|&bits| f16_to_f32(bits).abs());
+            let sum: f32 = codes.iter().map(|&code| f32::from(code).abs()).sum();
+            largest * sum * scales.fold(0.0, f32::max)
+        };
+        let bound = 16.0 * EPS * magnitude(codes, act_scales);
+        close(what, found, &expected, |_| bound)
+    }
+}
+
+/// Lavapipe keeps products and sums apart and divides exactly.
+fn rounds_like_the_reference(gpu: &Gpu) -> bool {
+    gpu.adapter.name.starts_with("llvmpipe")
+}
+
+fn signs(random: &mut Random, len: usize) -> Vec<i8> {
+    (0..len).map(|_| 2 * random.below(2) as i8 - 1).collect()
+}
+
+/// N, K and group: one group, partial tiles, halves of chunks, real shapes.
+const GROUP_SHAPES: &[((usize, usize), usize)] = &[
+    ((1, 64), 64),
+    ((33, 192), 64),
+    ((7, 128), 128),
+    ((32, 256), 256),
+    ((70, 384), 192),
+    ((100, 1152), 128),
+    ((31, 1344), 64),
+    ((40, 4096), 128),
+    ((64, 6912), 256),
+];
+
+fn group_shapes(gpu: &Gpu, int8: bool) -> Result<(), Failed> {
+    for binary in [false, true] {
+        for (seed, &(size, group)) in GROUP_SHAPES.iter().enumerate() {
+            let mut random = Random::new(300 + seed as u64);
+            let groups = Groups::random(&mut random, size, group, binary);
+            for m in [1, seed + 1] {
+                let what = format!("{size:?} group {group} binary {binary} M {m} seed {seed}");
+                multiply_groups(gpu, &groups, &mut random, m, int8, &what)?;
+            }
+        }
+    }
+    Ok(())
+}
+
+fn multiply_groups(
+    gpu: &Gpu,
+    groups: &Groups,
+    random: &mut Random,
+    m: usize,
+    int8: bool,
+    what: &str,
+) -> Result<(), Failed> {
+    let k = groups.shape.k();
+    if int8 {
+        let codes = random.codes(m * k);
+        let act_scales = random.floats(m * groups.groups(), 0.1);
+        let input = GroupInput::Int8 { codes: &codes, act_scales: &act_scales };
+        let found = self_test::multiply_groups(gpu, &groups.matrix(), input, m)?;
+        groups.judge_int8(gpu, &format!("group_gemv_int8 {what}"), &found, (&codes, &act_scales))
+    } else {
+        let x = random.floats(m * k, 3.0);
+        let input = GroupInput::Float(&x);
+        let found = self_test::multiply_groups(gpu, &groups.matrix(), input, m)?;
+        groups.judge_float(&format!("group_gemv {what}"), &found, &x)
+    }
+}
+
+fn group_extremes(gpu: &Gpu, int8: bool) -> Result<(), Failed> {
+    let mut random = Random::new(41);
+    for binary in [false, true] {
+        for weight in [-1i8, 0, 1] {
+            if binary && weight == 0 {
+                continue;
+            }
+            let mut groups = Groups::random(&mut random, (33, 640), 128, binary);
+            groups.trits.fill(weight);
+            for value in [-128i8, 0, 127] {
+                let codes = vec![value; 640];
+                let x: Vec<f32> = codes.iter().map(|&code| f32::from(code)).collect();
+                let act_scales = [1e-5, 0.5, 1.0, 2.0, 0.25];
+                let what = format!("all {weight} × all {value}, binary {binary}");
+                if int8 {
+                    let input = GroupInput::Int8 { codes: &codes, act_scales: &act_scales };
+                    let found = self_test::multiply_groups(gpu, &groups.matrix(), input, 1)?;
+                    groups.judge_int8(gpu, &what, &found, (&codes, &act_scales))?;
+                } else {
+                    let input = GroupInput::Float(&x);
+                    let found = self_test::multiply_groups(gpu, &groups.matrix(), input, 1)?;
+                    groups.judge_float(&what, &found, &x)?;
+                }
+            }
+        }
+    }
+    Ok(())
+}
+
+/// NaN and infinity reach the rows whose weight there is not 0, and only those.
+fn group_non_finite(gpu: &Gpu) -> Result<(), Failed> {
+    let mut random = Random::new(43);
+    for (binary, value) in
+        [(false, f32::NAN), (false, f32::INFINITY), (true, f32::NEG_INFINITY), (true, f32::NAN)]
+    {
+        let mut groups = Groups::random(&mut random, (40, 256), 128, binary);
+        groups.scales.iter_mut().for_each(|bits| *bits = 0x3c00);
+        for m in [1, 3] {
+            let mut x = random.floats(m * 256, 1.0);
+            x[(m - 1) * 256 + 77] = value;
+            let input = GroupInput::Float(&x);
+            let found = self_test::multiply_groups(gpu, &groups.matrix(), input, m)?;
+            for (n, (row, _)) in groups.rows().enumerate() {
+                let found = found[(m - 1) * 40 + n];
+                let expected = match row[77] {
+                    0 => found.is_finite(),
+                    _ if value.is_nan() => found.is_nan(),
+                    weight => found == f32::from(weight) * value,
+                };
+                if !expected {
+                    let weight = row[77];
+                    return Err(format!("weight {weight} × {value}: found {found}").into());
+                }
+            }
+        }
+    }
+    Ok(())
+}
+
+/// The judge must object when a single weight is wrong.
+fn group_corrupted(gpu: &Gpu) -> Result<(), Failed> {
+    let mut random = Random::new(47);
+    for int8 in [false, true] {
+        let groups = Groups::random(&mut random, (70, 384), 128, true);
+        let mut wrong = Groups { trits: groups.trits.clone(), ..groups };
+        wrong.scales.iter_mut().for_each(|bits| *bits = 0x3c00);
+        let right = Groups { scales: wrong.scales.clone(), trits: wrong.trits.clone(), ..wrong };
+        wrong.trits[41 * 384 + 222] *= -1;
+        let codes = vec![100i8; 384];
+        let x = vec![100.0f32; 384];
+        let caught = if int8 {
+            let input = GroupInput::Int8 { codes: &codes, act_scales: &[1.0; 3] };
+            let found = self_test::multiply_groups(gpu, &wrong.matrix(), input, 1)?;
+            right.judge_int8(gpu, "corrupted", &found, (&codes, &[1.0; 3]))
+        } else {
+            let input = GroupInput::Float(&x);
+            let found = self_test::multiply_groups(gpu, &wrong.matrix(), input, 1)?;
+            right.judge_float("corrupted", &found, &x)
+        };
+        if caught.is_ok() {
+            return Err(format!("a wrong weight went unnoticed, int8 {int8}").into());
+        }
+    }
+    Ok(())
+}
+
+/// A matrix in three shards of tiles, the output between guard words; rows past N are not written.
+fn group_shards(gpu: &Gpu, int8: bool) -> Result<(), Failed> {
+    let mut random = Random::new(53);
+    for (binary, m) in [(false, 1), (true, 1), (false, 5), (true, 9)] {
+        let groups = Groups::random(&mut random, (150, 320), 64, binary);
+        let (n, k, stride) = (150, 320, 163);
+        let x = random.floats(m * k, 2.0);
+        let codes = random.codes(m * k);
+        let act_scales = random.floats(m * 5, 1.0);
+        let x_buffer = gpu.upload("x", &x)?;
+        let code_words = self_test::encode_codes(Variant::BitSerial, &codes, k);
+        let code_buffer = gpu.upload("codes", &code_words)?;
+        let act_buffer = gpu.upload("act_scale", &act_scales)?;
+        let [words, scales] = groups.words();
+        let tokens_per_lane = if m == 1 { TokensPerLane::One } else { TokensPerLane::Four };
+        let expected = groups.int8(&codes, &act_scales);
+        for (base, count) in [(0, 2), (2, 1), (3, 2)] {
+            let of_tiles = |words: &[u32]| {
+                let len = words.len() / 5;
+                gpu.upload("shard", &words[base * len..(base + count) * len])
+            };
+            let (w, d) = (of_tiles(&words)?, of_tiles(&scales)?);
+            let rows = (count * 32).min(n - base * 32);
+            // The rows start somewhere in the output.
+            let out = RowsOut { base: 13 + base * 32, rows, stride };
+            let lens = [m * stride];
+            let (call, inputs) = if int8 {
+                let call = kernels::group_gemv_int8(groups.for_kernel(), out, tokens_per_lane);
+                (call, vec![&w, &d, &code_buffer, &act_buffer])
+            } else {
+                let call = kernels::group_gemv(groups.for_kernel(), out, tokens_per_lane, false);
+                (call, vec![&w, &d, &x_buffer])
+            };
+            let y = as_f32(&run_guarded(gpu, &call, tokens(m), &inputs, &lens)?[0]);
+            let what = format!("{} shard {base} M {m} binary {binary}", call.kernel.name);
+            for token in 0..m {
+                let all = &y[token * stride..][..stride];
+                let mine = out.base..out.base + rows;
+                let untouched = f32::from_bits(0xDEAD_BEEF);
+                let others = (0..stride).filter(|row| !mine.contains(row));
+                if others.map(|row| all[row]).any(|value| value != untouched) {
+                    return Err(format!("{what}: another row was written").into());
+                }
+                for (at, row) in mine.enumerate() {
+                    let (row, found) = (all[row], base * 32 + at);
+                    let (trits, d) = groups.rows().nth(found).expect("a row");
+                    let x = &x[token * k..][..k];
+                    let (expected, bound) = if int8 {
+                        let expected = expected[token * n + found];
+                        (expected, if rounds_like_the_reference(gpu) { 0.0 } else { 1e-2 })
+                    } else {
+                        (group_dot(trits, &d, x), bound(trits, &d, x))
+                    };
+                    close(&what, &[row], &[expected], |_| bound)?;
+                }
+            }
+        }
+    }
+    Ok(())
+}
+
+fn group_embedding(gpu: &Gpu) -> Result<(), Failed> {
+    let mut random = Random::new(59);
+    for binary in [false, true] {
+        for (size, group) in [((1, 64), 64), ((100, 320), 64), ((77, 512), 128)] {
+            let groups = Groups::random(&mut random, size, group, binary);
+            let (n, k) = size;
+            let [words, scales] = groups.words();
+            let ids: Vec<u32> = (0..5).map(|_| random.below(n) as u32).collect();
+            let token_buffer = gpu.upload("tokens", &ids)?;
+            let all: Vec<_> = groups.rows().collect();
+            let tiles = n.div_ceil(32);
+            for tile in 0..tiles {
+                let of_tile = |words: &[u32]| {
+                    let len = words.len() / tiles;
+                    gpu.upload("shard", &words[tile * len..][..len])
+                };
+                let (w, d) = (of_tile(&words)?, of_tile(&scales)?);
+                let rows = 32.min(n - tile * 32);
+                let call = kernels::group_embedding(groups.for_kernel(), tile * 32, rows);
+                let inputs = [&token_buffer, &w, &d];
+                let out = run_guarded(gpu, &call, tokens(5), &inputs, &[5 * k])?.remove(0);
+                let out = as_f32(&out);
+                for (m, &id) in ids.iter().enumerate() {
+                    let found = &out[m * k..][..k];
+                    let what = format!("group_embedding {size:?} binary {binary} token {m}");
+                    if id as usize / 32 != tile {
+                        same(&what, found, &vec![f32::from_bits(0xDEAD_BEEF); k])?;
+                        continue;
+                    }
+                    let (trits, d) = &all[id as usize];
+                    let weights = trits.iter().enumerate();
+                    let expected = weights.map(|(k, &trit)| d[k / group] * f32::from(trit));
+                    same(&what, found, &expected.collect::<Vec<_>>())?;
+                }
+            }
+        }
+    }
+    Ok(())
+}
+
+fn quantize_groups(gpu: &Gpu) -> Result<(), Failed> {
+    let mut random = Random::new(61);
+    for (k, group, m) in [(64, 64, 1), (384, 128, 3), (512, 256, 2), (576, 192, 2), (2560, 128, 1)]
+    {
+        let mut x = random.floats(m * k, 3.0);
+        // A group of zeros, one below the floor.
+        x[..64].fill(0.0);
+        x[k - 64..k].iter_mut().for_each(|value| *value *= 1e-7);
+        let inputs = [&gpu.upload("x", &x)?];
+        let call = kernels::quantize_absmax_groups(k, group);
+        let lens = [m * k / 4, m * k / group];
+        let out = run_guarded(gpu, &call, tokens(m), &inputs, &lens)?;
+        let act_scales = as_f32(&out[1]);
+        for (token, x) in x.chunks_exact(k).enumerate() {
+            let (expected, scales) = quantize_absmax_groups(x, group);
+            let words = &out[0][token * k / 4..][..k / 4];
+            let found = self_test::decode_codes(Variant::BitSerial, words, k);
+            let act_scales = &act_scales[token * k / group..][..k / group];
+            let what = format!("quantize_absmax_groups K {k} group {group} token {token}");
+            close(&what, act_scales, &scales, |at| 2.5 * EPS * scales[at])?;
+            if rounds_like_the_reference(gpu) {
+                same(&what, act_scales, &scales)?;
+                same(&what, &found, &expected)?;
+            }
+            let far = |(a, b): (&i8, &i8)| (i32::from(*a) - i32::from(*b)).abs() > 1;
+            if found.iter().zip(&expected).any(far) {
+                return Err(format!("{what}: a code is more than one step off").into());
+            }
+        }
+    }
+    let mut x = vec![1.0f32; 128];
+    x[3] = f32::NAN;
+    let call = kernels::quantize_absmax_groups(128, 64);
+    let out = run_guarded(gpu, &call, tokens(1), &[&gpu.upload("x", &x)?], &[32, 2])?;
+    let scales = as_f32(&out[1]);
+    if !scales[0].is_nan() || !scales[1].is_finite() {
+        return Err(format!("NaN was hidden: {scales:?}").into());
+    }
+    Ok(())
+}
+
+fn head_norm(gpu: &Gpu) -> Result<(), Failed> {
+    let mut random = Random::new(67);
+    for heads in [
+        Heads { query: 4, kv: 2, dim: 128 },
+        Heads { query: 3, kv: 1, dim: 100 },
+        Heads { query: 2, kv: 2, dim: 256 },
+        Heads { query: 5, kv: 1, dim: 96 },
+        Heads { query: 1, kv: 1, dim: 2 },
+    ] {
+        let m = 3;
+        let (query_size, kv_size) = (heads.query * heads.dim, heads.kv * heads.dim);
+        let n = query_size + 2 * kv_size;
+        let sums = Sums::random(&mut random, m, n);
+        let norms = [random.floats(heads.dim, 2.0), random.floats(heads.dim, 2.0)];
+        let rows: Vec<f32> = (0..m).flat_map(|token| sums.row(token)).collect();
+        let mut padded = rows.chunks_exact(n).collect::<Vec<_>>().concat();
+        padded = padded.chunks_exact(n).flat_map(|row| pad(row, padded_rows(n))).collect();
+        for float in [false, true] {
+            let acc =
+                if float { gpu.upload("acc", &padded)? } else { gpu.upload("acc", &sums.acc)? };
+            let inputs = [
+                &acc,
+                &gpu.upload("weight_scale", &sums.weight_scale)?,
+                &gpu.upload("act_scale", &sums.act_scale)?,
+                &gpu.upload("norm", &norms[0])?,
+                &gpu.upload("norm", &norms[1])?,
+            ];
+            let linear = if float { LinearRows::floats(n) } else { LinearRows::sums(n) };
+            let call = kernels::head_norm(heads, 1e-6, &linear);
+            let lens = [m * padded_rows(n)];
+            let out = as_f32(&run_guarded(gpu, &call, tokens(m), &inputs, &lens)?[0]);
+            for (token, row) in rows.chunks_exact(n).enumerate() {
+                let mut expected = row.to_vec();
+                for (h, head) in expected.chunks_exact_mut(heads.dim).enumerate() {
+                    if h < heads.query + heads.kv {
+                        let norm = &norms[usize::from(h >= heads.query)];
+                        let normed = cpu_ref::rmsnorm::rmsnorm(head, norm, 1e-6);
+                        head.copy_from_slice(&normed);
+                    }
+                }
+                let found = &out[token * padded_rows(n)..][..n];
+                let what = format!("head_norm {heads:?} float {float} token {token}");
+                if rounds_like_the_reference(gpu) {
+                    same(&what, found, &expected)?;
+                }
+                close(&what, found, &expected, |at| 16.0 * EPS * expected[at].abs())?;
+            }
+        }
+    }
+    Ok(())
+}
+
+fn pad(row: &[f32], len: usize) -> Vec<f32> {
+    let mut row = row.to_vec();
+    row.resize(len, f32::NAN);
+    row
+}
+
+/// Rows of three runs with activation scales of their own, one of them f32; none a whole tile.
+fn runs_of_rows(gpu: &Gpu) -> Result<(), Failed> {
+    let mut random = Random::new(71);
+    let (m, stride) = (2, 64);
+    let runs = vec![(40, false), (33, true), (7, false)];
+    let rows = LinearRows { runs: runs.clone(), act_stride: stride };
+    let n = 80;
+    let hidden = random.floats(m * n, 1.0);
+    let mut acc = vec![0u32; m * rows.padded()];
+    let mut weight_scale = vec![f32::NAN; rows.padded()];
+    let act_scale = random.floats(3 * stride, 1.0);
+    let mut expected = hidden.clone();
+    for token in 0..m {
+        let mut row = 0;
+        for (run, &(len, float)) in runs.iter().enumerate() {
+            for i in 0..len {
+                let at = rows.first(run) + i;
+                let sum = random.below(1000) as i32 - 500;
+                let value = if float {
+                    acc[token * rows.padded() + at] = (sum as f32).to_bits();
+                    sum as f32
+                } else {
+                    weight_scale[at] = 0.25 + i as f32;
+                    acc[token * rows.padded() + at] = sum as u32;
+                    sum as f32 * (weight_scale[at] * act_scale[run * stride + token])
+                };
+                expected[token * n + row] += value;
+                row += 1;
+            }
+        }
+    }
+    let inputs = [
+        &gpu.upload("hidden", &hidden)?,
+        &gpu.upload("acc", &acc)?,
+        &gpu.upload("weight_scale", &weight_scale)?,
+        &gpu.upload("act_scale", &act_scale)?,
+    ];
+    let call = kernels::residual_add(n, &rows);
+    let out = as_f32(&run_guarded(gpu, &call, tokens(m), &inputs, &[m * n])?[0]);
+    close("runs_of_rows", &out, &expected, |at| 4.0 * EPS * (1.0 + expected[at].abs()))
+}
+
+fn hadamard(gpu: &Gpu) -> Result<(), Failed> {
+    let mut random = Random::new(73);
+    for (k, block, m) in [(1, 1, 1), (2, 2, 1), (96, 32, 3), (2560, 512, 2), (8192, 4096, 2)] {
+        let x = random.floats(m * k, 3.0);
+        let signs: Vec<f32> = signs(&mut random, k).into_iter().map(f32::from).collect();
+        let inputs = [&gpu.upload("x", &x)?, &gpu.upload("signs", &signs)?];
+        for (rotate, twin) in [
+            (Rotate::Input, cpu_ref::hadamard::rotate as fn(&[f32], &[f32], usize) -> Vec<f32>),
+            (Rotate::Back, cpu_ref::hadamard::rotate_back),
+            (Rotate::HeadInput, cpu_ref::hadamard::rotate),
+        ] {
+            let call = kernels::hadamard(k, block, rotate);
+            let params = PassParams { n_logit_rows: m as u32, ..tokens(m) };
+            let out = as_f32(&run_guarded(gpu, &call, params, &inputs, &[m * k])?[0]);
+            let expected: Vec<f32> =
+                x.chunks_exact(k).flat_map(|x| twin(x, &signs, block)).collect();
+            same(&format!("hadamard {rotate:?} K {k} block {block}"), &out, &expected)?;
+        }
+    }
+    Ok(())
+}
+
+fn codes_embedding_and_lm_head(gpu: &Gpu) -> Result<(), Failed> {
+    let mut random = Random::new(79);
+    for (group, has_min) in [(16, false), (32, false), (32, true), (16, true)] {
+        for (n, k) in [(1, 32), (50, 96), (300, 256)] {
+            let codes = random.codes(n * k);
+            let scale = random.floats(n * k / group, 0.01);
+            let min = if has_min { random.floats(n * k / group, 0.5) } else { Vec::new() };
+            let table = Codes { group, codes, scale, min };
+            let words: Vec<u32> = table.codes.chunks_exact(4).map(code_word).collect();
+            let shape = MatShape::new(n, k)?;
+            let split = n / 2;
+            let ids: Vec<u32> = (0..4).map(|_| random.below(n) as u32).collect();
+            let x = random.floats(2 * k, 2.0);
+            let token_buffer = gpu.upload("tokens", &ids)?;
+            let x_buffer = gpu.upload("x", &x)?;
+            let format = DenseFormat::Codes { group, has_min };
+            for (base, rows) in [(0, split), (split, n - split)] {
+                if rows == 0 {
+                    continue;
+                }
+                let part = |all: &[f32]| -> Vec<f32> {
+                    all.get(base * k / group..(base + rows) * k / group).unwrap_or(&[0.0]).to_vec()
+                };
+                let units = gpu.upload("table", &words[base * k / 4..(base + rows) * k / 4])?;
+                let scale = gpu.upload("scale", &part(&table.scale))?;
+                let min = gpu.upload("min", &part(&table.min))?;
+                let shard = DenseShard { format, k, base, rows };
+                let values = Table::new(shape, TableData::Codes(table.clone()));
+                let row = |n: usize| {
+                    let mut row = vec![0.0; k];
+                    values.row(n, &mut row).map(|()| row)
+                };
+                let what = format!("codes {group} min {has_min} {n}×{k}");
+                let inputs = [&token_buffer, &units, &scale, &min];
+                let call = kernels::embedding(shard);
+                let out = run_guarded(gpu, &call, tokens(4), &inputs, &[4 * k])?.remove(0);
+                let mine = base..base + rows;
+                for (m, &id) in ids.iter().enumerate() {
+                    if mine.contains(&(id as usize)) {
+                        let expected = row(id as usize)?;
+                        let found = as_f32(&out[m * k..][..k]);
+                        // A fused product saves one rounding of at most 1.27 + 0.5.
+                        close(&format!("embedding {what}"), &found, &expected, |_| 2.0 * EPS)?;
+                    }
+                }
+                let params = PassParams { n_logit_rows: 2, ..tokens(2) };
+                let inputs = [&x_buffer, &units, &scale, &min];
+                let call = kernels::lm_head(shard, n);
+                let out = run_guarded(gpu, &call, params, &inputs, &[2 * n])?.remove(0);
+                for (m, x) in x.chunks_exact(k).enumerate() {
+                    for n_row in mine.clone() {
+                        let row = row(n_row)?;
+                        let expected = cpu_ref::lm_head::logit(&row, x);
+                        let magnitude: f32 = row.iter().zip(x).map(|(a, b)| (a * b).abs()).sum();
+                        let bound = (k as f32 * EPS / 2.0) * (magnitude + 1.0);
+                        let found = f32::from_bits(out[m * n + n_row]);
+                        close(&format!("lm_head {what}"), &[found], &[expected], |_| bound)?;
+                    }
+                }
+            }
+        }
+    }
+    Ok(())
+}
+
+fn code_word(codes: &[i8]) -> u32 {
+    u32::from_le_bytes(std::array::from_fn(|i| codes[i] as u8))
 }

@@ -1,12 +1,18 @@
 //! Whole models on the GPU, judged by the original implementation and by the reference backend.
 
+use std::sync::Arc;
+
 use libtest_mimic::Failed;
 use sterna::backend::gpu::{Capabilities, Gpu, GpuBackend, Variant, WorkDone, self_test};
 use sterna::backend::{Backend, Device, LoadOptions, Output, Tap, Want};
-use sterna::config::ModelConfig;
+use sterna::config::{Activations, ModelConfig};
 use sterna::layout::Packed;
-use sterna::synthetic::{SyntheticModel, tiny_bitnet, tiny_llama};
-use sterna::weights::{TernaryMatrix, WeightScale, WeightSource};
+use sterna::random::Random;
+use sterna::synthetic::{SyntheticModel, tiny_bitnet, tiny_bonsai, tiny_llama, tiny_normed};
+use sterna::weights::{
+    Codes, Input, LayerWeights, Rotation, Table, TableData, TernaryMatrix, WeightScale,
+    WeightSource,
+};
 use sterna::{Error, Transformer};
 
 use crate::Case;
@@ -35,19 +41,59 @@ pub fn cases(capabilities: Capabilities) -> Vec<Case> {
                 }),
             ));
         }
-        for (name, config) in [("bitnet", tiny_bitnet()), ("llama", tiny_llama())] {
+        for (name, config) in [
+            ("bitnet", tiny_bitnet()),
+            ("llama", tiny_llama()),
+            ("normed", tiny_normed()),
+            ("heads_of_100", ModelConfig { head_dim: 100, ..tiny_normed() }),
+        ] {
             let source = SyntheticModel::new(config, 42);
             cases.push((
                 format!("agrees_with_ref::{name}::{label}"),
-                Box::new(move |_| agrees_with_reference(capabilities, &source, variant)),
+                Box::new(move |_| agrees_with_reference(capabilities, &source, variant, false)),
             ));
         }
     }
+    for (bits, group) in [(1, 128), (1, 64), (2, 64), (2, 128)] {
+        let source = SyntheticModel::new(tiny_bonsai(bits, group), 43);
+        for int8 in [false, true] {
+            let source = source.clone();
+            let label = if int8 { "group_gemv_int8" } else { "group_gemv" };
+            cases.push((
+                format!("agrees_with_ref::bonsai_{bits}_{group}::{label}"),
+                Box::new(move |_| {
+                    agrees_with_reference(capabilities, &source, Variant::BitSerial, int8)
+                }),
+            ));
+        }
+    }
+    for kind in [Rotated::Groups, Rotated::Codes, Rotated::Sums] {
+        cases.push((
+            format!("agrees_with_ref::rotated::{kind:?}"),
+            Box::new(move |_| {
+                let source = RotatedModel::new(kind);
+                agrees_with_reference(capabilities, &source, Variant::BitSerial, false)
+            }),
+        ));
+    }
+    cases.push((
+        format!("golden::{}", golden::BONSAI),
+        Box::new(move |_| {
+            let checkpoint = golden::checkpoint(golden::BONSAI);
+            let mut transformer = load(capabilities, &checkpoint, Variant::BitSerial)?;
+            golden::check_logits(golden::BONSAI, &mut transformer)?;
+            golden::check_greedy(golden::BONSAI, &mut transformer)?;
+            Ok(())
+        }),
+    ));
     let mut add = |name: &str, case: fn(Capabilities) -> Result<(), Failed>| {
         cases.push((name.to_owned(), Box::new(move |_| case(capabilities))));
     };
     add("the_built_in_model_writes_the_same_text_as_ref_and_cpu", built_in_model);
     add("sharded_matrices_give_the_same_tokens", sharded);
+    add("sharded_groups_give_the_same_tokens", sharded_groups);
+    add("the_device_names_its_kernels", names);
+    add("a_rotation_past_the_limits_is_refused", long_rotation);
     add("a_batch_past_the_limits_is_refused", refusals);
     add("a_decode_step_is_one_submit_and_allocates_nothing", decode_step);
     cases
@@ -106,15 +152,18 @@ fn trace(transformer: &mut Transformer, tokens: &[u32], want: Want) -> Result<Tr
 /// Prefill and decode: every step close to the reference's, the same greedy tokens.
 fn agrees_with_reference(
     capabilities: Capabilities,
-    source: &SyntheticModel,
+    source: &dyn WeightSource,
     variant: Variant,
+    int8_activations: bool,
 ) -> Result<(), Failed> {
     let device = open(capabilities)?;
     // Its compiler keeps products and sums apart and divides exactly.
     let rounds_like_the_reference = device.adapter.name.starts_with("llvmpipe");
-    let mut gpu = transformer(device, source, variant, &LoadOptions::default())?;
-    let mut reference =
-        Transformer::load(source, Device::Reference, &LoadOptions::default(), &mut |_| {})?;
+    let exact = rounds_like_the_reference
+        && (int8_activations || source.config().activations != Activations::Float);
+    let options = LoadOptions { int8_activations, ..LoadOptions::default() };
+    let mut gpu = transformer(device, source, variant, &options)?;
+    let mut reference = Transformer::load(source, Device::Reference, &options, &mut |_| {})?;
     let prompt: Vec<u32> = (0..70).map(|i| i * 37 % 301).collect();
     let (found, _) = trace(&mut gpu, &prompt, Want::LastLogits)?;
     let (expected, _) = trace(&mut reference, &prompt, Want::LastLogits)?;
@@ -127,7 +176,7 @@ fn agrees_with_reference(
         let sum: f32 = found.iter().zip(expected).map(|(a, b)| (a - b).abs()).sum();
         let mean = sum / found.len() as f32 / scale;
         let within = mean < 4e-3 && found.len() == expected.len();
-        if rounds_like_the_reference && found != expected {
+        if exact && found != expected {
             return Err(format!("{tap:?} of layer {layer}: not the reference's bits").into());
         }
         if !within {
@@ -146,6 +195,148 @@ fn agrees_with_reference(
         }
     }
     Ok(())
+}
+
+/// How the weights of a [`RotatedModel`] are scaled, and what its table is made of.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Rotated {
+    /// Groups of 128, and a table of groups.
+    Groups,
+    /// Groups of 64, and a table of int8 codes.
+    Codes,
+    /// One scale a matrix, and a table of int8 codes with minima.
+    Sums,
+}
+
+/// A random model that is stored in rotated bases: blocks of 64, signs that differ from matrix to
+/// matrix; Q and K read the same one.
+struct RotatedModel {
+    kind: Rotated,
+    model: SyntheticModel,
+    /// Values a block.
+    block: usize,
+}
+
+impl RotatedModel {
+    fn new(kind: Rotated) -> Self {
+        let config = match kind {
+            Rotated::Groups => tiny_bonsai(2, 128),
+            Rotated::Codes => ModelConfig { head_dim: 96, ..tiny_bonsai(1, 64) },
+            Rotated::Sums => ModelConfig {
+                hidden_size: 128,
+                intermediate_size: 192,
+                head_dim: 32,
+                ..tiny_bitnet()
+            },
+        };
+        Self { kind, model: SyntheticModel::new(config, 44), block: 64 }
+    }
+
+    fn rotation(&self, k: usize, seed: u64) -> Option<Arc<Rotation>> {
+        let mut random = Random::new(seed);
+        let signs = (0..k).map(|_| if random.below(2) == 0 { 1.0 } else { -1.0 }).collect();
+        Some(Arc::new(Rotation { block: self.block, signs }))
+    }
+
+    fn rotated(&self, matrix: TernaryMatrix, seed: u64) -> TernaryMatrix {
+        let rotation = self.rotation(matrix.shape().k(), seed);
+        matrix.with_input(Input { norm: None, rotation })
+    }
+}
+
+impl WeightSource for RotatedModel {
+    fn config(&self) -> &ModelConfig {
+        self.model.config()
+    }
+
+    fn embedding(&self) -> sterna::Result<Table> {
+        let table = self.model.embedding()?;
+        let (shape, k) = (table.shape(), table.shape().k());
+        let rotation = self.rotation(k, 1);
+        if self.kind == Rotated::Groups {
+            return Ok(table.with_rotation(rotation));
+        }
+        let mut random = Random::new(2);
+        let (groups, group) = (shape.len() / 32, 32);
+        let scale: Vec<f32> = (0..groups).map(|_| 4e-4 * (1.0 + random.unit().abs())).collect();
+        let has_min = self.kind == Rotated::Sums;
+        let min = if has_min { random.floats(groups, 0.01) } else { Vec::new() };
+        let codes = Codes { group, codes: random.codes(shape.len()), scale, min };
+        Ok(Table::new(shape, TableData::Codes(codes)).with_rotation(rotation))
+    }
+
+    fn lm_head(&self) -> sterna::Result<Option<Table>> {
+        Ok(None)
+    }
+
+    fn final_norm(&self) -> sterna::Result<Vec<f32>> {
+        self.model.final_norm()
+    }
+
+    fn layer(&self, index: usize) -> sterna::Result<LayerWeights> {
+        let layer = self.model.layer(index)?;
+        Ok(LayerWeights {
+            q_proj: self.rotated(layer.q_proj, 3),
+            k_proj: self.rotated(layer.k_proj, 3),
+            v_proj: self.rotated(layer.v_proj, 4),
+            o_proj: layer.o_proj,
+            gate_proj: layer.gate_proj,
+            up_proj: self.rotated(layer.up_proj, 5),
+            down_proj: self.rotated(layer.down_proj, 6),
+            ..layer
+        })
+    }
+}
+
+/// Bindings of 24 KiB: the table and gate and up in several shards.
+fn sharded_groups(capabilities: Capabilities) -> Result<(), Failed> {
+    for bits in [1, 2] {
+        let config = ModelConfig { vocab_size: 1000, ..tiny_bonsai(bits, 64) };
+        let source = SyntheticModel::new(config, 5);
+        for int8_activations in [false, true] {
+            let options = LoadOptions {
+                context: Some(20),
+                max_batch: 2,
+                int8_activations,
+                ..LoadOptions::default()
+            };
+            let variant = Variant::BitSerial;
+            let mut whole = transformer(open(capabilities)?, &source, variant, &options)?;
+            // The KV cache, 20 positions of 256 values, is not sharded.
+            let gpu = open(capabilities)?.with_max_binding(24 << 10);
+            let mut sharded = transformer(gpu, &source, variant, &options)?;
+            let prompt: Vec<u32> = (0..9).map(|i| i * 31).collect();
+            let expected = whole.feed(&prompt, Want::LastLogits)?;
+            if sharded.feed(&prompt, Want::LastLogits)? != expected {
+                return Err(format!("{bits} bits: shards change the logits").into());
+            }
+        }
+    }
+    Ok(())
+}
+
+fn names(capabilities: Capabilities) -> Result<(), Failed> {
+    for (source, int8_activations, expected) in [
+        (SyntheticModel::new(tiny_bonsai(1, 128), 1), false, "group_gemv"),
+        (SyntheticModel::new(tiny_bonsai(1, 128), 1), true, "group_gemv_int8"),
+        (SyntheticModel::new(tiny_normed(), 1), false, "gemv_planes"),
+    ] {
+        let options = LoadOptions { int8_activations, ..LoadOptions::default() };
+        let model = transformer(open(capabilities)?, &source, Variant::BitSerial, &options)?;
+        same("gemv", &[model.device().gemv.as_str()], &[expected])?;
+    }
+    Ok(())
+}
+
+fn long_rotation(capabilities: Capabilities) -> Result<(), Failed> {
+    let config = ModelConfig { hidden_size: 8192, num_hidden_layers: 1, ..tiny_bitnet() };
+    let source =
+        RotatedModel { kind: Rotated::Sums, model: SyntheticModel::new(config, 44), block: 8192 };
+    match load(capabilities, &source, Variant::BitSerial) {
+        Err(Error::Dimension { found: 8192, max: 4096, .. }) => Ok(()),
+        Err(other) => Err(other.into()),
+        Ok(_) => Err("a block past a workgroup's memory was accepted".into()),
+    }
 }
 
 /// Bindings of 24 KiB: the tables and the largest matrices fall into several shards.

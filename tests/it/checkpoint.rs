@@ -26,7 +26,7 @@ fn golden(name: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden").join(name)
 }
 
-fn trits(matrix: &TernaryMatrix) -> Vec<i8> {
+pub(super) fn trits(matrix: &TernaryMatrix) -> Vec<i8> {
     let k = matrix.shape().k();
     let mut out = vec![0; matrix.shape().len()];
     for (n, row) in out.chunks_exact_mut(k).enumerate() {
@@ -38,23 +38,23 @@ fn trits(matrix: &TernaryMatrix) -> Vec<i8> {
 /// A BitNet of one layer whose every byte can be spelled out: hidden 4, two query heads and one
 /// key/value head of 2, MLP of 6 (no multiple of 4), vocabulary of 5.
 #[derive(Clone)]
-struct Tiny {
+pub(super) struct Tiny {
     config: serde_json::Value,
     tensors: Vec<Tensor>,
 }
 
 #[derive(Clone)]
-struct Tensor {
+pub(super) struct Tensor {
     name: String,
     dtype: &'static str,
-    shape: Vec<usize>,
-    bytes: Vec<u8>,
+    pub(super) shape: Vec<usize>,
+    pub(super) bytes: Vec<u8>,
 }
 
 const ONE: [u8; 2] = [0x80, 0x3f];
 
 impl Tiny {
-    fn bitnet() -> Self {
+    pub(super) fn bitnet() -> Self {
         let mut tiny = Self {
             config: serde_json::json!({
                 "architectures": ["BitNetForCausalLM"],
@@ -107,7 +107,7 @@ impl Tiny {
         tiny
     }
 
-    fn set(&mut self, key: &str, value: serde_json::Value) {
+    pub(super) fn set(&mut self, key: &str, value: serde_json::Value) {
         self.config[key] = value;
     }
 
@@ -117,8 +117,27 @@ impl Tiny {
         self.tensors.push(Tensor { name: name.to_owned(), dtype, shape: shape.to_vec(), bytes });
     }
 
-    fn tensor(&mut self, name: &str) -> &mut Tensor {
+    pub(super) fn tensor(&mut self, name: &str) -> &mut Tensor {
         self.tensors.iter_mut().find(|tensor| tensor.name.ends_with(name)).unwrap()
+    }
+
+    /// Makes the MLP `n` wide, its gate and up matrices of these bytes, its down matrix of zeros.
+    pub(super) fn set_gate(&mut self, n: usize, packed: &[u8]) {
+        self.set("intermediate_size", n.into());
+        for name in ["gate_proj.weight", "up_proj.weight"] {
+            let tensor = self.tensor(name);
+            tensor.shape = vec![n.div_ceil(4), 4];
+            tensor.bytes = packed.to_vec();
+        }
+        let (down, norm) = ([1, n], [n]);
+        for (name, shape, element) in [
+            ("down_proj.weight", &down[..], &[0x55][..]),
+            ("ffn_sub_norm.weight", &norm[..], &ONE[..]),
+        ] {
+            let tensor = self.tensor(name);
+            tensor.shape = shape.to_vec();
+            tensor.bytes = element.repeat(shape.iter().product());
+        }
     }
 
     fn remove(&mut self, name: &str) {
@@ -127,7 +146,7 @@ impl Tiny {
         assert_eq!(self.tensors.len() + 1, before);
     }
 
-    fn write(&self, directory: &Path) {
+    pub(super) fn write(&self, directory: &Path) {
         std::fs::write(directory.join("config.json"), self.config.to_string()).unwrap();
         std::fs::write(directory.join("model.safetensors"), safetensors(&self.tensors)).unwrap();
     }
@@ -200,16 +219,7 @@ fn packed_rows_are_quarters_of_the_matrix() {
     // Rows +1, 0, −1, −1 in each column.
     tiny.tensor("q_proj.weight").bytes.fill(0x06);
     // Eight rows of two columns, with two columns of zeros beside them.
-    tiny.set("intermediate_size", 8.into());
-    for name in ["gate_proj.weight", "up_proj.weight"] {
-        tiny.tensor(name).bytes = vec![0x86, 0x85, 0x55, 0x55, 0x18, 0x62, 0x55, 0x55];
-    }
-    let wide = |tensor: &mut Tensor, shape: &[usize], element: &[u8]| {
-        tensor.shape = shape.to_vec();
-        tensor.bytes = element.repeat(shape.iter().product());
-    };
-    wide(tiny.tensor("down_proj.weight"), &[1, 8], &[0x55]);
-    wide(tiny.tensor("ffn_sub_norm.weight"), &[8], &ONE);
+    tiny.set_gate(8, &[0x86, 0x85, 0x55, 0x55, 0x18, 0x62, 0x55, 0x55]);
     tiny.write(directory.path());
 
     let layer = Checkpoint::open(directory.path()).unwrap().layer(0).unwrap();
@@ -809,7 +819,9 @@ fn malformed_indexes_are_refused() {
     let missing = map(&|i| if i < 9 { "a.safetensors" } else { "c.safetensors" });
     let message = run(&missing.to_string(), half(0, 9), half(9, count));
     assert!(message.starts_with("c.safetensors: "), "{message}");
-    for outside in ["../b.safetensors", "/etc/b", "d/b", "..", ".", "", "d\\b", "C:b", "a\0"] {
+    for outside in
+        ["../b.safetensors", "/etc/b", "d/b", "..", ".", "", "d\\b", "C:b", "a\0", "a\nb"]
+    {
         let mut index = right.clone();
         index["weight_map"][name(19)] = outside.into();
         assert_eq!(
@@ -839,7 +851,7 @@ fn what_is_no_checkpoint_says_so() {
     let directory = tempfile::tempdir().unwrap();
     assert_eq!(
         verdict(directory.path()),
-        ": no model.safetensors or model.safetensors.index.json in this directory"
+        ": no model.safetensors, model.safetensors.index.json or GGUF file in this directory"
     );
     Tiny::bitnet().write(directory.path());
     std::fs::remove_file(directory.path().join("config.json")).unwrap();

@@ -5,9 +5,16 @@ mod built_in;
 mod checkpoint;
 #[cfg(feature = "cli")]
 mod cli;
+mod format_vectors;
 mod generate;
+mod ggml;
+mod gguf;
 #[path = "../common/golden.rs"]
 mod golden;
+#[cfg(feature = "cli")]
+mod hub;
+#[cfg(feature = "cli")]
+mod hub_server;
 mod model;
 mod shaders;
 mod simd;

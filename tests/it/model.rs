@@ -38,18 +38,38 @@ fn greedy_tokens_on_cpu() {
     each(Device::Cpu, golden::check_greedy);
 }
 
-#[test]
-fn bonsai_on_ref() {
-    let mut transformer = load(golden::BONSAI, Device::Reference);
+fn bonsai(device: Device) {
+    let mut transformer = load(golden::BONSAI, device);
     golden::check_logits(golden::BONSAI, &mut transformer).unwrap();
     golden::check_greedy(golden::BONSAI, &mut transformer).unwrap();
 }
 
 #[test]
+fn bonsai_on_ref() {
+    bonsai(Device::Reference);
+}
+
+#[test]
 fn bonsai_on_cpu() {
-    let mut transformer = load(golden::BONSAI, Device::Cpu);
-    golden::check_logits(golden::BONSAI, &mut transformer).unwrap();
-    golden::check_greedy(golden::BONSAI, &mut transformer).unwrap();
+    bonsai(Device::Cpu);
+}
+
+fn gguf_files(device: Device) {
+    for model in golden::GGUF {
+        let mut transformer = load(model, device);
+        golden::check_logits(model, &mut transformer).unwrap();
+        golden::check_greedy(model, &mut transformer).unwrap();
+    }
+}
+
+#[test]
+fn gguf_files_on_ref() {
+    gguf_files(Device::Reference);
+}
+
+#[test]
+fn gguf_files_on_cpu() {
+    gguf_files(Device::Cpu);
 }
 
 #[test]

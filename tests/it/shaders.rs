@@ -246,14 +246,23 @@ struct ValueFlow<'m> {
 type FunctionId = Option<Handle<Function>>;
 
 impl<'m> ValueFlow<'m> {
+    fn new(module: &'m Module) -> Self {
+        let (seen, seen_roots) = (HashSet::new(), HashSet::new());
+        Self { module, seen, seen_roots, operators: BTreeSet::new() }
+    }
+
+    /// The operators on the way to the result of the function of that name.
+    fn operators_of(module: &'m Module, function: &str) -> BTreeSet<String> {
+        let mut flow = Self::new(module);
+        let named = |f: &Function| f.name.as_deref() == Some(function);
+        let (handle, _) = module.functions.iter().find(|(_, f)| named(f)).expect("a function");
+        flow.follow_results(handle);
+        flow.operators
+    }
+
     /// The operators on the way to every store into the global named `output`.
     fn operators_into(module: &'m Module, output: &str) -> BTreeSet<String> {
-        let mut flow = Self {
-            module,
-            seen: HashSet::new(),
-            seen_roots: HashSet::new(),
-            operators: BTreeSet::new(),
-        };
+        let mut flow = Self::new(module);
         let global =
             module.global_variables.iter().find(|(_, v)| v.name.as_deref() == Some(output));
         let (global, _) = global.expect("the output is a global");
@@ -345,23 +354,26 @@ impl<'m> ValueFlow<'m> {
                 }
             }
             Expression::FunctionArgument(index) if id.is_some() => self.follow_arguments(id, index),
-            Expression::CallResult(callee) => {
-                let mut results = Vec::new();
-                walk(&self.function(Some(callee)).body, &mut |statement| {
-                    if let Statement::Return { value: Some(value) } = *statement {
-                        results.push(value);
-                    }
-                });
-                for result in results {
-                    self.follow(Some(callee), result);
-                }
-            }
+            Expression::CallResult(callee) => self.follow_results(callee),
             Expression::Literal(_)
             | Expression::Constant(_)
             | Expression::Override(_)
             | Expression::ZeroValue(_)
             | Expression::FunctionArgument(_) => {}
             ref other => panic!("an expression this proof does not know: {other:?}"),
+        }
+    }
+
+    /// Follows what a function returns.
+    fn follow_results(&mut self, callee: Handle<Function>) {
+        let mut results = Vec::new();
+        walk(&self.function(Some(callee)).body, &mut |statement| {
+            if let Statement::Return { value: Some(value) } = *statement {
+                results.push(value);
+            }
+        });
+        for result in results {
+            self.follow(Some(callee), result);
         }
     }
 
@@ -382,9 +394,9 @@ impl<'m> ValueFlow<'m> {
     }
 }
 
-/// Whether a module's accumulation path is free of multiplications and dot products.
-fn adds_only(module: &Module) -> Result<(), BTreeSet<String>> {
-    let allowed: BTreeSet<String> = [
+/// The operators of a sum without products.
+fn additions() -> BTreeSet<String> {
+    [
         format!("{:?}", BinaryOperator::Add),
         format!("{:?}", BinaryOperator::Subtract),
         format!("{:?}", BinaryOperator::And),
@@ -392,7 +404,12 @@ fn adds_only(module: &Module) -> Result<(), BTreeSet<String>> {
         format!("{:?}", BinaryOperator::ShiftLeft),
         format!("{:?}", MathFunction::CountOneBits),
     ]
-    .into();
+    .into()
+}
+
+/// Whether a module's accumulation path is free of multiplications and dot products.
+fn adds_only(module: &Module) -> Result<(), BTreeSet<String>> {
+    let allowed = additions();
     let found = ValueFlow::operators_into(module, "acc");
     let forbidden: BTreeSet<String> = found.difference(&allowed).cloned().collect();
     // The proof is worth something only if it has seen the inner loop.
@@ -404,6 +421,39 @@ fn adds_only(module: &Module) -> Result<(), BTreeSet<String>> {
 fn the_baseline_gemv_and_gemm_only_add() {
     for kernel in [shader::GEMV_PLANES, shader::GEMM_PLANES] {
         assert_eq!(adds_only(&kernel.module()), Ok(()), "{}", kernel.name);
+    }
+}
+
+/// What the sums of groups are made with, before their scales: in the float kernel, each term is an
+/// activation's bits with the sign flipped or all masked.
+fn group_sums_only_add(kernel: Kernel, module: &Module) -> Result<(), BTreeSet<String>> {
+    let (function, term) = if kernel == shader::GROUP_GEMV {
+        ("block_sums", MathFunction::ExtractBits)
+    } else {
+        ("group_sums", MathFunction::CountOneBits)
+    };
+    let mut allowed = additions();
+    // Bits of a weight on their way to a mask.
+    allowed.extend([format!("{term:?}"), format!("{:?}", BinaryOperator::ShiftRight)]);
+    let found = ValueFlow::operators_of(module, function);
+    assert!(found.contains(&format!("{term:?}")), "{found:?}");
+    let forbidden: BTreeSet<String> = found.difference(&allowed).cloned().collect();
+    if forbidden.is_empty() { Ok(()) } else { Err(forbidden) }
+}
+
+#[test]
+fn the_sums_of_groups_only_add() {
+    for (kernel, addition, product) in [
+        (shader::GROUP_GEMV, "t0 += signed_x(", "t0 += 2.0 * signed_x("),
+        (shader::GROUP_GEMV_INT8, "low << vec4(0u, 1u, 2u, 3u)", "low * vec4(1u, 2u, 4u, 8u)"),
+    ] {
+        assert_eq!(group_sums_only_add(kernel, &kernel.module()), Ok(()), "{}", kernel.name);
+        let source = kernel.wgsl();
+        let mutated = source.replace(addition, product);
+        assert_ne!(source, mutated);
+        let module = naga::front::wgsl::parse_str(&mutated).expect("the mutant is valid WGSL");
+        let forbidden = group_sums_only_add(kernel, &module);
+        assert_eq!(forbidden, Err(["Multiply".to_owned()].into()), "{}", kernel.name);
     }
 }
 

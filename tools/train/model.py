@@ -60,10 +60,16 @@ class BitMatMul(torch.autograd.Function):
         return dx, dw.float(), None, None, None
 
 
+# The sub-norms fix the size of what a layer adds, so the embedding must not be small beside it: else a token's identity is
+# lost after one layer and no later layer can copy a name.
+EMBEDDING_STD = 0.3
+RESIDUAL_STD = 0.007
+
+
 class BitLinear(nn.Module):
-    def __init__(self, k: int, n: int):
+    def __init__(self, k: int, n: int, std: float):
         super().__init__()
-        self.weight = nn.Parameter(torch.randn(n, k) * 0.02)
+        self.weight = nn.Parameter(torch.randn(n, k) * std)
 
 
 def bit_linear(x: Tensor, linears: list[BitLinear], dtype: torch.dtype) -> Tensor:
@@ -91,8 +97,8 @@ class Attention(nn.Module):
     def __init__(self, c: Config):
         super().__init__()
         n_kv = c.num_key_value_heads * c.head_dim
-        self.q_proj, self.k_proj, self.v_proj = (BitLinear(c.hidden_size, n) for n in (c.hidden_size, n_kv, n_kv))
-        self.o_proj = BitLinear(c.hidden_size, c.hidden_size)
+        self.q_proj, self.k_proj, self.v_proj = (BitLinear(c.hidden_size, n, 0.06) for n in (c.hidden_size, n_kv, n_kv))
+        self.o_proj = BitLinear(c.hidden_size, c.hidden_size, RESIDUAL_STD)
         self.attn_sub_norm = RMSNorm(c.hidden_size, c.rms_norm_eps)
         self.c = c
 
@@ -116,9 +122,9 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 class MLP(nn.Module):
     def __init__(self, c: Config):
         super().__init__()
-        self.gate_proj, self.up_proj = (BitLinear(c.hidden_size, c.intermediate_size) for _ in range(2))
+        self.gate_proj, self.up_proj = (BitLinear(c.hidden_size, c.intermediate_size, 0.02) for _ in range(2))
         self.ffn_sub_norm = RMSNorm(c.intermediate_size, c.rms_norm_eps)
-        self.down_proj = BitLinear(c.intermediate_size, c.hidden_size)
+        self.down_proj = BitLinear(c.intermediate_size, c.hidden_size, RESIDUAL_STD)
 
     def forward(self, x: Tensor, dtype: torch.dtype) -> Tensor:
         gate, up = bit_linear(x, [self.gate_proj, self.up_proj], dtype).chunk(2, -1)
@@ -141,9 +147,10 @@ class BitNet(nn.Module):
         super().__init__()
         self.c = c
         self.embed_tokens = nn.Embedding(c.vocab_size, c.hidden_size)
-        nn.init.normal_(self.embed_tokens.weight, std=0.02)
+        nn.init.normal_(self.embed_tokens.weight, std=EMBEDDING_STD)
         self.layers = nn.ModuleList(Layer(c) for _ in range(c.num_hidden_layers))
         self.norm = RMSNorm(c.hidden_size, c.rms_norm_eps)
+        nn.init.constant_(self.norm.weight, 1 / (EMBEDDING_STD * c.hidden_size**0.5))  # logits of size 1
         inv_freq = c.rope_theta ** (-torch.arange(0, c.head_dim, 2, dtype=torch.float64) / c.head_dim)
         angle = torch.outer(torch.arange(c.max_position_embeddings, dtype=torch.float64), inv_freq)
         self.register_buffer("cos", angle.cos().float(), persistent=False)

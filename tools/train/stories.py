@@ -202,7 +202,12 @@ def story(seed: int) -> str:
     if teller.random.random() < 0.35:
         ending += " " + teller.draw("close")
     body = teller.tell(body)
-    return articles(f"{opening}\n\n{body} {ending}" if teller.random.random() < 0.5 else f"{opening}\n\n{body}\n\n{ending}")
+    text = f"{opening}\n\n{body} {ending}" if teller.random.random() < 0.5 else f"{opening}\n\n{body}\n\n{ending}"
+    return articles(TWICE.sub(r"\1", text))
+
+
+# An adjective before a thing that has it in its name: a silver silver spoon.
+TWICE = re.compile(r"\b(?!had |that )(\w+) \1\b")
 
 
 def stories(first_seed: int, held_out: bool):

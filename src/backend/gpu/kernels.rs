@@ -15,6 +15,8 @@ const ELEMENT_LANES: usize = 64;
 const SLICES: usize = 8;
 /// Tokens a GEMM lane holds.
 const GEMM_TOKENS: u32 = 4;
+/// Lanes of `quantize_absmax_groups`: a group is at least as long.
+const GROUP_QUANTIZE_LANES: usize = 64;
 /// Rows an `lm_head` workgroup computes.
 const HEAD_ROWS: usize = 8;
 
@@ -61,21 +63,149 @@ impl Variant {
     }
 }
 
-/// Elements of a dense table and how they are stored.
+/// A matrix with scales of groups of inputs, as its kernels see it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub struct GroupMatrix {
+    /// `[N, K]`.
+    pub shape: MatShape,
+    /// Inputs a scale: a multiple of 64 that divides K.
+    pub group: usize,
+    /// Whether the weights lie in the layout `signs`; else in `planes`.
+    pub binary: bool,
+}
+
+/// Longest group of [`quantize_absmax_groups`].
+pub const MAX_INT8_GROUP: usize = 256;
+
+impl GroupMatrix {
+    /// Scales a row.
+    pub fn groups(self) -> usize {
+        self.shape.k() / self.group
+    }
+
+    fn constants(self) -> [(&'static str, usize); 3] {
+        let binary = usize::from(self.binary);
+        [("K", self.shape.k()), ("GROUP", self.group), ("BINARY", binary)]
+    }
+}
+
+/// Where a shard of a matrix writes its rows.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct RowsOut {
+    /// First row.
+    pub base: usize,
+    /// Rows.
+    pub rows: usize,
+    /// Words from one token's rows to the next's.
+    pub stride: usize,
+}
+
+/// How many tokens a lane of a group kernel holds: 1 or 4.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum TokensPerLane {
+    /// Decode.
+    One,
+    /// Prefill.
+    Four,
+}
+
+impl TokensPerLane {
+    fn count(self) -> u32 {
+        match self {
+            Self::One => 1,
+            Self::Four => GEMM_TOKENS,
+        }
+    }
+}
+
+/// How the rows of a linear layer lie in the accumulator: `shared/bitlinear.wgsl`.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct LinearRows {
+    /// N of each run of matrices that take the input in the same way, and whether its rows are f32
+    /// or i32 sums to be scaled. At most [`Self::MAX_RUNS`].
+    pub runs: Vec<(usize, bool)>,
+    /// Words from one run's activation scales to the next's.
+    pub act_stride: usize,
+}
+
+impl LinearRows {
+    /// Most runs: query, key and value may each have an input of its own.
+    pub const MAX_RUNS: usize = 3;
+
+    /// `n` rows of one run, i32 sums.
+    pub fn sums(n: usize) -> Self {
+        Self { runs: vec![(n, false)], act_stride: 0 }
+    }
+
+    /// `n` rows in f32.
+    pub fn floats(n: usize) -> Self {
+        Self { runs: vec![(n, true)], act_stride: 0 }
+    }
+
+    /// Rows of the accumulator before run `index`: every run starts at a tile.
+    pub fn first(&self, index: usize) -> usize {
+        self.runs[..index].iter().map(|&(n, _)| padded_rows(n)).sum()
+    }
+
+    /// Rows of the accumulator.
+    pub fn padded(&self) -> usize {
+        self.first(self.runs.len())
+    }
+
+    /// The constants of the snippet.
+    fn constants(&self) -> Vec<(&'static str, usize)> {
+        assert!((1..=Self::MAX_RUNS).contains(&self.runs.len()));
+        let runs = self.runs.iter().enumerate();
+        let floats = runs.map(|(run, &(_, float))| usize::from(float) << run).sum();
+        let mut constants = vec![("N_PAD", self.padded()), ("FLOAT_RUNS", floats)];
+        if self.runs.len() > 1 {
+            constants.push(("ACT_STRIDE", self.act_stride));
+        }
+        let names = [("RUN_1", "RUN_1_PAD"), ("RUN_2", "RUN_2_PAD")];
+        for (run, (row, pad)) in (1..self.runs.len()).zip(names) {
+            let n = self.runs[..run].iter().map(|&(n, _)| n).sum();
+            constants.extend([(row, n), (pad, self.first(run) - n)]);
+        }
+        constants
+    }
+}
+
+/// Elements of a table and how they are stored.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum DenseFormat {
     /// bfloat16, 8 a unit.
-    Bf16 = 0,
+    Bf16,
     /// IEEE half, 8 a unit.
-    F16 = 1,
+    F16,
     /// IEEE single, 4 a unit.
-    F32 = 2,
+    F32,
+    /// int8 codes, 16 a unit.
+    Codes {
+        /// Codes a scale, a multiple of 16.
+        group: usize,
+        /// Whether groups have a minimum.
+        has_min: bool,
+    },
 }
 
 impl DenseFormat {
     /// 16-byte units of a row of `k` elements.
     pub fn units(self, k: usize) -> usize {
-        k.div_ceil(if self == Self::F32 { 4 } else { 8 })
+        k.div_ceil(match self {
+            Self::Bf16 | Self::F16 => 8,
+            Self::F32 => 4,
+            Self::Codes { .. } => 16,
+        })
+    }
+
+    fn constants(self) -> [(&'static str, usize); 3] {
+        let (format, group, has_min) = match self {
+            Self::Bf16 => (0, 32, false),
+            Self::F16 => (1, 32, false),
+            Self::F32 => (2, 32, false),
+            Self::Codes { group, has_min } => (3, group, has_min),
+        };
+        [("FORMAT", format), ("GROUP", group), ("HAS_MIN", usize::from(has_min))]
     }
 }
 
@@ -97,18 +227,18 @@ pub fn padded_rows(n: usize) -> usize {
     n.next_multiple_of(TILE_ROWS)
 }
 
-fn call<const C: usize>(
+fn call(
     kernel: Kernel,
-    constants: [(&'static str, usize); C],
+    constants: impl IntoIterator<Item = (&'static str, usize)>,
     x: usize,
     y: Rows,
 ) -> Call {
-    let constants = constants.map(|(name, value)| (name, value as f64)).to_vec();
+    let constants = constants.into_iter().map(|(name, value)| (name, value as f64)).collect();
     // A grid past u32 is past every adapter's limit: `Gpu::op` refuses it.
     Call { kernel, constants, x: u32::try_from(x).unwrap_or(u32::MAX), y }
 }
 
-/// tokens, table, out.
+/// tokens, table, scale, min, out.
 pub fn embedding(shard: DenseShard) -> Call {
     let units = shard.format.units(shard.k);
     let constants = [
@@ -117,9 +247,17 @@ pub fn embedding(shard: DenseShard) -> Call {
         ("UNITS", units),
         ("ROW_BASE", shard.base),
         ("ROWS", shard.rows),
-        ("FORMAT", shard.format as usize),
     ];
+    let constants = constants.into_iter().chain(shard.format.constants());
     call(shader::EMBEDDING, constants, units.div_ceil(ELEMENT_LANES), Rows::Tokens)
+}
+
+/// tokens, w, scales, out; of rows `base..base + rows`, whole tiles but the last.
+pub fn group_embedding(matrix: GroupMatrix, base: usize, rows: usize) -> Call {
+    let constants = [("WG", ELEMENT_LANES), ("ROW_BASE", base), ("ROWS", rows)];
+    let constants = constants.into_iter().chain(matrix.constants());
+    let x = matrix.shape.k().div_ceil(ELEMENT_LANES);
+    call(shader::GROUP_EMBEDDING, constants, x, Rows::Tokens)
 }
 
 /// x, w, y; of all tokens, or of those whose logits are wanted.
@@ -136,6 +274,39 @@ pub fn quantize_absmax(k: usize, variant: Variant) -> Call {
     let planes = usize::from(variant == Variant::BitSerial);
     let constants = [("K", k), ("KC", k_chunks(k)), ("PLANES", planes)];
     call(shader::QUANTIZE_ABSMAX, constants, 1, Rows::Tokens)
+}
+
+/// x, codes, act_scale.
+pub fn quantize_absmax_groups(k: usize, group: usize) -> Call {
+    let constants = [("WG", GROUP_QUANTIZE_LANES), ("K", k), ("GROUP", group)];
+    call(shader::QUANTIZE_ABSMAX_GROUPS, constants, k / group, Rows::Tokens)
+}
+
+/// Largest block of [`hadamard`]: it fills a workgroup's memory.
+pub const MAX_HADAMARD_BLOCK: usize = 4096;
+
+/// Which way [`hadamard`] goes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Rotate {
+    /// A matrix's input: signs, then H.
+    Input,
+    /// The head's input, of the tokens whose logits are wanted.
+    HeadInput,
+    /// A row of the embedding back into its own basis: H, then signs.
+    Back,
+}
+
+/// x, signs, y.
+pub fn hadamard(k: usize, block: usize, rotate: Rotate) -> Call {
+    let (rows, logit_rows) = match rotate {
+        Rotate::HeadInput => (Rows::LogitRows, 1),
+        Rotate::Input | Rotate::Back => (Rows::Tokens, 0),
+    };
+    let back = usize::from(rotate == Rotate::Back);
+    let constants = [("K", k), ("BLOCK", block), ("BACK", back), ("LOGIT_ROWS", logit_rows)];
+    let mut call = call(shader::HADAMARD, constants, k / block, rows);
+    call.constants.push(("FACTOR", f64::from(cpu_ref::hadamard::inv_sqrt(block))));
+    call
 }
 
 /// w, x, offset, \[code_sum,\] acc; of tiles `tile_base..tile_base + tiles`.
@@ -155,16 +326,70 @@ pub fn gemm(variant: Variant, shape: MatShape, tile_base: usize, tiles: usize) -
     call(variant.gemm(), constants, tiles, Rows::TokenTiles(GEMM_TOKENS))
 }
 
-/// acc, weight_scale, act_scale, angles, query, keys, values.
-pub fn rope(heads: Heads) -> Call {
+/// w, scales, x, y; of the shard of whole tiles that `out` says.
+pub fn group_gemv(
+    matrix: GroupMatrix,
+    out: RowsOut,
+    tokens: TokensPerLane,
+    logit_rows: bool,
+) -> Call {
+    let constants = group_constants(matrix, out, tokens);
+    let constants = constants.chain([("LOGIT_ROWS", usize::from(logit_rows))]);
+    let rows = if logit_rows {
+        Rows::LogitRowTiles(tokens.count())
+    } else {
+        Rows::TokenTiles(tokens.count())
+    };
+    call(shader::GROUP_GEMV, constants, out.rows.div_ceil(TILE_ROWS), rows)
+}
+
+/// w, scales, x, act_scale, y; of the shard of whole tiles that `out` says.
+pub fn group_gemv_int8(matrix: GroupMatrix, out: RowsOut, tokens: TokensPerLane) -> Call {
+    let constants = group_constants(matrix, out, tokens);
+    let x = out.rows.div_ceil(TILE_ROWS);
+    call(shader::GROUP_GEMV_INT8, constants, x, Rows::TokenTiles(tokens.count()))
+}
+
+// The slices of `group_gemv_int8` are the lanes of its sum.
+const _: () = assert!(SLICES == cpu_ref::reduce::GROUP_LANES);
+
+fn group_constants(
+    matrix: GroupMatrix,
+    out: RowsOut,
+    tokens: TokensPerLane,
+) -> impl Iterator<Item = (&'static str, usize)> {
+    let constants = [
+        ("S", SLICES),
+        ("TOKENS", tokens.count() as usize),
+        ("ROW_BASE", out.base),
+        ("ROWS", out.rows),
+        ("STRIDE", out.stride),
+    ];
+    constants.into_iter().chain(matrix.constants())
+}
+
+/// acc, weight_scale, act_scale, query_norm, key_norm, y: rows of Q, K and V heads, padded to whole
+/// tiles.
+pub fn head_norm(heads: Heads, eps: f32, rows: &LinearRows) -> Call {
     let all = heads.query + 2 * heads.kv;
     let constants = [
-        ("WG", ELEMENT_LANES),
-        ("N_PAD", padded_rows(all * heads.dim)),
+        ("OUT", padded_rows(all * heads.dim)),
         ("HEADS", heads.query),
         ("KV_HEADS", heads.kv),
         ("DIM", heads.dim),
     ];
+    let constants = constants.into_iter().chain(rows.constants());
+    let mut call = call(shader::HEAD_NORM, constants, all, Rows::Tokens);
+    call.constants.push(("EPS", f64::from(eps)));
+    call
+}
+
+/// acc, weight_scale, act_scale, angles, query, keys, values.
+pub fn rope(heads: Heads, rows: &LinearRows) -> Call {
+    let all = heads.query + 2 * heads.kv;
+    let constants =
+        [("WG", ELEMENT_LANES), ("HEADS", heads.query), ("KV_HEADS", heads.kv), ("DIM", heads.dim)];
+    let constants = constants.into_iter().chain(rows.constants());
     let pairs = all * heads.dim / 2;
     call(shader::ROPE, constants, pairs.div_ceil(ELEMENT_LANES), Rows::Tokens)
 }
@@ -182,28 +407,25 @@ pub fn attention(heads: Heads) -> Call {
 }
 
 /// acc, weight_scale, act_scale, z.
-pub fn gated_activation(intermediate: usize, activation: Activation) -> Call {
+pub fn gated_activation(intermediate: usize, activation: Activation, rows: &LinearRows) -> Call {
     let act = match activation {
         Activation::Relu2 => 0,
         Activation::Silu => 1,
     };
-    let constants = [
-        ("WG", ELEMENT_LANES),
-        ("N_PAD", padded_rows(2 * intermediate)),
-        ("F", intermediate),
-        ("ACT", act),
-    ];
+    let constants = [("WG", ELEMENT_LANES), ("F", intermediate), ("ACT", act)];
+    let constants = constants.into_iter().chain(rows.constants());
     let x = intermediate.div_ceil(ELEMENT_LANES);
     call(shader::GATED_ACTIVATION, constants, x, Rows::Tokens)
 }
 
 /// hidden, acc, weight_scale, act_scale, out.
-pub fn residual_add(n: usize) -> Call {
-    let constants = [("WG", ELEMENT_LANES), ("N", n), ("N_PAD", padded_rows(n))];
+pub fn residual_add(n: usize, rows: &LinearRows) -> Call {
+    let constants = [("WG", ELEMENT_LANES), ("N", n)];
+    let constants = constants.into_iter().chain(rows.constants());
     call(shader::RESIDUAL_ADD, constants, n.div_ceil(ELEMENT_LANES), Rows::Tokens)
 }
 
-/// x, table, logits.
+/// x, table, scale, min, logits.
 pub fn lm_head(shard: DenseShard, vocab_size: usize) -> Call {
     let constants = [
         ("K", shard.k),
@@ -211,8 +433,8 @@ pub fn lm_head(shard: DenseShard, vocab_size: usize) -> Call {
         ("ROW_BASE", shard.base),
         ("ROWS", shard.rows),
         ("V", vocab_size),
-        ("FORMAT", shard.format as usize),
     ];
+    let constants = constants.into_iter().chain(shard.format.constants());
     call(shader::LM_HEAD, constants, shard.rows.div_ceil(HEAD_ROWS), Rows::LogitRows)
 }
 

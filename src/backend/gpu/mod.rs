@@ -19,14 +19,16 @@ pub use kernels::Variant;
 pub use matrix::row_offsets;
 pub use record::{Call, Op, PassParams, Pipelines, Rows, WorkDone};
 
+use cpu_ref::layout::TILE_ROWS;
 use cpu_ref::rope;
 
 use super::{Backend, Batch, DeviceInfo, LoadOptions, OnProgress, Output, Progress, Tap, Want};
-use crate::config::ModelConfig;
+use crate::config::{Activations, ModelConfig};
 use crate::error::{Error, Result};
-use crate::weights::WeightSource;
-use kernels::padded_rows;
-use matrix::{GpuMatrix, GpuTable, HostMatrix};
+use crate::shape::MatShape;
+use crate::weights::{LayerWeights, Table, TernaryMatrix, WeightScale, WeightSource};
+use kernels::{LinearRows, Rotate, TokensPerLane, padded_rows};
+use matrix::{GpuLinear, GpuMatrix, GpuRotation, GpuRun, GpuTable, GpuTableData, HostLinear, Kind};
 use readback::Staging;
 use record::Recording;
 
@@ -41,7 +43,7 @@ pub struct GpuBackend {
     capacity: usize,
     layers: Vec<LayerOps>,
     embed: Vec<Op>,
-    head: Vec<Op>,
+    head: Head,
     argmax: Op,
     buffers: Buffers,
     batch: PassParams,
@@ -59,10 +61,16 @@ struct Buffers {
     /// The residual stream at the start of a layer, and between its halves.
     hidden: [Slice; 2],
     normed: Slice,
+    /// A matrix's own norm of its input, and its rotation.
+    inner: Slice,
+    rotated: Slice,
     codes: Slice,
+    /// One a token, for each run of a linear layer; or one a group and token.
     act_scale: Slice,
     code_sum: Slice,
     acc: Slice,
+    /// Q, K and V heads after their norms.
+    heads: Slice,
     query: Slice,
     attended: Slice,
     gated: Slice,
@@ -87,28 +95,40 @@ struct LayerOps {
     down: Step,
 }
 
-/// A step around one matrix: what comes before it, the matrix, what comes after.
+/// A step around matrices that read one vector: what makes the vector, each run's own preparation
+/// and matrix, what comes after.
 struct Step {
     before: Vec<Op>,
-    matmul: Matmul,
-    after: Op,
+    runs: Vec<(Vec<Op>, Matmul)>,
+    after: Vec<Op>,
+}
+
+/// The final norm and the table that makes logits.
+struct Head {
+    before: Vec<Op>,
+    table: Matmul,
 }
 
 /// Makes the operations of a model.
 struct Builder<'a> {
     gpu: &'a Gpu,
     pipelines: Pipelines,
-    variant: Variant,
+    config: &'a ModelConfig,
+    max_batch: usize,
+    /// Whether matrices with scales of groups get int8 activations.
+    int8: bool,
+    methods: self_test::Methods<'a>,
     buffers: &'a Buffers,
 }
 
 impl GpuBackend {
     /// Loads a model on an open device with the best variant that passes its exactness check there,
-    /// or with the given one.
+    /// or with the given one. Matrices with scales of groups have one kernel, which is checked too.
     ///
     /// # Errors
-    /// If a tensor is malformed, the adapter's limits are too small, or the kernels are wrong on
-    /// this adapter.
+    /// If a tensor is malformed, the adapter's limits are too small, the kernels are wrong on this
+    /// adapter, or the model has what they do not cover: heads of more than 256 values, rotations in
+    /// blocks of more than 4096.
     pub fn load(
         source: &dyn WeightSource,
         gpu: Gpu,
@@ -125,18 +145,18 @@ impl GpuBackend {
                 max: kernels::MAX_HEAD_DIM,
             });
         }
-        let (variant, refused) = match variant {
-            Some(variant) => {
-                self_test::check(&gpu, variant)?;
-                (variant, None)
-            }
-            None => self_test::choose(&gpu)?,
-        };
+        let int8 = options.activations(&config)? == Activations::Int8Group;
         let max_batch = options.max_batch;
         let buffers = Buffers::new(&gpu, &config, max_batch)?;
-        let builder =
-            Builder { gpu: &gpu, pipelines: Pipelines::default(), variant, buffers: &buffers };
-        let heads = config.heads();
+        let mut builder = Builder {
+            gpu: &gpu,
+            pipelines: Pipelines::default(),
+            config: &config,
+            max_batch,
+            int8,
+            methods: self_test::Methods::new(&gpu, variant),
+            buffers: &buffers,
+        };
         let inv_freq = source.frequencies()?;
         let angles: Vec<[f32; 2]> = (0..capacity)
             .flat_map(|position| {
@@ -145,32 +165,33 @@ impl GpuBackend {
             })
             .collect();
         let angles = gpu.upload("rope angles", &angles)?;
-        let embedding = GpuTable::upload(&gpu, "embedding", &source.embedding()?)?;
-        let lm_head = source.lm_head()?.map(|table| GpuTable::upload(&gpu, "lm_head", &table));
-        let lm_head = lm_head.transpose()?;
-        let final_norm = gpu.upload("final norm", &source.final_norm()?)?;
         let total = config.num_hidden_layers;
         let mut layers = Vec::with_capacity(total);
         for index in 0..total {
             progress(Progress { done: index, total });
             let cache = [(); 2].map(|()| gpu.storage("KV cache", capacity * config.kv_size()));
             let [keys, values] = cache;
-            layers.push(builder.layer(source, index, &angles, &keys?, &values?, heads)?);
+            let weights = source.layer(index)?;
+            layers.push(builder.layer(&weights, index, &angles, &keys?, &values?)?);
         }
         progress(Progress { done: total, total });
+        let gemv = builder.methods.names();
+        let embedding = builder.table("embedding", &source.embedding()?)?;
+        let lm_head = source.lm_head()?.map(|table| builder.table("lm_head", &table));
+        let lm_head = lm_head.transpose()?;
+        let final_norm = gpu.upload("final norm", &source.final_norm()?)?;
         let embed = builder.embed(&embedding)?;
-        let head = builder.head(lm_head.as_ref().unwrap_or(&embedding), &final_norm, &config)?;
+        let head = builder.head(lm_head.as_ref().unwrap_or(&embedding), &final_norm)?;
         let b = &buffers;
         let argmax = builder.op(&kernels::argmax(config.vocab_size), &[&b.logits, &b.token])?;
+        // Frees the staging memory of what was uploaded last.
+        gpu.queue.submit([]);
         gpu.wait("load the model")?;
         let adapter = &gpu.adapter;
         let device = DeviceInfo {
             name: format!("gpu:{}", adapter.index),
             description: adapter.to_string(),
-            gemv: match refused {
-                None => variant.gemv().name.to_owned(),
-                Some(problem) => format!("{} ({problem})", variant.gemv().name),
-            },
+            gemv,
         };
         Ok(Self {
             device,
@@ -200,11 +221,13 @@ impl GpuBackend {
         self.gpu.work_done()
     }
 
-    /// Records a step around a matrix.
+    /// Records a step around matrices.
     fn record_step(&mut self, layer: usize, step: impl Fn(&LayerOps) -> &Step) {
-        let Step { before, matmul, after } = step(&self.layers[layer]);
-        let matmul = if self.batch.n_tokens == 1 { &matmul.gemv } else { &matmul.gemm };
-        let ops = before.iter().chain(matmul).chain([after]);
+        let Step { before, runs, after } = step(&self.layers[layer]);
+        let n_tokens = self.batch.n_tokens;
+        let runs =
+            runs.iter().flat_map(|(before, matmul)| before.iter().chain(matmul.ops(n_tokens)));
+        let ops = before.iter().chain(runs).chain(after);
         record(&self.gpu, &mut self.recording, &self.batch, ops);
     }
 
@@ -228,23 +251,43 @@ fn record<'a>(
     }
 }
 
+impl Matmul {
+    fn ops(&self, n_tokens: u32) -> &[Op] {
+        if n_tokens == 1 { &self.gemv } else { &self.gemm }
+    }
+}
+
+/// Activation scales of one run of a linear layer: its slot can be bound by itself.
+fn act_stride(max_batch: usize) -> usize {
+    // 256 bytes, the largest offset alignment there is.
+    max_batch.next_multiple_of(64)
+}
+
 impl Buffers {
     fn new(gpu: &Gpu, config: &ModelConfig, max_batch: usize) -> Result<Self> {
         let hidden = config.hidden_size;
         let widest_in = hidden.max(config.query_size()).max(config.intermediate_size);
-        let widest_out = hidden
-            .max(config.query_size() + 2 * config.kv_size())
-            .max(2 * config.intermediate_size);
+        // Every matrix may be a run of its own, which starts at a tile.
+        let heads = padded_rows(config.query_size()) + 2 * padded_rows(config.kv_size());
+        let gate_up = 2 * padded_rows(config.intermediate_size);
+        let widest_out = padded_rows(hidden).max(heads).max(gate_up);
         let f32s = |what, per_token: usize| gpu.storage(what, per_token * max_batch);
         Ok(Self {
             params: gpu.params_buffer(),
             tokens: f32s("tokens", 1)?,
             hidden: [f32s("hidden", hidden)?, f32s("hidden", hidden)?],
             normed: f32s("normed", widest_in)?,
+            inner: f32s("normed", widest_in)?,
+            rotated: f32s("rotated", widest_in)?,
             codes: f32s("codes", widest_in.next_multiple_of(64) / 4)?,
-            act_scale: f32s("act_scale", 1)?,
+            act_scale: {
+                let of_runs = LinearRows::MAX_RUNS * act_stride(max_batch);
+                let of_groups = widest_in.div_ceil(64) * max_batch;
+                gpu.storage("act_scale", of_runs.max(of_groups))?
+            },
             code_sum: f32s("code_sum", 1)?,
-            acc: f32s("acc", padded_rows(widest_out))?,
+            acc: f32s("acc", widest_out)?,
+            heads: f32s("heads", if config.has_head_norms() { heads } else { 1 })?,
             query: f32s("query", config.query_size())?,
             attended: f32s("attended", config.query_size())?,
             gated: f32s("gated", config.intermediate_size)?,
@@ -261,137 +304,297 @@ impl Builder<'_> {
         self.gpu.op(&self.pipelines, call, &self.buffers.params, buffers)
     }
 
+    /// Uploads a table.
+    fn table(&mut self, what: &str, table: &Table) -> Result<GpuTable> {
+        let table = GpuTable::upload(self.gpu, what, table)?;
+        if let GpuTableData::Groups(..) = table.data {
+            self.methods.groups(false)?;
+        }
+        Ok(table)
+    }
+
     fn embed(&self, table: &GpuTable) -> Result<Vec<Op>> {
         let b = self.buffers;
-        let ops = table.shards.iter().map(|(shard, rows)| {
-            self.op(&kernels::embedding(*shard), &[&b.tokens, rows, &b.hidden[0]])
-        });
-        ops.collect()
-    }
-
-    fn head(&self, table: &GpuTable, norm: &Slice, config: &ModelConfig) -> Result<Vec<Op>> {
-        let b = self.buffers;
-        let call = kernels::rmsnorm(config.hidden_size, config.rms_norm_eps, true);
-        let mut ops = vec![self.op(&call, &[&b.hidden[0], norm, &b.normed])?];
-        for (shard, rows) in &table.shards {
-            let call = kernels::lm_head(*shard, config.vocab_size);
-            ops.push(self.op(&call, &[&b.normed, rows, &b.logits])?);
-        }
-        Ok(ops)
-    }
-
-    /// Norm (where there is one) and quantisation of `x[M, k]` into the shared codes.
-    fn quantize(&self, x: &Slice, norm: Option<&Slice>, k: usize, eps: f32) -> Result<Vec<Op>> {
-        let b = self.buffers;
+        let k = self.config.hidden_size;
+        let out = if table.rotation.is_some() { &b.rotated } else { &b.hidden[0] };
         let mut ops = Vec::new();
-        let mut x = x;
-        if let Some(weight) = norm {
-            ops.push(self.op(&kernels::rmsnorm(k, eps, false), &[x, weight, &b.normed])?);
-            x = &b.normed;
+        match &table.data {
+            GpuTableData::Dense(shards) => {
+                for rows in shards {
+                    let [units, scale, min] = &rows.buffers;
+                    let call = kernels::embedding(rows.shard);
+                    ops.push(self.op(&call, &[&b.tokens, units, scale, min, out])?);
+                }
+            }
+            GpuTableData::Groups(shape, matrix) => {
+                for (tiles, words, scales) in &matrix.shards {
+                    let rows = matrix.rows_out(tiles, 0, 0);
+                    let call = kernels::group_embedding(*shape, rows.base, rows.rows);
+                    ops.push(self.op(&call, &[&b.tokens, words, scales, out])?);
+                }
+            }
         }
-        let call = kernels::quantize_absmax(k, self.variant);
-        ops.push(self.op(&call, &[x, &b.codes, &b.act_scale, &b.code_sum])?);
+        if let Some(GpuRotation { block, signs }) = &table.rotation {
+            let call = kernels::hadamard(k, *block, Rotate::Back);
+            ops.push(self.op(&call, &[&b.rotated, signs, &b.hidden[0]])?);
+        }
         Ok(ops)
     }
 
-    fn matmul(&self, matrix: &GpuMatrix) -> Result<Matmul> {
+    fn head(&self, table: &GpuTable, norm: &Slice) -> Result<Head> {
+        let b = self.buffers;
+        let (k, vocab_size) = (self.config.hidden_size, self.config.vocab_size);
+        let call = kernels::rmsnorm(k, self.config.rms_norm_eps, true);
+        let mut before = vec![self.op(&call, &[&b.hidden[0], norm, &b.normed])?];
+        let mut x = &b.normed;
+        if let Some(GpuRotation { block, signs }) = &table.rotation {
+            let call = kernels::hadamard(k, *block, Rotate::HeadInput);
+            before.push(self.op(&call, &[x, signs, &b.rotated])?);
+            x = &b.rotated;
+        }
+        let mut logits = Matmul { gemv: Vec::new(), gemm: Vec::new() };
+        match &table.data {
+            GpuTableData::Dense(shards) => {
+                for rows in shards {
+                    let [units, scale, min] = &rows.buffers;
+                    let call = kernels::lm_head(rows.shard, vocab_size);
+                    let op = self.op(&call, &[x, units, scale, min, &b.logits])?;
+                    logits.gemv.push(op.clone());
+                    logits.gemm.push(op);
+                }
+            }
+            GpuTableData::Groups(shape, matrix) => {
+                for (tiles, words, scales) in &matrix.shards {
+                    let out = matrix.rows_out(tiles, 0, vocab_size);
+                    let op = |tokens| {
+                        let call = kernels::group_gemv(*shape, out, tokens, true);
+                        self.op(&call, &[words, scales, x, &b.logits])
+                    };
+                    logits.gemv.push(op(TokensPerLane::One)?);
+                    logits.gemm.push(op(TokensPerLane::Four)?);
+                }
+            }
+        }
+        Ok(Head { before, table: logits })
+    }
+
+    /// The runs of a linear layer on `x[M, K]`, into the accumulator.
+    fn runs(&self, linear: &GpuLinear, x: &Slice) -> Result<Vec<(Vec<Op>, Matmul)>> {
+        let runs = linear.runs.iter().enumerate();
+        runs.map(|(index, run)| {
+            let mut before = Vec::new();
+            let x = self.input(run, x, &mut before)?;
+            let matmul = match run.matrix.kind {
+                Kind::Sums(variant, shape) => {
+                    let (b, stride) = (self.buffers, act_stride(self.max_batch));
+                    let act_scale = b.act_scale.words(index * stride, stride);
+                    let call = kernels::quantize_absmax(shape.k(), variant);
+                    let quantized = [x, &b.codes, &act_scale, &b.code_sum];
+                    before.push(self.op(&call, &quantized)?);
+                    self.sums(variant, &run.matrix, &linear.rows, index)?
+                }
+                Kind::Groups(shape, int8) => {
+                    let b = self.buffers;
+                    if int8 {
+                        let call = kernels::quantize_absmax_groups(shape.shape.k(), shape.group);
+                        before.push(self.op(&call, &[x, &b.codes, &b.act_scale])?);
+                    }
+                    let base = linear.rows.first(index);
+                    self.groups(&run.matrix, (base, linear.rows.padded()), x)?
+                }
+            };
+            Ok((before, matmul))
+        })
+        .collect()
+    }
+
+    /// What a run does to `x[M, K]` before it multiplies; where the result is.
+    fn input<'b>(&'b self, run: &GpuRun, x: &'b Slice, ops: &mut Vec<Op>) -> Result<&'b Slice> {
+        let b = self.buffers;
+        let k = run.matrix.kind.shape().k();
+        let mut x = x;
+        if let Some(weight) = &run.norm {
+            let eps = self.config.linear_norm_eps.unwrap_or_default();
+            ops.push(self.op(&kernels::rmsnorm(k, eps, false), &[x, weight, &b.inner])?);
+            x = &b.inner;
+        }
+        if let Some(GpuRotation { block, signs }) = &run.rotation {
+            let call = kernels::hadamard(k, *block, Rotate::Input);
+            ops.push(self.op(&call, &[x, signs, &b.rotated])?);
+            x = &b.rotated;
+        }
+        Ok(x)
+    }
+
+    /// A run with i32 sums.
+    fn sums(
+        &self,
+        variant: Variant,
+        matrix: &GpuMatrix,
+        rows: &LinearRows,
+        run: usize,
+    ) -> Result<Matmul> {
         let b = self.buffers;
         let mut matmul = Matmul { gemv: Vec::new(), gemm: Vec::new() };
+        let k = matrix.kind.shape().k();
+        // The GEMM's stride is that of all runs.
+        let shape = MatShape::new(rows.padded(), k)?;
+        let first_tile = rows.first(run) / TILE_ROWS;
         for (tiles, words, offset) in &matrix.shards {
             let mut buffers = vec![words, &b.codes, offset];
-            if self.variant.needs_code_sum() {
+            if variant.needs_code_sum() {
                 buffers.push(&b.code_sum);
             }
             buffers.push(&b.acc);
-            let (base, count) = (tiles.start, tiles.len());
-            let gemv = kernels::gemv(self.variant, matrix.shape, base, count);
-            matmul.gemv.push(self.op(&gemv, &buffers)?);
-            let gemm = kernels::gemm(self.variant, matrix.shape, base, count);
-            matmul.gemm.push(self.op(&gemm, &buffers)?);
+            let (base, count) = (first_tile + tiles.start, tiles.len());
+            matmul.gemv.push(self.op(&kernels::gemv(variant, shape, base, count), &buffers)?);
+            matmul.gemm.push(self.op(&kernels::gemm(variant, shape, base, count), &buffers)?);
         }
         Ok(matmul)
     }
 
-    fn layer(
+    /// A run with scales of groups, whose rows start at `base` of the accumulator.
+    fn groups(
         &self,
-        source: &dyn WeightSource,
+        matrix: &GpuMatrix,
+        (base, stride): (usize, usize),
+        x: &Slice,
+    ) -> Result<Matmul> {
+        let b = self.buffers;
+        let Kind::Groups(shape, int8) = matrix.kind else { unreachable!("a run of groups") };
+        let mut matmul = Matmul { gemv: Vec::new(), gemm: Vec::new() };
+        for (tiles, words, scales) in &matrix.shards {
+            let out = matrix.rows_out(tiles, base, stride);
+            let op = |tokens| {
+                if int8 {
+                    let call = kernels::group_gemv_int8(shape, out, tokens);
+                    self.op(&call, &[words, scales, &b.codes, &b.act_scale, &b.acc])
+                } else {
+                    let call = kernels::group_gemv(shape, out, tokens, false);
+                    self.op(&call, &[words, scales, x, &b.acc])
+                }
+            };
+            matmul.gemv.push(op(TokensPerLane::One)?);
+            matmul.gemm.push(op(TokensPerLane::Four)?);
+        }
+        Ok(matmul)
+    }
+
+    /// A step: norm (where there is one) of `x[M, k]`, the matrices, and what `after` makes of their
+    /// rows.
+    fn step(
+        &self,
+        x: &Slice,
+        norm: Option<&Slice>,
+        linear: &GpuLinear,
+        after: Vec<Op>,
+    ) -> Result<Step> {
+        let mut before = Vec::new();
+        let mut x = x;
+        if let Some(weight) = norm {
+            let k = linear.runs[0].matrix.kind.shape().k();
+            let call = kernels::rmsnorm(k, self.config.rms_norm_eps, false);
+            before.push(self.op(&call, &[x, weight, &self.buffers.normed])?);
+            x = &self.buffers.normed;
+        }
+        Ok(Step { before, runs: self.runs(linear, x)?, after })
+    }
+
+    /// An operation on a linear layer's rows.
+    fn scaled(
+        &self,
+        call: &Call,
+        from: &[&Slice],
+        linear: &GpuLinear,
+        to: &[&Slice],
+    ) -> Result<Op> {
+        let b = self.buffers;
+        let rows = [&b.acc, &linear.weight_scale, &b.act_scale];
+        self.op(call, &[from, &rows, to].concat())
+    }
+
+    /// Rows of Q, K and V: norms of the heads where there are any, RoPE, and the cache.
+    fn rope(&self, qkv: &GpuLinear, norms: [Option<&Slice>; 2], to: &[&Slice]) -> Result<Vec<Op>> {
+        let heads = self.config.heads();
+        let [Some(query_norm), Some(key_norm)] = norms else {
+            return Ok(vec![self.scaled(&kernels::rope(heads, &qkv.rows), &[], qkv, to)?]);
+        };
+        let b = self.buffers;
+        let call = kernels::head_norm(heads, self.config.rms_norm_eps, &qkv.rows);
+        let norm = self.scaled(&call, &[], qkv, &[query_norm, key_norm, &b.heads])?;
+        let rows = LinearRows::floats((heads.query + 2 * heads.kv) * heads.dim);
+        let rows_in = [&b.heads, &qkv.weight_scale, &b.act_scale];
+        let rope = self.op(&kernels::rope(heads, &rows), &[&rows_in, to].concat())?;
+        Ok(vec![norm, rope])
+    }
+
+    fn linear(&mut self, parts: &[&TernaryMatrix]) -> Result<HostLinear> {
+        let (int8, methods) = (self.int8, &mut self.methods);
+        HostLinear::pack(parts, act_stride(self.max_batch), |scale| match scale {
+            WeightScale::Tensor(_) => methods.sums(),
+            WeightScale::Groups { .. } => methods.groups(int8),
+        })
+    }
+
+    fn layer(
+        &mut self,
+        weights: &LayerWeights,
         index: usize,
         angles: &Slice,
         keys: &Slice,
         values: &Slice,
-        heads: cpu_ref::attention::Heads,
     ) -> Result<LayerOps> {
-        let config = source.config();
-        let weights = source.layer(index)?;
-        if weights.q_norm.is_some() || weights.k_norm.is_some() {
-            let (device, what) = ("the GPU backend", "normalised heads");
+        if weights.q_norm.is_some() != weights.k_norm.is_some() {
+            let (device, what) = ("the GPU backend", "a norm on only one of query and key heads");
             return Err(Error::UnsupportedOnDevice { device, what });
         }
-        let pack = |parts: &[&_]| HostMatrix::pack(self.variant, parts);
         let host = [
-            pack(&[&weights.q_proj, &weights.k_proj, &weights.v_proj])?,
-            pack(&[&weights.o_proj])?,
-            pack(&[&weights.gate_proj, &weights.up_proj])?,
-            pack(&[&weights.down_proj])?,
+            self.linear(&[&weights.q_proj, &weights.k_proj, &weights.v_proj])?,
+            self.linear(&[&weights.o_proj])?,
+            self.linear(&[&weights.gate_proj, &weights.up_proj])?,
+            self.linear(&[&weights.down_proj])?,
         ];
         let norms = [
             Some(&weights.input_layernorm),
+            weights.q_norm.as_ref(),
+            weights.k_norm.as_ref(),
             weights.attn_sub_norm.as_ref(),
             Some(&weights.post_attention_layernorm),
             weights.ffn_sub_norm.as_ref(),
         ];
         let mut parts: Vec<&[u32]> =
-            host.iter().flat_map(|matrix| matrix.parts(self.gpu)).collect();
+            host.iter().flat_map(|linear| linear.parts(self.gpu)).collect();
         parts.extend(norms.iter().flatten().map(|norm| bytemuck::cast_slice(norm.as_slice())));
         let slices = self.gpu.upload_together(&format!("layer {index}"), &parts)?;
         let mut slices = slices.into_iter();
         let [qkv, o, gate_up, down] =
-            host.each_ref().map(|matrix| GpuMatrix::from_slices(self.gpu, matrix, &mut slices));
+            host.each_ref().map(|linear| GpuLinear::from_slices(self.gpu, linear, &mut slices));
         let mut next_norm = |norm: Option<_>| {
             norm.map(|_: &Vec<f32>| slices.next().expect("as many slices as parts"))
         };
-        let [input_norm, attn_sub_norm, post_norm, ffn_sub_norm] = norms.map(&mut next_norm);
+        let norms = norms.map(&mut next_norm);
+        let [input_norm, q_norm, k_norm, attn_sub_norm, post_norm, ffn_sub_norm] =
+            norms.each_ref().map(Option::as_ref);
 
         let b = self.buffers;
-        let eps = config.rms_norm_eps;
-        let (hidden, intermediate) = (config.hidden_size, config.intermediate_size);
+        let config = self.config;
+        let hidden = config.hidden_size;
         let [start, middle] = &b.hidden;
-        let scaled = |call: &Call, from: &[&Slice], matrix: &GpuMatrix, to: &[&Slice]| {
-            let scales = [&matrix.weight_scale, &b.act_scale];
-            self.op(call, &[from, &[&b.acc], &scales, to].concat())
+        let add = |linear: &GpuLinear, from, to| {
+            let call = kernels::residual_add(hidden, &linear.rows);
+            Ok::<_, Error>(vec![self.scaled(&call, &[from], linear, &[to])?])
         };
+        let rope = self.rope(&qkv, [q_norm, k_norm], &[angles, &b.query, keys, values])?;
+        let (intermediate, act) = (config.intermediate_size, config.hidden_act);
+        let gate = kernels::gated_activation(intermediate, act, &gate_up.rows);
+        let gate = vec![self.scaled(&gate, &[], &gate_up, &[&b.gated])?];
+        let attention = kernels::attention(config.heads());
         Ok(LayerOps {
-            qkv: Step {
-                before: self.quantize(start, input_norm.as_ref(), hidden, eps)?,
-                matmul: self.matmul(&qkv)?,
-                after: scaled(&kernels::rope(heads), &[], &qkv, &[angles, &b.query, keys, values])?,
-            },
-            attend: self.op(&kernels::attention(heads), &[&b.query, keys, values, &b.attended])?,
-            project_out: Step {
-                before: self.quantize(
-                    &b.attended,
-                    attn_sub_norm.as_ref(),
-                    config.query_size(),
-                    eps,
-                )?,
-                matmul: self.matmul(&o)?,
-                after: scaled(&kernels::residual_add(hidden), &[start], &o, &[middle])?,
-            },
-            gate_up: Step {
-                before: self.quantize(middle, post_norm.as_ref(), hidden, eps)?,
-                matmul: self.matmul(&gate_up)?,
-                after: scaled(
-                    &kernels::gated_activation(intermediate, config.hidden_act),
-                    &[],
-                    &gate_up,
-                    &[&b.gated],
-                )?,
-            },
-            down: Step {
-                before: self.quantize(&b.gated, ffn_sub_norm.as_ref(), intermediate, eps)?,
-                matmul: self.matmul(&down)?,
-                after: scaled(&kernels::residual_add(hidden), &[middle], &down, &[start])?,
-            },
+            qkv: self.step(start, input_norm, &qkv, rope)?,
+            attend: self.op(&attention, &[&b.query, keys, values, &b.attended])?,
+            project_out: self.step(&b.attended, attn_sub_norm, &o, add(&o, start, middle)?)?,
+            gate_up: self.step(middle, post_norm, &gate_up, gate)?,
+            down: self.step(&b.gated, ffn_sub_norm, &down, add(&down, middle, start)?)?,
         })
     }
 }
@@ -461,7 +664,9 @@ impl Backend for GpuBackend {
     }
 
     fn head(&mut self) -> Result<()> {
-        record(&self.gpu, &mut self.recording, &self.batch, &self.head);
+        let Head { before, table } = &self.head;
+        let ops = before.iter().chain(table.ops(self.batch.n_logit_rows));
+        record(&self.gpu, &mut self.recording, &self.batch, ops);
         Ok(())
     }
 

@@ -49,6 +49,8 @@ pub enum Rows {
     TokenTiles(u32),
     /// One a row of logits.
     LogitRows,
+    /// One for every so many rows of logits.
+    LogitRowTiles(u32),
 }
 
 /// The uniform of every kernel: `shaders/shared/pass.wgsl`.
@@ -68,6 +70,7 @@ pub struct PassParams {
 const _: () = assert!(size_of::<PassParams>() == 16);
 
 /// A dispatch that is ready to be recorded.
+#[derive(Clone)]
 pub struct Op {
     pipeline: wgpu::ComputePipeline,
     bind_group: wgpu::BindGroup,
@@ -82,6 +85,7 @@ impl Op {
             Rows::Tokens => params.n_tokens,
             Rows::TokenTiles(tokens) => params.n_tokens.div_ceil(tokens),
             Rows::LogitRows => params.n_logit_rows,
+            Rows::LogitRowTiles(rows) => params.n_logit_rows.div_ceil(rows),
         };
         pass.set_pipeline(&self.pipeline);
         pass.set_bind_group(0, &self.bind_group, &[]);

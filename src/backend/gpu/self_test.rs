@@ -1,13 +1,18 @@
 //! The exactness check that a variant must pass on an adapter before it may run a model there.
 
+use cpu_ref::group_gemv::{group_dot, group_dot_int8};
 use cpu_ref::layout::{CHUNK_K, k_chunks};
 
+use super::kernels::TokensPerLane;
+use super::matrix::{GpuMatrix, HostMatrix, Kind, Method};
 use super::{Gpu, PassParams, Pipelines, Slice, Variant, kernels, row_offsets};
 use crate::backend::gpu::record::Call;
 use crate::error::{Error, Result};
+use crate::format::float::f16_to_f32;
 use crate::layout::Packed;
 use crate::random::Random;
 use crate::shape::MatShape;
+use crate::weights::{Alphabet, TernaryMatrix};
 
 /// The variants in the order in which they are tried on this adapter.
 ///
@@ -19,6 +24,61 @@ fn preference(gpu: &Gpu) -> [Variant; 2] {
         [Variant::BitSerial, Variant::PackedDot]
     } else {
         [Variant::PackedDot, Variant::BitSerial]
+    }
+}
+
+/// The methods in use on an adapter: each is checked when the first matrix that needs it is met.
+pub(super) struct Methods<'a> {
+    gpu: &'a Gpu,
+    asked: Option<Variant>,
+    /// The variant that passed, and why an earlier one did not.
+    variant: Option<(Variant, Option<Error>)>,
+    /// Whether the group kernels with f32 and with int8 activations have passed.
+    groups: [bool; 2],
+}
+
+impl<'a> Methods<'a> {
+    /// None yet; `variant` is the only one to be considered, if there is one.
+    pub fn new(gpu: &'a Gpu, variant: Option<Variant>) -> Self {
+        Self { gpu, asked: variant, variant: None, groups: [false; 2] }
+    }
+
+    /// The method of matrices with one scale.
+    ///
+    /// # Errors
+    /// [`Error::SelfTest`] if the variant, or every one of them, is wrong on this adapter.
+    pub fn sums(&mut self) -> Result<Method> {
+        let chosen = match (self.variant.take(), self.asked) {
+            (Some(chosen), _) => chosen,
+            (None, Some(variant)) => check(self.gpu, variant).map(|()| (variant, None))?,
+            (None, None) => choose(self.gpu)?,
+        };
+        let variant = self.variant.insert(chosen).0;
+        Ok(Method::Sums(variant))
+    }
+
+    /// The method of matrices with scales of groups.
+    ///
+    /// # Errors
+    /// [`Error::SelfTest`] if its kernels are wrong on this adapter.
+    pub fn groups(&mut self, int8: bool) -> Result<Method> {
+        let passed = &mut self.groups[usize::from(int8)];
+        if !*passed {
+            check_groups(self.gpu, int8)?;
+            *passed = true;
+        }
+        Ok(Method::Groups { int8 })
+    }
+
+    /// The kernels of the methods so far, for people.
+    pub fn names(&self) -> String {
+        let sums = self.variant.iter().map(|(variant, refused)| match refused {
+            None => variant.gemv().name.to_owned(),
+            Some(problem) => format!("{} ({problem})", variant.gemv().name),
+        });
+        let groups = [false, true].into_iter().filter(|&int8| self.groups[usize::from(int8)]);
+        let groups = groups.map(|int8| Method::Groups { int8 }.gemv().name.to_owned());
+        sums.chain(groups).collect::<Vec<_>>().join(", ")
     }
 }
 
@@ -51,23 +111,11 @@ pub fn check(gpu: &Gpu, variant: Variant) -> Result<()> {
     let mut random = Random::new(0x5EED);
     let (trits, codes) = (random.trits(shape.len()), random.codes(TOKENS * shape.k()));
     let packed = Packed::pack(variant.layout(), shape, &trits);
-    let compare = |kernel: &str, found: &[i32], expected: &[i32]| match found
-        .iter()
-        .zip(expected)
-        .position(|(found, expected)| found != expected)
-    {
-        None => Ok(()),
-        Some(at) => Err(Error::SelfTest {
-            device: format!("gpu:{} {}", gpu.adapter.index, gpu.adapter.name),
-            kernel: kernel.to_owned(),
-            problem: format!("[{at}]: expected {}, found {}", expected[at], found[at]),
-        }),
-    };
     let first = &codes[..shape.k()];
     let found = multiply(gpu, variant, &packed, first, 1)?;
-    compare(variant.gemv().name, &found, &cpu_ref::gemv::gemv(&trits, first))?;
+    compare(gpu, variant.gemv().name, &found, &cpu_ref::gemv::gemv(&trits, first))?;
     let found = multiply(gpu, variant, &packed, &codes, TOKENS)?;
-    compare(variant.gemm().name, &found, &cpu_ref::gemm::gemm(&trits, &codes, shape.k()))?;
+    compare(gpu, variant.gemm().name, &found, &cpu_ref::gemm::gemm(&trits, &codes, shape.k()))?;
     // Scale 1, and no value near a tie: a division that is off in the last bit is allowed.
     let x: Vec<f32> = (0..shape.k())
         .map(|k| if k == 7 { -127.0 } else { random.below(253) as f32 - 125.75 })
@@ -76,7 +124,83 @@ pub fn check(gpu: &Gpu, variant: Variant) -> Result<()> {
     let found = quantize(gpu, variant, &x, 1)?;
     let encoded = encode_codes(variant, &expected, shape.k());
     let as_i32 = |words: &[u32]| words.iter().map(|&word| word as i32).collect::<Vec<_>>();
-    compare("quantize_absmax", &as_i32(&found.codes), &as_i32(&encoded))
+    compare(gpu, "quantize_absmax", &as_i32(&found.codes), &as_i32(&encoded))
+}
+
+/// Runs the kernels of matrices with scales of groups on fixed pseudo-random ones, whose scales are
+/// powers of two and whose activations are small integers: every sum is exact in any order.
+///
+/// # Errors
+/// [`Error::SelfTest`] on the first difference.
+pub fn check_groups(gpu: &Gpu, int8: bool) -> Result<()> {
+    let mut random = Random::new(0x5EEE);
+    let kernel = Method::Groups { int8 }.gemv().name;
+    for (alphabet, k, group) in [
+        (Alphabet::Ternary, 640, 128),
+        (Alphabet::Ternary, 192, 64),
+        (Alphabet::Binary, 1152, 128),
+        (Alphabet::Binary, 192, 64),
+    ] {
+        let shape = MatShape::new(SHAPE.0, k)?;
+        let mut trits = random.trits(shape.len());
+        if alphabet == Alphabet::Binary {
+            trits.iter_mut().for_each(|trit| *trit = if *trit < 0 { -1 } else { 1 });
+        }
+        // Halves of −4 to 4.
+        let scale = |random: &mut Random| 0x3800 + 0x400 * random.below(4) as u16;
+        let sign = |random: &mut Random| (random.below(2) as u16) << 15;
+        let scales: Vec<u16> =
+            (0..shape.len() / group).map(|_| scale(&mut random) | sign(&mut random)).collect();
+        let act_scales: Vec<f32> =
+            (0..TOKENS * k / group).map(|_| [0.5, 1.0, 2.0][random.below(3)]).collect();
+        let codes = random.codes(TOKENS * k);
+        let x: Vec<f32> = codes.iter().map(|&code| f32::from(code)).collect();
+        let expected: Vec<f32> = (0..TOKENS)
+            .flat_map(|m| {
+                let x = &x[m * k..][..k];
+                let codes = &codes[m * k..][..k];
+                let act_scales = &act_scales[m * k / group..][..k / group];
+                let rows = trits.chunks_exact(k).zip(scales.chunks_exact(k / group));
+                rows.map(move |(row, scales)| {
+                    let scales: Vec<f32> = scales.iter().map(|&bits| f16_to_f32(bits)).collect();
+                    match int8 {
+                        false => group_dot(row, &scales, x),
+                        true => group_dot_int8(row, &scales, codes, act_scales),
+                    }
+                })
+                .collect::<Vec<_>>()
+            })
+            .collect();
+        let matrix = TernaryMatrix::from_groups(shape, trits, scales, group, alphabet);
+        for n_tokens in [1, TOKENS] {
+            let input = match int8 {
+                false => GroupInput::Float(&x[..n_tokens * k]),
+                true => GroupInput::Int8 {
+                    codes: &codes[..n_tokens * k],
+                    act_scales: &act_scales[..n_tokens * k / group],
+                },
+            };
+            let found = multiply_groups(gpu, &matrix, input, n_tokens)?;
+            compare(gpu, kernel, &found, &expected[..found.len()])?;
+        }
+    }
+    Ok(())
+}
+
+fn compare<T: PartialEq + std::fmt::Display>(
+    gpu: &Gpu,
+    kernel: &str,
+    found: &[T],
+    expected: &[T],
+) -> Result<()> {
+    match found.iter().zip(expected).position(|(found, expected)| found != expected) {
+        None => Ok(()),
+        Some(at) => Err(Error::SelfTest {
+            device: format!("gpu:{} {}", gpu.adapter.index, gpu.adapter.name),
+            kernel: kernel.to_owned(),
+            problem: format!("[{at}]: expected {}, found {}", expected[at], found[at]),
+        }),
+    }
 }
 
 /// Activation codes `[M, K]` as `quantize_absmax.wgsl` writes them for a variant.
@@ -165,6 +289,75 @@ pub fn multiply(
     let words = gpu.read(&acc, n_tokens * n_pad)?;
     let rows = words.chunks_exact(n_pad).flat_map(|row| &row[..shape.n()]);
     Ok(rows.map(|&word| word as i32).collect())
+}
+
+/// Activations `[M, K]` of a matrix with scales of groups.
+#[derive(Debug, Clone, Copy)]
+pub enum GroupInput<'a> {
+    /// f32.
+    Float(&'a [f32]),
+    /// int8.
+    Int8 {
+        /// `[M, K]`.
+        codes: &'a [i8],
+        /// `[M, K/group]`.
+        act_scales: &'a [f32],
+    },
+}
+
+/// `y[M, N]` of a matrix with scales of groups: one token a lane for one token, four for more.
+///
+/// # Errors
+/// [`Error::Gpu`] if the driver refuses or fails.
+pub fn multiply_groups(
+    gpu: &Gpu,
+    matrix: &TernaryMatrix,
+    input: GroupInput<'_>,
+    n_tokens: usize,
+) -> Result<Vec<f32>> {
+    let method = Method::Groups { int8: matches!(input, GroupInput::Int8 { .. }) };
+    let host = HostMatrix::pack(method, &[matrix])?;
+    let on_gpu = GpuMatrix::upload(gpu, "w", &host)?;
+    let Kind::Groups(shape, _) = on_gpu.kind else { panic!("a matrix with scales of groups") };
+    let (n, k) = (shape.shape.n(), shape.shape.k());
+    let y = gpu.storage("y", n_tokens * n)?;
+    let tokens = if n_tokens == 1 { TokensPerLane::One } else { TokensPerLane::Four };
+    let params = PassParams { n_tokens: n_tokens as u32, ..PassParams::default() };
+    for (tiles, words, scales) in &on_gpu.shards {
+        let out = on_gpu.rows_out(tiles, 0, n);
+        match input {
+            GroupInput::Float(x) => {
+                let call = kernels::group_gemv(shape, out, tokens, false);
+                run(gpu, &call, params, &[words, scales, &gpu.upload("x", x)?, &y])?;
+            }
+            GroupInput::Int8 { codes, act_scales } => {
+                let call = kernels::group_gemv_int8(shape, out, tokens);
+                let codes = gpu.upload("x", &encode_codes(Variant::BitSerial, codes, k))?;
+                let act_scales = gpu.upload("act_scale", act_scales)?;
+                run(gpu, &call, params, &[words, scales, &codes, &act_scales, &y])?;
+            }
+        }
+    }
+    Ok(bytemuck::cast_vec(gpu.read(&y, n_tokens * n)?))
+}
+
+/// Row `token` of a table with scales of groups.
+///
+/// # Errors
+/// [`Error::Gpu`] if the driver refuses or fails.
+pub fn embed_groups(gpu: &Gpu, table: &TernaryMatrix, token: u32) -> Result<Vec<f32>> {
+    let host = HostMatrix::pack(Method::Groups { int8: false }, &[table])?;
+    let on_gpu = GpuMatrix::upload(gpu, "table", &host)?;
+    let Kind::Groups(shape, _) = on_gpu.kind else { panic!("a matrix with scales of groups") };
+    let tokens = gpu.upload("tokens", &[token])?;
+    let out = gpu.storage("out", shape.shape.k())?;
+    let params = PassParams { n_tokens: 1, ..PassParams::default() };
+    for (tiles, words, scales) in &on_gpu.shards {
+        let rows = on_gpu.rows_out(tiles, 0, 0);
+        let call = kernels::group_embedding(shape, rows.base, rows.rows);
+        run(gpu, &call, params, &[&tokens, words, scales, &out])?;
+    }
+    Ok(bytemuck::cast_vec(gpu.read(&out, shape.shape.k())?))
 }
 
 /// What `quantize_absmax.wgsl` writes.

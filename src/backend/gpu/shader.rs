@@ -24,12 +24,18 @@ macro_rules! kernels {
 
 kernels! {
     EMBEDDING = "embedding",
+    GROUP_EMBEDDING = "group_embedding",
     RMSNORM = "rmsnorm",
+    HADAMARD = "hadamard",
     QUANTIZE_ABSMAX = "quantize_absmax",
+    QUANTIZE_ABSMAX_GROUPS = "quantize_absmax_groups",
     GEMV_PLANES = "gemv_planes",
     GEMV_I2 = "gemv_i2",
     GEMM_PLANES = "gemm_planes",
     GEMM_I2 = "gemm_i2",
+    GROUP_GEMV = "group_gemv",
+    GROUP_GEMV_INT8 = "group_gemv_int8",
+    HEAD_NORM = "head_norm",
     ROPE = "rope",
     ATTENTION = "attention",
     GATED_ACTIVATION = "gated_activation",

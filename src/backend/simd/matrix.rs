@@ -37,8 +37,8 @@ impl Linears {
 }
 
 /// A packed matrix `[N, K]`.
-pub(super) struct Matrix {
-    pub(super) shape: MatShape,
+pub(crate) struct Matrix {
+    pub(crate) shape: MatShape,
     pub(super) scales: Scales,
     /// What happens to the vector before it is multiplied.
     pub(super) input: Input,
@@ -56,7 +56,7 @@ enum Weights {
 
 impl Matrix {
     /// Packs a run of [`runs_of_input`]: binary ones with long groups as signs.
-    fn pack(run: &[&TernaryMatrix]) -> Result<Self> {
+    pub(crate) fn pack(run: &[&TernaryMatrix]) -> Result<Self> {
         let input = run[0].input().clone();
         let as_signs = match run[0].scale() {
             WeightScale::Tensor(_) => false,
@@ -79,7 +79,7 @@ impl Matrix {
         }
     }
 
-    pub(super) fn layout(&self) -> GroupLayout {
+    pub(crate) fn layout(&self) -> GroupLayout {
         match self.weights {
             Weights::I2(_) => GroupLayout::I2,
             Weights::Signs(_) => GroupLayout::Signs,
@@ -114,7 +114,7 @@ impl Matrix {
     }
 
     /// A matrix with scales of groups, as the kernels take it.
-    pub(super) fn group_weights(&self) -> GroupWeights<'_> {
+    pub(crate) fn group_weights(&self) -> GroupWeights<'_> {
         let Scales::Groups { group, words } = &self.scales else {
             unreachable!("only asked of matrices with scales of groups")
         };
@@ -131,7 +131,7 @@ impl Matrix {
     }
 
     /// Row `n` of a matrix with scales of groups, as f32, a chunk at a time.
-    fn row(&self, n: usize, out: &mut [f32]) {
+    pub(crate) fn row(&self, n: usize, out: &mut [f32]) {
         match &self.weights {
             Weights::I2(packed) => self.row_of(packed, n, out),
             Weights::Signs(packed) => self.row_of(packed, n, out),

@@ -35,6 +35,7 @@ use cpu_ref::mlp::Activation;
 use crate::error::{Error, Result};
 
 pub use cpu::{SimdBackend, description};
+pub(crate) use matrix::Matrix;
 pub use portable::TokenScale;
 
 /// Words of one chunk of a tile: 32 rows × 16 bytes.
@@ -233,6 +234,15 @@ impl GroupLayout {
         match self {
             Self::I2 => CHUNK_K,
             Self::Signs => signs::CHUNK_K,
+        }
+    }
+
+    /// Where the kernels want the int8 activation of column `k`: binary ones of a chunk go bit by
+    /// bit of the 16 bytes.
+    pub(crate) fn place(self, k: usize) -> usize {
+        match self {
+            Self::I2 => k,
+            Self::Signs => k / signs::CHUNK_K * signs::CHUNK_K + 16 * (k % 8) + k % 128 / 8,
         }
     }
 }

@@ -1,11 +1,17 @@
 //! A checkpoint: which tensors its configuration asks for, and their values.
 
+mod ggml;
+mod rotation;
+
 use std::collections::BTreeSet;
 use std::path::Path;
 
 use rayon::prelude::*;
 
-use crate::config::{ModelConfig, WeightForm};
+pub use ggml::I2sLayout;
+use rotation::Rotations;
+
+use crate::config::{Architecture, ModelConfig, WeightForm, gguf};
 use crate::error::{Error, Result};
 use crate::format::float::{Float, first_non_finite};
 use crate::format::{Dtype, ModelFiles, TensorInfo, TensorView, quoted};
@@ -17,6 +23,9 @@ use crate::tensor_names::{
 use crate::weights::{Input, LayerWeights, Table, TableData, TernaryMatrix, WeightSource};
 
 const CONFIG: &str = "config.json";
+
+/// What divides each rotary frequency, in GGUF files of Llama 3.1 and later.
+const ROPE_FACTORS: &str = "rope_freqs.weight";
 
 /// Bytes of a large tensor that are mapped at a time while it is copied.
 const COPY_BYTES: usize = 4 << 20;
@@ -31,7 +40,16 @@ const COPY_BYTES: usize = 4 << 20;
 pub struct Checkpoint {
     config: ModelConfig,
     files: ModelFiles,
+    options: OpenOptions,
+    rotations: Option<Rotations>,
     unused: Vec<String>,
+}
+
+/// What a checkpoint's files do not say of themselves.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct OpenOptions {
+    /// The layout of I2_S tensors.
+    pub i2s_layout: I2sLayout,
 }
 
 /// Bytes of a loaded model, by what holds them.
@@ -51,13 +69,22 @@ pub struct MemorySummary {
 
 impl Checkpoint {
     /// Opens a directory with `config.json` and `model.safetensors`, or
-    /// `model.safetensors.index.json` and its shards.
+    /// `model.safetensors.index.json` and its shards; or a GGUF file, or any part of a split one, or
+    /// a directory that holds one.
     ///
     /// # Errors
     /// If a file is missing or malformed, this version does not run the model, or files
     /// contradict each other.
     pub fn open(path: &Path) -> Result<Self> {
-        Self::new(ModelFiles::open(path)?)
+        Self::open_with(path, OpenOptions::default())
+    }
+
+    /// The same, told what the files do not say.
+    ///
+    /// # Errors
+    /// As [`Checkpoint::open`].
+    pub fn open_with(path: &Path, options: OpenOptions) -> Result<Self> {
+        Self::with_options(ModelFiles::open(path)?, options)
     }
 
     /// The same for files `(name, bytes)` that are part of the program; `label` stands for the
@@ -74,14 +101,34 @@ impl Checkpoint {
     /// # Errors
     /// As [`Checkpoint::open`].
     pub fn new(files: ModelFiles) -> Result<Self> {
-        let Some(json) = files.file(CONFIG)? else {
-            return Err(Error::NotACheckpoint { path: files.label().into(), expected: CONFIG });
+        Self::with_options(files, OpenOptions::default())
+    }
+
+    fn with_options(files: ModelFiles, options: OpenOptions) -> Result<Self> {
+        let config = match files.metadata() {
+            Some(metadata) => ggml::config(&files, metadata, &options)?,
+            None => {
+                let Some(json) = files.file(CONFIG)? else {
+                    return Err(Error::NotACheckpoint {
+                        path: files.label().into(),
+                        expected: CONFIG,
+                    });
+                };
+                ModelConfig::parse(&files.join(CONFIG), &json)?
+            }
         };
-        let config = ModelConfig::parse(&files.join(CONFIG), &json)?;
-        let mut checkpoint = Self { config, files, unused: Vec::new() };
+        let mut checkpoint = Self { config, files, options, rotations: None, unused: Vec::new() };
         let used = checkpoint.check_tensors()?;
         checkpoint.unused = checkpoint.check_unused(&used)?;
+        checkpoint.rotations = checkpoint.read_rotations()?;
         Ok(checkpoint)
+    }
+
+    /// Whether it has the dimensions of BitNet b1.58 2B4T, which files of several names hold.
+    pub(crate) fn is_2b4t(&self) -> bool {
+        let config = &self.config;
+        let shape = (config.num_hidden_layers, config.hidden_size, config.intermediate_size);
+        config.architecture == Architecture::BitNet && shape == gguf::SHAPE_OF_2B4T
     }
 
     /// The files it is made of.
@@ -100,17 +147,28 @@ impl Checkpoint {
         let layers = config.num_hidden_layers as u64;
         let naming = self.naming();
         let words = |(n, k): (usize, usize)| match config.weight_form {
-            WeightForm::Mlx { bits, group } => packed_words(bits, group, n, k),
-            _ => cpu_ref::layout::len_words(n, k) as u64,
+            WeightForm::Mlx { bits, group } => packed_words(bits, Some(group), n, k),
+            _ => packed_words(2, None, n, k),
         };
-        let ternary: u64 = LINEARS.iter().map(|linear| words((linear.shape)(config))).sum();
+        let ternary: u64 = match self.is_ggml() {
+            true => (0..config.num_hidden_layers)
+                .flat_map(|layer| LINEARS.map(|linear| linear.weight(naming, layer)))
+                .map(|name| self.ggml_packed_bytes(&name))
+                .sum(),
+            false => {
+                let of_layer: u64 =
+                    LINEARS.iter().map(|linear| words((linear.shape)(config))).sum();
+                4 * layers * of_layer
+            }
+        };
         let norms: u64 = norms(config).map(|norm| (norm.len)(config) as u64).sum();
         let table = |name| match config.weight_form {
             WeightForm::Mlx { .. } => 4 * words((config.vocab_size, config.hidden_size)),
+            WeightForm::Ggml => self.ggml_packed_bytes(name),
             _ => self.files.info(name).map_or(0, |info| info.len_bytes),
         };
         MemorySummary {
-            ternary: 4 * layers * ternary,
+            ternary,
             embedding: table(naming.embedding()),
             lm_head: if config.tie_word_embeddings { 0 } else { table(naming.lm_head()) },
             norms: 4 * (layers * norms + config.hidden_size as u64),
@@ -120,18 +178,6 @@ impl Checkpoint {
 
     fn naming(&self) -> Naming {
         Naming::of(&self.config)
-    }
-
-    /// Types of GGML in a safetensors file.
-    fn not_in_this_container(&self) -> Error {
-        let found = "GGML types".to_owned();
-        let expected = "a GGUF file".to_owned();
-        Error::Config {
-            file: self.files.join(CONFIG),
-            key: "weight form".to_owned(),
-            expected,
-            found,
-        }
     }
 
     /// Checks presence, type and shape of every tensor that the model needs; returns their names.
@@ -149,6 +195,10 @@ impl Checkpoint {
         }
         self.float_info(naming.final_norm(), &[config.hidden_size], None)?;
         used.insert(naming.final_norm().to_owned());
+        if self.has_rope_factors() {
+            self.float_info(ROPE_FACTORS, &[config.head_dim / 2], None)?;
+            used.insert(ROPE_FACTORS.to_owned());
+        }
         for layer in 0..config.num_hidden_layers {
             for norm in norms(config) {
                 let name = norm.weight(naming, layer);
@@ -160,6 +210,11 @@ impl Checkpoint {
             }
         }
         Ok(used)
+    }
+
+    /// Whether the file has its own stretching of the rotary frequencies.
+    fn has_rope_factors(&self) -> bool {
+        self.is_ggml() && self.files.info(ROPE_FACTORS).is_some()
     }
 
     /// Checks the tensors of a linear layer; returns their names.
@@ -179,7 +234,7 @@ impl Checkpoint {
                 vec![name, scale]
             }
             WeightForm::Mlx { bits, group } => self.check_mlx(&name, (n, k), bits, group)?,
-            WeightForm::Ggml => return Err(self.not_in_this_container()),
+            WeightForm::Ggml => self.check_ggml_linear(linear, layer)?,
         };
         if self.config.linear_norm_eps.is_some() {
             let norm = linear.norm(naming, layer);
@@ -229,6 +284,7 @@ impl Checkpoint {
                 self.info(name, hint)?;
                 self.check_mlx(name, (v, k), bits, group)
             }
+            WeightForm::Ggml => self.check_ggml_table(name),
             _ => {
                 self.float_info(name, &[v, k], hint)?;
                 Ok(vec![name.to_owned()])
@@ -257,6 +313,11 @@ impl Checkpoint {
         let layer = self.naming().layer_of(name);
         if layer.is_some_and(|layer| layer >= self.config.num_hidden_layers) {
             return Some("num_hidden_layers in config.json is smaller");
+        }
+        if self.is_ggml() {
+            // Every tensor of these files takes part; a head beside a tied table is the exception.
+            return (name != self.naming().lm_head())
+                .then_some("this version has no such tensor in this architecture");
         }
         let mut reason = None;
         for part in name.split('.') {
@@ -309,7 +370,7 @@ impl Checkpoint {
             file: self.files.file_of(info).to_owned(),
             tensor: info.name.clone(),
             expected,
-            found: info.dtype.chars().take(16).collect(),
+            found: info.dtype.escape_debug().take(16).collect(),
         }
     }
 
@@ -399,10 +460,18 @@ impl Checkpoint {
         let shape = MatShape::new(self.config.vocab_size, self.config.hidden_size)?;
         if let WeightForm::Mlx { bits, group } = self.config.weight_form {
             let matrix = self.mlx_matrix(shape, name, bits, group)?;
-            return Ok(Table::new(shape, TableData::Groups(matrix)));
+            return Ok(Table::new(shape, TableData::Groups(Box::new(matrix))));
+        }
+        if self.is_ggml() {
+            return self.ggml_table(name);
         }
         let (info, float) = self.float_info(name, &[shape.n(), shape.k()], None)?;
-        let data = match float {
+        Ok(Table::new(shape, self.plain_table(info, float)?))
+    }
+
+    /// A table of floats as they are.
+    fn plain_table(&self, info: &TensorInfo, float: Float) -> Result<TableData> {
+        Ok(match float {
             Float::Bf16 => TableData::Bf16(
                 self.elements(info, u16::from_le_bytes, |bits| bits & 0x7f80 != 0x7f80)?,
             ),
@@ -412,8 +481,7 @@ impl Checkpoint {
             Float::F32 => {
                 TableData::F32(self.elements(info, f32::from_le_bytes, f32::is_finite)?)
             }
-        };
-        Ok(Table::new(shape, data))
+        })
     }
 
     fn elements<T: Copy + Default + Send, const SIZE: usize>(
@@ -459,13 +527,17 @@ impl Checkpoint {
                 TernaryMatrix::from_hf_packed(shape, self.tensor(&name)?, scale)
             }
             WeightForm::Mlx { bits, group } => self.mlx_matrix(shape, &name, bits, group)?,
-            WeightForm::Ggml => return Err(self.not_in_this_container()),
+            WeightForm::Ggml => self.ggml_matrix(layer, linear)?,
         };
         let norm = match self.config.linear_norm_eps {
             None => None,
             Some(_) => Some(self.vector(&linear.norm(naming, layer), k)?.into()),
         };
-        Ok(matrix.with_input(Input { norm, rotation: None }))
+        let rotation = match &self.rotations {
+            Some(rotations) => rotations.of_matrix(self.info(&name, None)?, k)?,
+            None => None,
+        };
+        Ok(matrix.with_input(Input { norm, rotation }))
     }
 
     fn mlx_matrix(
@@ -515,6 +587,21 @@ impl WeightSource for Checkpoint {
         self.vector(self.naming().final_norm(), self.config.hidden_size)
     }
 
+    fn frequencies(&self) -> Result<cpu_ref::rope::Frequencies> {
+        let mut frequencies = self.config.frequencies();
+        if self.has_rope_factors() {
+            let factors = self.vector(ROPE_FACTORS, self.config.head_dim / 2)?;
+            if let Some(factor) = factors.iter().find(|&&factor| factor <= 0.0) {
+                let info = self.info(ROPE_FACTORS, None)?;
+                return Err(self.value_error(info, "positive numbers", factor.to_string()));
+            }
+            for (inv_freq, factor) in frequencies.inv_freq.iter_mut().zip(factors) {
+                *inv_freq /= factor;
+            }
+        }
+        Ok(frequencies)
+    }
+
     fn layer(&self, index: usize) -> Result<LayerWeights> {
         let norm_if = |norm: &Norm| match (norm.is_in)(&self.config) {
             true => self.norm(index, norm).map(Some),
@@ -544,12 +631,14 @@ fn mlx_names(weight: &str) -> [String; 2] {
     [".scales", ".biases"].map(|suffix| format!("{prefix}{suffix}"))
 }
 
-/// Words of a matrix `[N, K]` of that many bits a weight with an f16 scale for each group.
-fn packed_words(bits: usize, group: usize, n: usize, k: usize) -> u64 {
+/// Words of a matrix `[N, K]` of that many bits a weight, with an f16 scale for each group if there
+/// are groups.
+fn packed_words(bits: usize, group: Option<usize>, n: usize, k: usize) -> u64 {
     use cpu_ref::layout;
     let weights = match bits {
         1 => layout::signs::len_words(n, k),
         _ => layout::len_words(n, k),
     };
-    (weights + layout::group_scales::len_words(n, k / group)) as u64
+    let scales = group.map_or(0, |group| layout::group_scales::len_words(n, k / group));
+    (weights + scales) as u64
 }
