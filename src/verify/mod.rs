@@ -155,7 +155,8 @@ pub fn verify(device: Device) -> Result<Vec<Verification>> {
         Device::Cpu => {
             for level in Level::available() {
                 let Some(kernels) = level.kernels() else { continue };
-                let (checks, integer_hash) = judge(&cpu::OnCpu(kernels.as_ref()))?;
+                let (mut checks, integer_hash) = judge(&cpu::OnCpu(kernels.as_ref()))?;
+                checks.extend(cpu::group_checks(kernels.as_ref()));
                 results.push(Verification {
                     device: "cpu".to_owned(),
                     description: level.title().to_owned(),
@@ -631,6 +632,17 @@ mod tests {
         assert_eq!(verdict(&Wrong { sum: 0, rms: 0.0 }), (true, vec![]));
         assert_eq!(verdict(&Wrong { sum: 1, rms: 0.0 }), (false, vec!["gemv", "gemm"]));
         assert_eq!(verdict(&Wrong { sum: 0, rms: 1e-3 }), (false, vec!["rmsnorm"]));
+    }
+
+    #[test]
+    fn every_level_passes_with_the_kernels_of_groups() {
+        for level in verify(Device::Cpu).unwrap() {
+            let problems: Vec<_> = level.checks.iter().filter(|c| c.problem.is_some()).collect();
+            assert!(level.passed(), "{}: {problems:?}", level.variant);
+            for kernel in ["group_gemv", "group_gemv_int8", "hadamard"] {
+                assert!(level.checks.iter().any(|check| check.kernel == kernel), "{kernel}");
+            }
+        }
     }
 
     #[test]

@@ -139,6 +139,10 @@ fn signs_tokens<const T: usize, const P: usize>(
     for pass in 0..PAIRS / P {
         let mut sums = [[_mm256_setzero_si256(); P]; T];
         for (block, chunks) in tile.chunks(FLUSH_CHUNKS).enumerate() {
+            let mut tokens = [x.signs_token(m); T];
+            for (t, token) in tokens.iter_mut().enumerate() {
+                *token = &x.signs_token(m + t)[block * FLUSH_CHUNKS..][..chunks.len()];
+            }
             let mut short = [[_mm256_setzero_si256(); P]; T];
             for (c, chunk) in chunks.iter().enumerate() {
                 let pairs: &[[u32; PAIR_WORDS]; P] = chunk.as_chunks().0[pass * P..]
@@ -150,9 +154,8 @@ fn signs_tokens<const T: usize, const P: usize>(
                 }
                 for bit in 0..8 {
                     let mut x_bit = [_mm256_setzero_si256(); T];
-                    for (t, x_bit) in x_bit.iter_mut().enumerate() {
-                        let token = &x.signs_token(m + t)[block * FLUSH_CHUNKS + c];
-                        *x_bit = field(&token.as_chunks().0[bit]);
+                    for (x_bit, token) in x_bit.iter_mut().zip(&tokens) {
+                        *x_bit = field(&token[c].as_chunks().0[bit]);
                     }
                     for p in 0..P {
                         let bits = _mm256_and_si256(v[p], _mm256_set1_epi8(1));
@@ -207,26 +210,27 @@ fn lookup_tokens<const T: usize>(
         let (low, high) = chunk.as_chunks::<PAIR_WORDS>().0.split_at(4);
         let words = [transpose(low), transpose(high)];
         let mut acc = [[_mm256_setzero_ps(); 2]; T];
-        for w in 0..4 {
-            let mut v = [words[0][w], words[1][w]];
+        for (w, (&low, &high)) in words[0].iter().zip(&words[1]).enumerate() {
+            let mut v = [low, high];
             for nibble in 0..8 {
                 let u = [_mm256_srli_epi32::<2>(v[0]), _mm256_srli_epi32::<2>(v[1])];
-                for t in 0..T {
-                    let at = 16 * w + 2 * nibble;
-                    let (a, b) = (table(&tables[t].0[at]), table(&tables[t].0[at + 1]));
-                    for h in 0..2 {
-                        let a = _mm256_permutevar_ps(a, v[h]);
-                        let b = _mm256_permutevar_ps(b, u[h]);
-                        acc[t][h] = _mm256_add_ps(acc[t][h], _mm256_add_ps(a, b));
+                let at = 16 * w + 2 * nibble;
+                for (acc, tables) in acc.iter_mut().zip(tables) {
+                    let (a, b) = (table(&tables.0[at]), table(&tables.0[at + 1]));
+                    for (acc, (&v, &u)) in acc.iter_mut().zip(v.iter().zip(&u)) {
+                        let (a, b) = (_mm256_permutevar_ps(a, v), _mm256_permutevar_ps(b, u));
+                        *acc = _mm256_add_ps(*acc, _mm256_add_ps(a, b));
                     }
                 }
                 v = [_mm256_srli_epi32::<4>(v[0]), _mm256_srli_epi32::<4>(v[1])];
             }
         }
-        for t in 0..T {
-            for h in 0..2 {
-                let rows = _mm256_permutevar8x32_ps(acc[t][h], row_order);
-                store(rows, &mut sums[t].as_chunks_mut().0[2 * half + h]);
+        // The compiler would move the permutation before the additions, and so to every entry.
+        let acc = std::hint::black_box(acc);
+        for (acc, sums) in acc.iter().zip(&mut *sums) {
+            let rows = &mut sums.as_chunks_mut().0[2 * half..];
+            for (&acc, rows) in acc.iter().zip(rows) {
+                store(_mm256_permutevar8x32_ps(acc, row_order), rows);
             }
         }
     }

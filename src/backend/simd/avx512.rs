@@ -186,6 +186,10 @@ fn signs_tokens<const T: usize>(
 ) {
     for pass in 0..QUADS / PASS_QUADS {
         let mut sums = [[_mm512_setzero_si512(); PASS_QUADS]; T];
+        let mut tokens = [x.signs_token(m); T];
+        for (t, token) in tokens.iter_mut().enumerate() {
+            *token = &x.signs_token(m + t)[..tile.len()];
+        }
         for (c, chunk) in tile.iter().enumerate() {
             let quads = &chunk.as_chunks::<QUAD_WORDS>().0[pass * PASS_QUADS..][..PASS_QUADS];
             let mut v = [_mm512_setzero_si512(); PASS_QUADS];
@@ -194,8 +198,8 @@ fn signs_tokens<const T: usize>(
             }
             for bit in 0..8 {
                 let mut x_bit = [_mm512_setzero_si512(); T];
-                for (t, x_bit) in x_bit.iter_mut().enumerate() {
-                    *x_bit = broadcast(&x.signs_token(m + t)[c].as_chunks().0[bit]);
+                for (x_bit, token) in x_bit.iter_mut().zip(&tokens) {
+                    *x_bit = broadcast(&token[c].as_chunks().0[bit]);
                 }
                 for q in 0..PASS_QUADS {
                     let bits = _mm512_and_si512(v[q], _mm512_set1_epi8(1));
@@ -291,24 +295,24 @@ fn lookup_tokens<const T: usize>(
         transpose([load(&high[0]), load(&high[1]), load(&high[2]), load(&high[3])]),
     ];
     let mut acc = [[_mm512_setzero_ps(); 2]; T];
-    for w in 0..4 {
-        let mut v = [words[0][w], words[1][w]];
+    for (w, (&low, &high)) in words[0].iter().zip(&words[1]).enumerate() {
+        let mut v = [low, high];
         for nibble in 0..8 {
-            for t in 0..T {
-                let table = load_table(&tables[t].0[8 * w + nibble]);
+            for (acc, tables) in acc.iter_mut().zip(tables) {
+                let table = load_table(&tables.0[8 * w + nibble]);
                 // The permutation looks at the low four bits of each lane.
-                for h in 0..2 {
-                    let entry = _mm512_permutexvar_ps(v[h], table);
-                    acc[t][h] = _mm512_add_ps(acc[t][h], entry);
+                for (acc, &v) in acc.iter_mut().zip(&v) {
+                    *acc = _mm512_add_ps(*acc, _mm512_permutexvar_ps(v, table));
                 }
             }
             v = [_mm512_srli_epi32::<4>(v[0]), _mm512_srli_epi32::<4>(v[1])];
         }
     }
-    for t in 0..T {
-        for h in 0..2 {
-            let rows = _mm512_permutexvar_ps(row_order(), acc[t][h]);
-            store_table(rows, &mut sums[t].as_chunks_mut().0[h]);
+    // The compiler would move the permutation before the additions, and so to every entry.
+    let acc = std::hint::black_box(acc);
+    for (acc, sums) in acc.iter().zip(sums) {
+        for (&acc, rows) in acc.iter().zip(sums.as_chunks_mut().0) {
+            store_table(_mm512_permutexvar_ps(row_order(), acc), rows);
         }
     }
 }

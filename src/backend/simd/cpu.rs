@@ -365,6 +365,9 @@ impl SimdBackend {
         let precision = options.activations(&config)?;
         let max_batch = options.max_batch;
         let pool = Pool::new(options.threads.unwrap_or_else(default_threads))?;
+        // The largest tensors first, while there is little beside their pages.
+        let embedding = Head::pack(source.embedding()?)?;
+        let lm_head = source.lm_head()?.map(Head::pack).transpose()?;
         let total = config.num_hidden_layers;
         let mut layers = Vec::with_capacity(total);
         for index in 0..total {
@@ -387,7 +390,6 @@ impl SimdBackend {
 
         let (hidden, query) = (config.hidden_size, config.query_size());
         let intermediate = config.intermediate_size;
-        let embedding = Head::pack(source.embedding()?)?;
         Ok(Self {
             device: DeviceInfo {
                 name: "cpu".to_owned(),
@@ -396,7 +398,7 @@ impl SimdBackend {
             },
             max_batch,
             embedding,
-            lm_head: source.lm_head()?.map(Head::pack).transpose()?,
+            lm_head,
             final_norm: source.final_norm()?,
             frequencies: source.frequencies()?,
             cache: KvCache::new(total, capacity, config.kv_size()),

@@ -141,7 +141,9 @@ pub struct Activations<'a> {
     codes: &'a [i8],
     scales: &'a [TokenScale],
     n_tokens: usize,
-    /// Chunks of 64 of this part of K, and the first of them.
+    /// Chunks of 64 of a whole token.
+    stride: usize,
+    /// Chunks of this part of K, and the first of them.
     chunks: usize,
     first_chunk: usize,
     /// Scales of a token, and the one of this part.
@@ -173,7 +175,7 @@ impl<'a> Activations<'a> {
         assert!(scales.len().is_multiple_of(groups), "scales are [M, groups]");
         let n_tokens = scales.len() / groups;
         assert_eq!(codes.len(), n_tokens * chunks * CHUNK_K, "codes are [M, 64·chunks]");
-        Self { codes, scales, n_tokens, chunks, first_chunk: 0, groups, group: 0 }
+        Self { codes, scales, n_tokens, stride: chunks, chunks, first_chunk: 0, groups, group: 0 }
     }
 
     /// M.
@@ -181,17 +183,11 @@ impl<'a> Activations<'a> {
         self.n_tokens
     }
 
-    /// Chunks of a whole token.
-    fn stride(&self) -> usize {
-        self.codes.len() / (self.scales.len() / self.groups) / CHUNK_K
-    }
-
     /// Tokens `first..first + n`, and of those group `group` alone.
     fn part(self, first: usize, n: usize, group: usize) -> Self {
-        let stride = self.stride();
-        let chunks = stride / self.groups;
+        let chunks = self.stride / self.groups;
         Self {
-            codes: &self.codes[first * stride * CHUNK_K..],
+            codes: &self.codes[first * self.stride * CHUNK_K..],
             scales: &self.scales[first * self.groups..],
             n_tokens: n,
             chunks,
@@ -203,7 +199,7 @@ impl<'a> Activations<'a> {
 
     /// Token `m` in chunks.
     fn token(&self, m: usize) -> &'a [[i8; CHUNK_K]] {
-        &self.codes.as_chunks().0[m * self.stride() + self.first_chunk..][..self.chunks]
+        &self.codes.as_chunks().0[m * self.stride + self.first_chunk..][..self.chunks]
     }
 
     /// Token `m` in chunks of [`signs`].
