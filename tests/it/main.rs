@@ -5,6 +5,9 @@ mod built_in;
 mod checkpoint;
 #[cfg(feature = "cli")]
 mod cli;
+mod formats;
+#[path = "../common/formats.rs"]
+mod formats_common;
 mod generate;
 mod ggml;
 mod gguf;
