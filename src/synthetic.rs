@@ -251,7 +251,7 @@ impl SyntheticModel {
 
     /// The scale as a checkpoint of this [`WeightForm`] stores it, bf16, for a matrix of `k`
     /// columns.
-    fn stored_scale(&self, k: usize) -> u16 {
+    pub fn stored_scale(&self, k: usize) -> u16 {
         let scale = (1.5 / k as f32).sqrt();
         f32_to_bf16(match self.config.weight_form {
             WeightForm::PackedDivide => 1.0 / scale,

@@ -6,6 +6,9 @@ mod checkpoint;
 #[cfg(feature = "cli")]
 mod cli;
 mod format_vectors;
+mod formats;
+#[path = "../common/formats.rs"]
+mod formats_common;
 mod generate;
 mod ggml;
 mod gguf;
