@@ -6,7 +6,7 @@ use crate::error::{Error, Result};
 use crate::format::float::{Float, first_non_finite};
 use crate::format::ggml::{FloatType, GgmlType, TernaryType, i2s_scale};
 use crate::format::gguf::Metadata;
-use crate::format::{Dtype, ModelFiles, TensorInfo, TensorView};
+use crate::format::{Dtype, ModelFiles, TensorInfo, TensorView, quoted};
 use crate::shape::MatShape;
 use crate::tensor_names::{K_PROJ, LINEARS, Linear, Naming, Q_PROJ};
 use crate::weights::{Codes, Table, TableData, TernaryMatrix, WeightScale};
@@ -178,7 +178,14 @@ impl Checkpoint {
         self.reader().matrix_type(info)?;
         let mut used = vec![name];
         let scale = linear.ggml_scale(layer);
-        if self.files.info(&scale).is_some() {
+        if let Some(info) = self.files.info(&scale) {
+            if self.config.activations != Activations::Int8Token {
+                return Err(Error::UnexpectedTensor {
+                    file: self.files.file_of(info).to_owned(),
+                    tensor: quoted(&scale),
+                    reason: "its matrix has a scale for each group of inputs",
+                });
+            }
             self.float_info(&scale, &[1], None)?;
             used.push(scale);
         }

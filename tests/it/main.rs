@@ -5,6 +5,8 @@ mod built_in;
 mod checkpoint;
 #[cfg(feature = "cli")]
 mod cli;
+#[cfg(feature = "cli")]
+mod convert;
 mod formats;
 #[path = "../common/formats.rs"]
 mod formats_common;
@@ -18,6 +20,7 @@ mod hub;
 #[cfg(feature = "cli")]
 mod hub_server;
 mod model;
+mod refusals;
 mod shaders;
 mod simd;
 mod util;

@@ -54,6 +54,16 @@ fn gguf_files_on_ref() {
     }
 }
 
+/// Those with one scale a matrix.
+#[test]
+fn gguf_files_on_cpu() {
+    for model in golden::GGUF.into_iter().filter(|model| !model.contains("qwen3")) {
+        let mut transformer = load(model, Device::Cpu);
+        golden::check_logits(model, &mut transformer).unwrap();
+        golden::check_greedy(model, &mut transformer).unwrap();
+    }
+}
+
 #[test]
 fn single_matrices_on_ref() {
     let bitlinear = |matrix: &TernaryMatrix, x: &[f32]| {
