@@ -225,8 +225,8 @@ fn what_a_format_cannot_hold_is_refused() {
             "a GGUF file has no tokenizer.json; convert the Hugging Face checkpoint instead",
         ),
         (odd, "tq2_0", "blk.0.attn_q.weight: 120 columns are no whole number of TQ2_0 blocks"),
-        (rotated, "q2_0", "?"),
-        (quantised, "i2_s", "?"),
+        (rotated, "q2_0", "token_embd.weight is stored rotated"),
+        (quantised, "i2_s", "token_embd.weight is quantised; take the original file"),
     ] {
         let command = format!("convert {} {} --to {to}", model.display(), out.display());
         let message = failure(sterna(&command), 1);

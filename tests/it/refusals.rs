@@ -319,12 +319,22 @@ fn linear_layers_with_scales_of_groups() {
     check(
         &gguf("Bonsai-8B", GgmlType::Q2_0),
         &[
-            ("code 3", |file| file.tensor("blk.1.ffn_down.weight").1[2] |= 0xc0, "?"),
-            ("code 3 in a table", |file| file.tensor("output.weight").1[18 * 4 + 2] |= 0x03, "?"),
+            (
+                "code 3",
+                |file| file.tensor("blk.1.ffn_down.weight").1[2] |= 0xc0,
+                ": tensor blk.1.ffn_down.weight: expected codes 0, 1 and 2, found 3 at row 0, \
+                 column 3",
+            ),
+            (
+                "code 3 in a table",
+                |file| file.tensor("output.weight").1[18 * 4 + 2] |= 0x03,
+                ": tensor output.weight: expected codes 0, 1 and 2, found 3 at row 1, column 0",
+            ),
             (
                 "NaN in a table",
                 |file| file.tensor("token_embd.weight").1[18..20].copy_from_slice(&[1, 0x7c]),
-                "?",
+                ": tensor token_embd.weight: expected finite scales, found NaN at row 0, column \
+                 64",
             ),
             (
                 "one scale in a later layer",
@@ -334,7 +344,8 @@ fn linear_layers_with_scales_of_groups() {
                     let at = bytes.len() - 32;
                     bytes[at..at + 4].copy_from_slice(&1f32.to_le_bytes());
                 },
-                "?",
+                ": tensor blk.1.attn_output.weight: expected a scale for each group of inputs, as \
+                 in the first layer, found one scale",
             ),
             (
                 "a scale beside scales of groups",
@@ -342,7 +353,8 @@ fn linear_layers_with_scales_of_groups() {
                     let two = 2f32.to_le_bytes().to_vec();
                     file.add_tensor("blk.1.attn_q.scale", GgmlType::F32, &[1], two);
                 },
-                "?",
+                ": tensor \"blk.1.attn_q.scale\" was not expected: its matrix has a scale for \
+                 each group of inputs",
             ),
         ],
     );
@@ -688,8 +700,16 @@ fn tensors_of_other_architectures() {
     check(
         &gguf("Bonsai-8B", GgmlType::Q1_0),
         &[
-            ("no head norm", |file| file.remove_tensor("blk.0.attn_k_norm.weight"), "?"),
-            ("short head norm", |file| reshape(file, "blk.0.attn_q_norm.weight", &[64]), "?"),
+            (
+                "no head norm",
+                |file| file.remove_tensor("blk.0.attn_k_norm.weight"),
+                ": tensor blk.0.attn_k_norm.weight is missing",
+            ),
+            (
+                "short head norm",
+                |file| reshape(file, "blk.0.attn_q_norm.weight", &[64]),
+                ": tensor blk.0.attn_q_norm.weight: expected shape [128], found [64]",
+            ),
         ],
     );
     check(
@@ -697,7 +717,8 @@ fn tensors_of_other_architectures() {
         &[(
             "infinity in a group",
             |file| file.tensor("blk.1.attn_v.weight").1[34..36].copy_from_slice(&[0, 0x7c]),
-            "?",
+            ": tensor blk.1.attn_v.weight: expected finite scales, found inf at row 0, column \
+                 128",
         )],
     );
 }
@@ -1069,7 +1090,11 @@ fn the_program_says_the_same() {
         assert!(found.len() > 20 && !out.exists(), "{found}");
     }
     compare(&[
-        ("no tokenizer", run("run Hello", &llama.bytes()), "?"),
+        (
+            "no tokenizer",
+            run("run Hello", &llama.bytes()),
+            "tokenizer.ggml.model: expected a string, found nothing",
+        ),
         (
             "more tokens than rows",
             run(
@@ -1087,7 +1112,8 @@ fn the_program_says_the_same() {
                     file.add_key("tokenizer.ggml.merges", strings(&[]));
                 }),
             ),
-            "?",
+            "tokenizer.ggml.tokens: expected 1 to 301 tokens, the model's vocab_size, found \
+                 400",
         ),
     ]);
 }
