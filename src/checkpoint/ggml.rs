@@ -219,9 +219,14 @@ impl Checkpoint {
         let scale = linear.ggml_scale(layer);
         if self.files.info(&scale).is_some() {
             let factor = self.vector(&scale, 1)?[0];
-            if !(factor.is_finite() && factor > 0.0) {
+            let product = match matrix.scale() {
+                WeightScale::Tensor(scale) => scale * factor,
+                WeightScale::Groups { .. } => unreachable!("refused when the file was opened"),
+            };
+            if !(product.is_finite() && product > 0.0) {
                 let info = self.info(&scale, None)?;
-                return Err(self.value_error(info, "a positive number", format!("{factor:?}")));
+                let expected = "a positive number, also times the matrix's own scale";
+                return Err(self.value_error(info, expected, format!("{factor:?}")));
             }
             matrix = matrix.scaled(factor);
         }

@@ -49,7 +49,7 @@ pub fn cases(capabilities: Capabilities) -> Vec<Case> {
     for case in formats::cases().into_iter().filter(formats::Case::runs_on_cpu_and_gpu) {
         // One of each architecture in each kind of file; the CPU runs all of them.
         if ["2B4T", "1bitLLM", "Falcon3"].contains(&case.like) && is_in_gpu_table(case.form) {
-            let name = format!("format::{}::{:?}", case.like, case.form).replace(' ', "");
+            let name = format!("format::{}", case.name());
             cases.push((name, Box::new(move |_| format(capabilities, &case))));
         }
     }

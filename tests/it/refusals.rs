@@ -266,7 +266,18 @@ fn linear_layers_of_one_scale() {
             (
                 "a scale beside a matrix, of 0",
                 |file| file.add_tensor("blk.0.attn_q.scale", GgmlType::F32, &[1], vec![0; 4]),
-                ": tensor blk.0.attn_q.scale: expected a positive number, found 0.0",
+                ": tensor blk.0.attn_q.scale: expected a positive number, also times the matrix's \
+                 own scale, found 0.0",
+            ),
+            (
+                "a scale beside a matrix, too large for it",
+                |file| {
+                    i2s_scale(file, 1e30);
+                    let huge = 1e30f32.to_le_bytes().to_vec();
+                    file.add_tensor("blk.1.ffn_up.scale", GgmlType::F32, &[1], huge);
+                },
+                ": tensor blk.1.ffn_up.scale: expected a positive number, also times the matrix's \
+                 own scale, found 1e30",
             ),
             (
                 "two scales beside a matrix",
