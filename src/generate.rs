@@ -121,13 +121,13 @@ impl Model {
     /// template that is not the model's and was replaced.
     ///
     /// # Errors
-    /// If the file has no tokenizer.
+    /// If a key of the tokenizer has a value of another type.
     pub fn notes(checkpoint: &Checkpoint) -> Result<Vec<String>> {
         match checkpoint.files().metadata() {
-            None => Ok(Vec::new()),
-            Some(metadata) => {
+            Some(metadata) if GgufVocabulary::is_in(metadata) => {
                 Ok(GgufVocabulary::from_metadata(metadata)?.notes(checkpoint.is_2b4t()))
             }
+            _ => Ok(Vec::new()),
         }
     }
 

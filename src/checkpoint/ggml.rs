@@ -6,7 +6,7 @@ use crate::error::{Error, Result};
 use crate::format::float::{Float, first_non_finite};
 use crate::format::ggml::{FloatType, GgmlType, TernaryType, i2s_scale};
 use crate::format::gguf::Metadata;
-use crate::format::{Dtype, ModelFiles, TensorInfo, TensorView};
+use crate::format::{Dtype, ModelFiles, TensorInfo, TensorView, quoted};
 use crate::shape::MatShape;
 use crate::tensor_names::{K_PROJ, LINEARS, Linear, Naming, Q_PROJ};
 use crate::weights::{Codes, Table, TableData, TernaryMatrix, WeightScale};
@@ -178,7 +178,14 @@ impl Checkpoint {
         self.reader().matrix_type(info)?;
         let mut used = vec![name];
         let scale = linear.ggml_scale(layer);
-        if self.files.info(&scale).is_some() {
+        if let Some(info) = self.files.info(&scale) {
+            if self.config.activations != Activations::Int8Token {
+                return Err(Error::UnexpectedTensor {
+                    file: self.files.file_of(info).to_owned(),
+                    tensor: quoted(&scale),
+                    reason: "its matrix has a scale for each group of inputs",
+                });
+            }
             self.float_info(&scale, &[1], None)?;
             used.push(scale);
         }
@@ -212,23 +219,15 @@ impl Checkpoint {
         let scale = linear.ggml_scale(layer);
         if self.files.info(&scale).is_some() {
             let (factor, info) = (self.vector(&scale, 1)?[0], self.info(&scale, None)?);
-            if !(factor.is_finite() && factor > 0.0) {
-                return Err(self.value_error(info, "a positive number", format!("{factor:?}")));
-            }
-            if matches!(matrix.scale(), WeightScale::Groups { .. }) {
-                return Err(Error::UnexpectedTensor {
-                    file: self.files.file_of(info).to_owned(),
-                    tensor: info.name.clone(),
-                    reason: "its matrix has a scale for each group of inputs",
-                });
-            }
-            matrix = matrix.scaled(factor);
-            if let WeightScale::Tensor(scale) = matrix.scale()
-                && !(scale.is_finite() && scale > 0.0)
-            {
-                let expected = "a factor that leaves the scale a positive number";
+            let WeightScale::Tensor(own) = matrix.scale() else {
+                unreachable!("refused when the file was opened")
+            };
+            let product = own * factor;
+            if !(product.is_finite() && product > 0.0) {
+                let expected = "a positive number, also times the matrix's own scale";
                 return Err(self.value_error(info, expected, format!("{factor:?}")));
             }
+            matrix = matrix.scaled(factor);
         }
         let is_query_or_key = [Q_PROJ.path, K_PROJ.path].contains(&linear.path);
         if is_query_or_key && gguf::has_interleaved_heads(self.config.architecture) {

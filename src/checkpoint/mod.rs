@@ -238,7 +238,11 @@ impl Checkpoint {
         };
         if self.config.linear_norm_eps.is_some() {
             let norm = linear.norm(naming, layer);
-            self.float_info(&norm, &[k], Some("use_rms_norm is true"))?;
+            let reason = match self.is_ggml() {
+                true => "blk.0.attn_q has a norm inside",
+                false => "use_rms_norm is true",
+            };
+            self.float_info(&norm, &[k], Some(reason))?;
             used.push(norm);
         }
         Ok(used)
@@ -312,7 +316,10 @@ impl Checkpoint {
     fn objection(&self, name: &str) -> Option<&'static str> {
         let layer = self.naming().layer_of(name);
         if layer.is_some_and(|layer| layer >= self.config.num_hidden_layers) {
-            return Some("num_hidden_layers in config.json is smaller");
+            return Some(match self.is_ggml() {
+                true => "block_count is smaller",
+                false => "num_hidden_layers in config.json is smaller",
+            });
         }
         if self.is_ggml() {
             // Every tensor of these files takes part; a head beside a tied table is the exception.

@@ -97,6 +97,9 @@ impl Rotations {
             Ok(set)
         };
         let (weights, inverse) = (names("weight_names")?, names("inverse_weight_names")?);
+        if weights.is_empty() {
+            return Err(file.error(&key("weight_names"), "the names of rotated weights", "none"));
+        }
         Ok(Some(Self { file: metadata.file().to_owned(), block, signs, weights, inverse }))
     }
 

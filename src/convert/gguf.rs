@@ -55,7 +55,8 @@ pub(super) fn convert(
 fn vocabulary(checkpoint: &Checkpoint) -> Result<Option<GgufVocabulary>> {
     let files = checkpoint.files();
     if let Some(metadata) = files.metadata() {
-        return GgufVocabulary::from_metadata(metadata).map(Some);
+        let is_there = GgufVocabulary::is_in(metadata);
+        return is_there.then(|| GgufVocabulary::from_metadata(metadata)).transpose();
     }
     let file = |name: &str| -> Result<Option<(String, Bytes)>> {
         Ok(files.file(name)?.map(|bytes| (files.join(name), bytes)))

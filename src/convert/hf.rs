@@ -42,6 +42,13 @@ pub(super) fn convert(
         let path = path.to_owned();
         move |source| Error::Io { path, source }
     };
+    // Replacing a directory takes all of it away: only that of a model may go.
+    if out.is_dir()
+        && !out.join("config.json").exists()
+        && fs::read_dir(out).map_err(io_error(out))?.next().is_some()
+    {
+        return Err(refused("the directory to be replaced holds other things than a model"));
+    }
     let parent = match out.parent() {
         Some(parent) if !parent.as_os_str().is_empty() => parent,
         _ => Path::new("."),

@@ -175,6 +175,11 @@ impl PreTokenizer {
 }
 
 impl GgufVocabulary {
+    /// Whether the file says anything about a tokenizer.
+    pub fn is_in(metadata: &Metadata) -> bool {
+        metadata.iter().any(|(key, _)| key.starts_with("tokenizer."))
+    }
+
     /// What the metadata of a GGUF file say.
     ///
     /// # Errors

@@ -260,7 +260,9 @@ impl TernaryMatrix {
         let scale = if scale > 0.0 { scale } else { 1.0 };
         rows().enumerate().try_for_each(|(n, bytes)| {
             let row = decode(bytes);
-            match row.iter().position(|&weight| weight != 0.0 && weight.abs() != scale) {
+            let is_trit =
+                |weight: f32| weight == 0.0 || (weight.abs() == scale && weight.is_finite());
+            match row.iter().position(|&weight| !is_trit(weight)) {
                 None => Ok(()),
                 Some(k) => {
                     let expected = "0 and ± one number: ternary weights (convert the Hugging Face \

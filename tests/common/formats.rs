@@ -369,7 +369,7 @@ impl Case {
     pub fn write_model(&self, model: &dyn WeightSource, directory: &Path) -> Checkpoint {
         let path = match self.form {
             Form::Master(_) | Form::PackedDivide | Form::Mlx => {
-                write_safetensors(model, self.form, directory);
+                HfFiles::of(model, self.form).write(directory);
                 directory.to_owned()
             }
             Form::WriteHf => {
@@ -547,15 +547,39 @@ fn quantised_rows(ty: FloatType, seed: u64, len_bytes: usize) -> Vec<u8> {
 }
 
 /// A tensor of a safetensors file.
-struct Tensor {
-    name: String,
-    dtype: &'static str,
-    shape: Vec<usize>,
-    bytes: Vec<u8>,
+pub struct Tensor {
+    pub name: String,
+    pub dtype: &'static str,
+    pub shape: Vec<usize>,
+    pub bytes: Vec<u8>,
 }
 
-/// `config.json` and `model.safetensors`.
-fn write_safetensors(model: &dyn WeightSource, form: Form, directory: &Path) {
+/// A checkpoint directory before it is bytes, which a test may still spoil.
+pub struct HfFiles {
+    pub config: Json,
+    pub tensors: Vec<Tensor>,
+}
+
+impl HfFiles {
+    pub fn of(model: &dyn WeightSource, form: Form) -> Self {
+        Self { config: config_json(model.config(), form), tensors: hf_tensors(model, form) }
+    }
+
+    /// The tensor whose name ends so.
+    pub fn tensor(&mut self, name: &str) -> &mut Tensor {
+        let found = self.tensors.iter_mut().find(|tensor| tensor.name.ends_with(name));
+        found.unwrap_or_else(|| panic!("no tensor {name}"))
+    }
+
+    pub fn write(&self, directory: &Path) {
+        let config = directory.join("config.json");
+        fs::write(config, format!("{:#}", self.config)).expect("a writable directory");
+        let bytes = safetensors(&self.tensors);
+        fs::write(directory.join("model.safetensors"), bytes).expect("a writable directory");
+    }
+}
+
+fn hf_tensors(model: &dyn WeightSource, form: Form) -> Vec<Tensor> {
     let config = model.config();
     let mut tensors = Vec::new();
     let mut floats = |name: String, shape: &[usize], float: Float, values: &[f32]| {
@@ -629,9 +653,7 @@ fn write_safetensors(model: &dyn WeightSource, form: Form, directory: &Path) {
             tensors.push(Tensor { name, dtype: "BF16", shape: vec![1], bytes });
         }
     }
-    let json = format!("{:#}", config_json(config, form));
-    fs::write(directory.join("config.json"), json).expect("a writable directory");
-    fs::write(directory.join("model.safetensors"), safetensors(&tensors)).expect("writable");
+    tensors
 }
 
 fn dtype(float: Float) -> &'static str {

@@ -8,10 +8,10 @@ use std::process::{Command, Output, Stdio};
 use serde_json::Value;
 use tempfile::TempDir;
 
-const GOLDEN: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/golden");
+pub(crate) const GOLDEN: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/golden");
 
 /// `sterna` with arguments separated by spaces.
-fn sterna(arguments: &str) -> Command {
+pub(crate) fn sterna(arguments: &str) -> Command {
     let mut command = Command::new(env!("CARGO_BIN_EXE_sterna"));
     command.args(arguments.split_whitespace()).stdin(Stdio::null());
     command.env_remove("RUST_BACKTRACE");
@@ -34,21 +34,21 @@ fn utf8(bytes: &[u8]) -> &str {
 }
 
 #[track_caller]
-fn stdout(command: Command) -> String {
+pub(crate) fn stdout(command: Command) -> String {
     let output = output(command);
     assert_eq!(output.status.code(), Some(0), "{}", utf8(&output.stderr));
     utf8(&output.stdout).to_owned()
 }
 
 #[track_caller]
-fn json(command: Command) -> Value {
+pub(crate) fn json(command: Command) -> Value {
     serde_json::from_str(&stdout(command)).expect("JSON")
 }
 
 /// A failure: this exit code, nothing but what precedes it on standard output, and one line on
 /// standard error, which is returned.
 #[track_caller]
-fn failure(command: Command, code: i32) -> String {
+pub(crate) fn failure(command: Command, code: i32) -> String {
     let output = output(command);
     let message = utf8(&output.stderr);
     assert_eq!(output.status.code(), Some(code), "{message}");

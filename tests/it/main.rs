@@ -5,6 +5,8 @@ mod built_in;
 mod checkpoint;
 #[cfg(feature = "cli")]
 mod cli;
+#[cfg(feature = "cli")]
+mod convert;
 mod format_vectors;
 mod formats;
 #[path = "../common/formats.rs"]
@@ -19,6 +21,7 @@ mod hub;
 #[cfg(feature = "cli")]
 mod hub_server;
 mod model;
+mod refusals;
 mod shaders;
 mod simd;
 mod util;
