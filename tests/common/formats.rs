@@ -308,11 +308,10 @@ impl Case {
         format!("{} ({rows} wide{rotation}) as {:?}", self.like, self.form)
     }
 
-    /// The devices that run it, apart from the reference.
-    pub fn runs_on_cpu_and_gpu(&self) -> bool {
-        self.config.activations == Activations::Int8Token
-            && self.config.architecture != Architecture::Qwen3
-            && !matches!(self.table_type(), Some(ty) if ty.float().is_some_and(|f| f.plain().is_none()))
+    /// Whether embedding and head are int8 codes with scales.
+    pub fn has_code_table(&self) -> bool {
+        let float = self.table_type().and_then(GgmlType::float);
+        float.is_some_and(|float| float.plain().is_none())
     }
 
     fn table_type(&self) -> Option<GgmlType> {

@@ -6,8 +6,6 @@ use libtest_mimic::Failed;
 use sterna::backend::gpu::{Capabilities, Gpu, GpuBackend, Variant, WorkDone, self_test};
 use sterna::backend::{Backend, Device, LoadOptions, Output, Tap, Want};
 use sterna::config::{Activations, ModelConfig};
-use sterna::format::float::Float;
-use sterna::format::ggml::GgmlType;
 use sterna::layout::Packed;
 use sterna::random::Random;
 use sterna::synthetic::{SyntheticModel, tiny_bitnet, tiny_bonsai, tiny_llama, tiny_normed};
@@ -18,7 +16,7 @@ use sterna::weights::{
 use sterna::{Error, Transformer};
 
 use crate::Case;
-use crate::formats::{self, Form, Linears};
+use crate::formats;
 use crate::golden;
 use crate::util::same;
 
@@ -89,9 +87,8 @@ pub fn cases(capabilities: Capabilities) -> Vec<Case> {
             Ok(())
         }),
     ));
-    for case in formats::cases().into_iter().filter(formats::Case::runs_on_cpu_and_gpu) {
-        // One of each architecture in each kind of file; the CPU runs all of them.
-        if ["2B4T", "1bitLLM", "Falcon3"].contains(&case.like) && is_in_gpu_table(case.form) {
+    if capabilities == Capabilities::WebGpuDefault {
+        for case in formats::cases() {
             let name = format!("format::{}", case.name());
             cases.push((name, Box::new(move |_| format(capabilities, &case))));
         }
@@ -107,17 +104,6 @@ pub fn cases(capabilities: Capabilities) -> Vec<Case> {
     add("a_batch_past_the_limits_is_refused", refusals);
     add("a_decode_step_is_one_submit_and_allocates_nothing", decode_step);
     cases
-}
-
-fn is_in_gpu_table(form: Form) -> bool {
-    match form {
-        Form::PackedDivide | Form::WriteHf | Form::Master(Float::Bf16) => true,
-        Form::Gguf(formats::Gguf { linears, tables: Some(tables), .. }) => {
-            let linears_of = [Linears::Ternary(GgmlType::I2S), Linears::Ternary(GgmlType::Tq2_0)];
-            linears_of.contains(&linears) && [GgmlType::F16, GgmlType::F32].contains(&tables)
-        }
-        _ => false,
-    }
 }
 
 /// A file's answers are those of the model that it was written from.

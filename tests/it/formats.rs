@@ -16,14 +16,7 @@ use crate::formats_common::{
     judge_close, judge_exact,
 };
 
-/// The devices that run a case.
-fn devices(case: &Case) -> &'static [Device] {
-    if case.runs_on_cpu_and_gpu() {
-        &[Device::Reference, Device::Cpu]
-    } else {
-        &[Device::Reference]
-    }
-}
+const DEVICES: [Device; 2] = [Device::Reference, Device::Cpu];
 
 fn on_reference(model: &dyn WeightSource) -> Answer {
     answer_on(model, Device::Reference, None).expect("the reference runs every model")
@@ -96,7 +89,16 @@ fn check(
     if device == Device::Reference {
         return judge_exact(expected, &found);
     }
-    judge_exact(&answer_on(model, device, None)?, &found)?;
+    let model = answer_on(model, device, None)?;
+    if case.has_code_table() {
+        // The same values, but the head's kernel for codes has another order of sums.
+        let apart = distance(&model, &found);
+        if apart.max.is_nan() || apart.max > 1e-5 {
+            return Err(apart.to_string());
+        }
+    } else {
+        judge_exact(&model, &found)?;
+    }
     // Free running, and yet the same tokens.
     if found.greedy != expected.greedy {
         return Err(format!("tokens {:?}, expected {:?}", found.greedy, expected.greedy));
@@ -123,7 +125,7 @@ fn every_format_gives_the_model_it_was_written_from() {
                 case.name()
             );
             let expected = on_reference(&model);
-            devices(case).iter().find_map(|&device| {
+            DEVICES.iter().find_map(|&device| {
                 on_cpu.fetch_add(usize::from(device == Device::Cpu), Ordering::Relaxed);
                 let verdict = check(case, &model, &checkpoint, &expected, device);
                 verdict.err().map(|problem| format!("{} on {device:?}: {problem}", case.name()))

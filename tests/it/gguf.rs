@@ -900,15 +900,6 @@ fn golden_with(name: &str, tensor: &str, values: &[f32]) -> Checkpoint {
     Checkpoint::new(open(writer.finish().unwrap()).unwrap()).unwrap()
 }
 
-#[test]
-fn a_scale_beside_scales_of_groups_is_refused() {
-    let checkpoint = golden_with("qwen3-1bit-q1_0.gguf", "blk.0.attn_q.scale", &[2.0]);
-    let message = checkpoint.layer(0).err().unwrap().to_string();
-    let expected = "tensor blk.0.attn_q.scale was not expected: its matrix has a scale for each \
-                    group of inputs";
-    assert!(message.ends_with(expected), "{message}");
-}
-
 /// The file's own factors of the rotary frequencies are carried over.
 #[test]
 fn converting_keeps_rope_factors() {
