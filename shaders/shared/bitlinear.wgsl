@@ -9,9 +9,28 @@ override RUN_2: u32 = 0xffffffffu; // the same for the third
 override RUN_2_PAD: u32 = 0u;
 override ACT_STRIDE: u32 = 0u;     // from one run's act_scale[M] to the next
 
+// Order of a single run's rows: 0 as they are, 1 pairs of RoPE in tiles of 16 + 16 (ORDER_SIZE = D),
+// 2 tiles of gate and up in turn (ORDER_SIZE = F).
+override ORDER: u32 = 0u;
+override ORDER_SIZE: u32 = 32u;
+
+fn packed_row(n: u32) -> u32 {
+    if ORDER == 1u {
+        let half = ORDER_SIZE / 2u;
+        let i = n % ORDER_SIZE;
+        let j = i % half;
+        return n - i + (j / 16u) * 32u + j % 16u + (i / half) * 16u;
+    }
+    if ORDER == 2u {
+        let i = n % ORDER_SIZE;
+        return (i / 32u) * 64u + i % 32u + (n / ORDER_SIZE) * 32u;
+    }
+    return n;
+}
+
 fn bitlinear(m: u32, n: u32) -> f32 {
     var run = 0u;
-    var row = n;
+    var row = packed_row(n);
     if n >= RUN_2 {
         run = 2u;
         row += RUN_2_PAD;

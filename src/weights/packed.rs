@@ -44,20 +44,46 @@ impl<L: Pieces> PackedRun<L> {
     /// If there is no matrix, they differ in K or groups, or a row with a 0 is to
     /// be packed as [`crate::layout::Signs`].
     pub fn pack(run: &[&TernaryMatrix], layout: L) -> Result<Self> {
+        let rows = run.iter().map(|part| part.shape().n()).sum();
+        Self::pack_rows(run, layout, rows, Some)
+    }
+
+    /// The same with `rows` rows in another order: `source(n)` is the row of the run that is packed
+    /// as row `n`, or `None` for one of zeros.
+    ///
+    /// # Errors
+    /// As [`PackedRun::pack`].
+    ///
+    /// # Panics
+    /// As [`PackedRun::pack`], or if a source is past the last row.
+    pub fn pack_rows(
+        run: &[&TernaryMatrix],
+        layout: L,
+        rows: usize,
+        source: impl Fn(usize) -> Option<usize>,
+    ) -> Result<Self> {
         let (k, groups) = (run[0].shape().k(), run[0].groups());
         assert!(run.iter().all(|part| part.shape().k() == k && part.groups() == groups));
-        let rows = |part: &TernaryMatrix| 0..part.shape().n();
-        let origin: Vec<_> =
-            run.iter().flat_map(|&part| rows(part).map(move |n| (part, n))).collect();
-        let shape = MatShape::new(origin.len(), k)?;
+        let rows_of = |part: &TernaryMatrix| 0..part.shape().n();
+        let natural: Vec<_> =
+            run.iter().flat_map(|&part| rows_of(part).map(move |n| (part, n))).collect();
+        let origin: Vec<_> = (0..rows).map(|n| source(n).map(|n| natural[n])).collect();
+        let shape = MatShape::new(rows, k)?;
         let (packed, words) =
             Packed::try_pack_with_scales(layout, shape, groups, |n, trits, scales| {
-                let (part, n) = origin[n];
+                let Some((part, n)) = origin[n] else {
+                    trits.fill(0);
+                    scales.fill(0);
+                    return Ok(());
+                };
                 part.row_with_scales(n, trits, scales)
             })?;
-        let row_scale = |(part, _): &(&TernaryMatrix, usize)| match part.scale() {
-            WeightScale::Tensor(scale) => Some(scale),
-            WeightScale::Groups { .. } => None,
+        let row_scale = |origin: &Option<(&TernaryMatrix, usize)>| match origin {
+            None => Some(0.0),
+            Some((part, _)) => match part.scale() {
+                WeightScale::Tensor(scale) => Some(scale),
+                WeightScale::Groups { .. } => None,
+            },
         };
         let scales = match run[0].scale() {
             WeightScale::Tensor(_) => {

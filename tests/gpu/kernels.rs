@@ -5,8 +5,8 @@ use cpu_ref::group_gemv::{bound, group_dot, group_dot_int8, quantize_absmax_grou
 use cpu_ref::mlp::Activation;
 use libtest_mimic::Failed;
 use sterna::backend::gpu::kernels::{
-    self, DenseFormat, DenseShard, GroupMatrix, LinearRows, Rotate, RowsOut, TokensPerLane,
-    Variant, padded_rows,
+    self, DenseFormat, DenseShard, GroupMatrix, LinearRows, Rotate, RowOrder, RowsOut,
+    TokensPerLane, Variant, padded_rows,
 };
 use sterna::backend::gpu::self_test::GroupInput;
 use sterna::backend::gpu::{Gpu, PassParams, row_offsets, self_test};
@@ -1010,7 +1010,7 @@ fn runs_of_rows(gpu: &Gpu) -> Result<(), Failed> {
     let mut random = Random::new(71);
     let (m, stride) = (2, 64);
     let runs = vec![(40, false), (33, true), (7, false)];
-    let rows = LinearRows { runs: runs.clone(), act_stride: stride };
+    let rows = LinearRows { runs: runs.clone(), act_stride: stride, order: RowOrder::Natural };
     let n = 80;
     let hidden = random.floats(m * n, 1.0);
     let mut acc = vec![0u32; m * rows.padded()];

@@ -126,6 +126,46 @@ pub struct LinearRows {
     pub runs: Vec<(usize, bool)>,
     /// Words from one run's activation scales to the next's.
     pub act_stride: usize,
+    /// The order of a single run's rows.
+    pub order: RowOrder,
+}
+
+/// How the rows of matrices are ordered so that a workgroup of 32 rows has what belongs together.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum RowOrder {
+    /// One matrix after another.
+    Natural,
+    /// Q, K and V heads of so many rows: 16 rows of a head, then the 16 that RoPE pairs them with.
+    Pairs(usize),
+    /// 32 rows of gate, then the same 32 of up, which have so many rows each.
+    GateUp(usize),
+}
+
+impl RowOrder {
+    /// Rows of `n` rows, padding included.
+    pub fn rows(self, n: usize) -> usize {
+        match self {
+            Self::Natural | Self::Pairs(_) => n,
+            Self::GateUp(size) => 2 * padded_rows(size),
+        }
+    }
+
+    /// Which row is at place `n`; `None` for one of padding.
+    pub fn source(self, n: usize) -> Option<usize> {
+        match self {
+            Self::Natural => Some(n),
+            Self::Pairs(dim) => {
+                let (head, tile, lane) = (n / dim, n % dim / TILE_ROWS, n % TILE_ROWS);
+                let i = 16 * tile + lane % 16;
+                Some(head * dim + i + if lane < 16 { 0 } else { dim / 2 })
+            }
+            Self::GateUp(size) => {
+                let (tile, lane) = (n / TILE_ROWS, n % TILE_ROWS);
+                let row = tile / 2 * TILE_ROWS + lane;
+                (row < size).then_some(row + if tile.is_multiple_of(2) { 0 } else { size })
+            }
+        }
+    }
 }
 
 impl LinearRows {
@@ -134,12 +174,12 @@ impl LinearRows {
 
     /// `n` rows of one run, i32 sums.
     pub fn sums(n: usize) -> Self {
-        Self { runs: vec![(n, false)], act_stride: 0 }
+        Self { runs: vec![(n, false)], act_stride: 0, order: RowOrder::Natural }
     }
 
     /// `n` rows in f32.
     pub fn floats(n: usize) -> Self {
-        Self { runs: vec![(n, true)], act_stride: 0 }
+        Self { runs: vec![(n, true)], act_stride: 0, order: RowOrder::Natural }
     }
 
     /// Rows of the accumulator before run `index`: every run starts at a tile.
@@ -160,6 +200,11 @@ impl LinearRows {
         let mut constants = vec![("N_PAD", self.padded()), ("FLOAT_RUNS", floats)];
         if self.runs.len() > 1 {
             constants.push(("ACT_STRIDE", self.act_stride));
+        }
+        match self.order {
+            RowOrder::Natural => {}
+            RowOrder::Pairs(size) => constants.extend([("ORDER", 1), ("ORDER_SIZE", size)]),
+            RowOrder::GateUp(size) => constants.extend([("ORDER", 2), ("ORDER_SIZE", size)]),
         }
         let names = [("RUN_1", "RUN_1_PAD"), ("RUN_2", "RUN_2_PAD")];
         for (run, (row, pad)) in (1..self.runs.len()).zip(names) {
@@ -394,6 +439,71 @@ pub fn rope(heads: Heads, rows: &LinearRows) -> Call {
     call(shader::ROPE, constants, pairs.div_ceil(ELEMENT_LANES), Rows::Tokens)
 }
 
+/// A linear layer's step in one dispatch: what all of them share.
+#[derive(Debug, Clone, Copy)]
+pub struct Fused {
+    /// How the matrix is multiplied.
+    pub variant: Variant,
+    /// K.
+    pub k: usize,
+    /// eps of the norm before it; `None` if there is no norm.
+    pub norm: Option<f32>,
+    /// First tile of the shard, and how many.
+    pub tiles: (usize, usize),
+}
+
+impl Fused {
+    /// Most columns: the codes of a token and the scratch of reductions fit the 16 KiB of
+    /// workgroup memory that WebGPU promises.
+    pub const MAX_K: usize = 14_000;
+
+    fn call(
+        self,
+        kernel: Kernel,
+        constants: impl IntoIterator<Item = (&'static str, usize)>,
+        tiles_a_workgroup: usize,
+    ) -> Call {
+        let planes = usize::from(self.variant == Variant::BitSerial);
+        let shared = [
+            ("K", self.k),
+            ("KC", k_chunks(self.k)),
+            ("UNITS", 4 * k_chunks(self.k)),
+            ("PLANES", planes),
+            ("NORM", usize::from(self.norm.is_some())),
+            ("TILE_BASE", self.tiles.0),
+        ];
+        let constants = shared.into_iter().chain(constants);
+        let mut call = call(kernel, constants, self.tiles.1 / tiles_a_workgroup, Rows::One);
+        call.constants.push(("EPS", f64::from(self.norm.unwrap_or_default())));
+        call
+    }
+
+    /// w, x, norm, rows, angles, query, keys, values.
+    pub fn qkv(self, heads: Heads) -> Call {
+        let constants = [("HEADS", heads.query), ("KV_HEADS", heads.kv), ("DIM", heads.dim)];
+        self.call(shader::FUSED_QKV, constants, 1)
+    }
+
+    /// w, x, norm, rows, z.
+    pub fn gated(self, intermediate: usize, activation: Activation) -> Call {
+        let constants = [("F", intermediate), ("ACT", act(activation))];
+        self.call(shader::FUSED_GATED, constants, 2)
+    }
+
+    /// w, x, norm, rows, hidden, out.
+    pub fn residual(self, n: usize) -> Call {
+        self.call(shader::FUSED_RESIDUAL, [("N", n)], 1)
+    }
+}
+
+/// The constant `ACT`.
+fn act(activation: Activation) -> usize {
+    match activation {
+        Activation::Relu2 => 0,
+        Activation::Silu => 1,
+    }
+}
+
 /// Largest head dimension of [`attention`].
 pub const MAX_HEAD_DIM: usize = 256;
 
@@ -408,11 +518,7 @@ pub fn attention(heads: Heads) -> Call {
 
 /// acc, weight_scale, act_scale, z.
 pub fn gated_activation(intermediate: usize, activation: Activation, rows: &LinearRows) -> Call {
-    let act = match activation {
-        Activation::Relu2 => 0,
-        Activation::Silu => 1,
-    };
-    let constants = [("WG", ELEMENT_LANES), ("F", intermediate), ("ACT", act)];
+    let constants = [("WG", ELEMENT_LANES), ("F", intermediate), ("ACT", act(activation))];
     let constants = constants.into_iter().chain(rows.constants());
     let x = intermediate.div_ceil(ELEMENT_LANES);
     call(shader::GATED_ACTIVATION, constants, x, Rows::Tokens)

@@ -7,8 +7,8 @@ use cpu_ref::layout::{TILE_ROWS, k_chunks};
 use super::buffer::Slice;
 use super::device::Gpu;
 use super::kernels::{
-    DenseFormat, DenseShard, GroupMatrix, LinearRows, MAX_HADAMARD_BLOCK, MAX_INT8_GROUP, RowsOut,
-    Variant, padded_rows,
+    DenseFormat, DenseShard, GroupMatrix, LinearRows, MAX_HADAMARD_BLOCK, MAX_INT8_GROUP, RowOrder,
+    RowsOut, Variant, padded_rows,
 };
 use super::shader::{self, Kernel};
 use crate::error::{Error, Result};
@@ -83,7 +83,9 @@ impl HostMatrix {
     ///
     /// # Errors
     /// If a row is malformed, or a group too long for its kernels.
-    pub fn pack(method: Method, run: &[&TernaryMatrix]) -> Result<Self> {
+    pub fn pack(method: Method, run: &[&TernaryMatrix], order: RowOrder) -> Result<Self> {
+        let rows = order.rows(run.iter().map(|part| part.shape().n()).sum());
+        let source = |n| order.source(n);
         match (method, run[0].scale()) {
             (Method::Groups { int8: true }, WeightScale::Groups { group })
                 if group > MAX_INT8_GROUP =>
@@ -92,7 +94,7 @@ impl HostMatrix {
                 Err(Error::Dimension { name, found: group, max: MAX_INT8_GROUP })
             }
             (Method::Groups { .. }, _) if is_binary(run) => {
-                let PackedRun { packed, scales } = PackedRun::pack(run, Signs)?;
+                let PackedRun { packed, scales } = PackedRun::pack_rows(run, Signs, rows, source)?;
                 let shape = packed.shape();
                 Ok(Self::new(method, shape, Weights::Binary(packed), scales))
             }
@@ -101,7 +103,7 @@ impl HostMatrix {
                     Method::Sums(variant) => variant.layout(),
                     Method::Groups { .. } => Layout::Planes,
                 };
-                let PackedRun { packed, scales } = PackedRun::pack(run, layout)?;
+                let PackedRun { packed, scales } = PackedRun::pack_rows(run, layout, rows, source)?;
                 let shape = packed.shape();
                 Ok(Self::new(method, shape, Weights::Ternary(packed), scales))
             }
@@ -139,8 +141,9 @@ impl HostMatrix {
         let tiles = self.tiles();
         let tile_words = self.words().len() / tiles;
         let fit = usize::try_from(max_binding / 4).unwrap_or(usize::MAX) / tile_words;
-        // A tile that does not fit at all is refused by name when it is uploaded.
-        let fit = fit.max(1);
+        // Tiles of gate and up stay together. What does not fit at all is refused by name when it is
+        // uploaded.
+        let fit = if fit > 1 { fit - fit % 2 } else { 1 };
         (0..tiles).step_by(fit).map(|first| first..(first + fit).min(tiles)).collect()
     }
 
@@ -222,6 +225,8 @@ pub struct HostLinear {
     rows: LinearRows,
     /// In the order of the accumulator's rows; 0 where groups have scales.
     weight_scale: Vec<f32>,
+    /// Offset and scale of each row, for the fused steps; empty where there are none.
+    fused_rows: Vec<[u32; 2]>,
 }
 
 impl HostLinear {
@@ -233,22 +238,34 @@ impl HostLinear {
     pub fn pack(
         parts: &[&TernaryMatrix],
         act_stride: usize,
+        order: RowOrder,
         mut method: impl FnMut(WeightScale) -> Result<Method>,
     ) -> Result<Self> {
         let mut runs = Vec::new();
-        let mut rows = LinearRows { runs: Vec::new(), act_stride };
+        let split = runs_of_input(parts);
+        // Only a single run of sums is read in another order.
+        let is_sums = matches!(parts[0].scale(), WeightScale::Tensor(_));
+        let order = if split.len() == 1 && is_sums { order } else { RowOrder::Natural };
+        let mut rows = LinearRows { runs: Vec::new(), act_stride, order };
         let mut weight_scale = Vec::new();
-        for run in runs_of_input(parts) {
+        for run in split {
             let input = run[0].input().clone();
             check_rotation(input.rotation.as_deref())?;
             let method = method(run[0].scale())?;
-            let matrix = HostMatrix::pack(method, run)?;
+            let matrix = HostMatrix::pack(method, run, order)?;
             rows.runs.push((matrix.kind.shape().n(), matches!(method, Method::Groups { .. })));
             weight_scale.extend_from_slice(&matrix.weight_scale);
             weight_scale.resize(rows.padded(), 0.0);
             runs.push((input, matrix));
         }
-        Ok(Self { runs, rows, weight_scale })
+        let fused_rows = match runs.as_slice() {
+            [(input, matrix)] if is_sums && *input == Input::default() => {
+                let pairs = matrix.beside.iter().zip(&weight_scale);
+                pairs.map(|(&offset, scale)| [offset, scale.to_bits()]).collect()
+            }
+            _ => Vec::new(),
+        };
+        Ok(Self { runs, rows, weight_scale, fused_rows })
     }
 
     /// The arrays to upload, in the order that [`GpuLinear::from_slices`] takes them back.
@@ -261,7 +278,19 @@ impl HostLinear {
             parts.extend(signs.map(bytemuck::cast_slice::<f32, u32>));
         }
         parts.push(bytemuck::cast_slice(&self.weight_scale));
+        for tiles in self.fused_shards(gpu) {
+            let rows = tiles.start * TILE_ROWS..tiles.end * TILE_ROWS;
+            parts.push(bytemuck::cast_slice(&self.fused_rows[rows]));
+        }
         parts
+    }
+
+    /// The shards that have rows for the fused steps.
+    fn fused_shards(&self, gpu: &Gpu) -> Vec<Range<usize>> {
+        if self.fused_rows.is_empty() {
+            return Vec::new();
+        }
+        self.runs[0].1.shards(gpu.max_binding())
     }
 }
 
@@ -301,6 +330,9 @@ pub struct GpuLinear {
     pub rows: LinearRows,
     /// In the order of the accumulator's rows.
     pub weight_scale: Slice,
+    /// Offset and scale of each row, for each shard of a single run; empty where the fused steps do
+    /// not run.
+    pub fused_rows: Vec<Slice>,
 }
 
 impl GpuLinear {
@@ -321,7 +353,10 @@ impl GpuLinear {
             });
             runs.push(GpuRun { matrix, norm, rotation });
         }
-        Self { runs, rows: host.rows.clone(), weight_scale: slices.next().expect(EACH) }
+        let weight_scale = slices.next().expect(EACH);
+        let shards = host.fused_shards(gpu).len();
+        let fused_rows = (0..shards).map(|_| slices.next().expect(EACH)).collect();
+        Self { runs, rows: host.rows.clone(), weight_scale, fused_rows }
     }
 }
 
@@ -373,7 +408,8 @@ impl GpuTable {
                 upload_dense(gpu, what, table, format)?
             }
             TableData::Groups(matrix) => {
-                let host = HostMatrix::pack(Method::Groups { int8: false }, &[matrix])?;
+                let host =
+                    HostMatrix::pack(Method::Groups { int8: false }, &[matrix], RowOrder::Natural)?;
                 let Kind::Groups(group_matrix, _) = host.kind else {
                     unreachable!("packed as groups")
                 };

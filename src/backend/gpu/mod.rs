@@ -27,7 +27,7 @@ use crate::config::{Activations, ModelConfig};
 use crate::error::{Error, Result};
 use crate::shape::MatShape;
 use crate::weights::{LayerWeights, Table, TernaryMatrix, WeightScale, WeightSource};
-use kernels::{LinearRows, Rotate, TokensPerLane, padded_rows};
+use kernels::{Fused, LinearRows, Rotate, RowOrder, TokensPerLane, padded_rows};
 use matrix::{GpuLinear, GpuMatrix, GpuRotation, GpuRun, GpuTable, GpuTableData, HostLinear, Kind};
 use readback::Staging;
 use record::Recording;
@@ -101,6 +101,8 @@ struct Step {
     before: Vec<Op>,
     runs: Vec<(Vec<Op>, Matmul)>,
     after: Vec<Op>,
+    /// The whole step for one token, one dispatch a shard; empty where no such kernel takes it.
+    fused: Vec<Op>,
 }
 
 /// The final norm and the table that makes logits.
@@ -223,8 +225,11 @@ impl GpuBackend {
 
     /// Records a step around matrices.
     fn record_step(&mut self, layer: usize, step: impl Fn(&LayerOps) -> &Step) {
-        let Step { before, runs, after } = step(&self.layers[layer]);
+        let Step { before, runs, after, fused } = step(&self.layers[layer]);
         let n_tokens = self.batch.n_tokens;
+        if n_tokens == 1 && !fused.is_empty() {
+            return record(&self.gpu, &mut self.recording, &self.batch, fused);
+        }
         let runs =
             runs.iter().flat_map(|(before, matmul)| before.iter().chain(matmul.ops(n_tokens)));
         let ops = before.iter().chain(runs).chain(after);
@@ -480,15 +485,43 @@ impl Builder<'_> {
         Ok(matmul)
     }
 
+    /// A step in one dispatch a shard, where its kernels take the matrix: `call` has the kernel and
+    /// the buffers after the rows.
+    fn fused<'a>(
+        &self,
+        x: &Slice,
+        norm: Option<&Slice>,
+        linear: &GpuLinear,
+        call: impl Fn(Fused) -> Option<(Call, Vec<&'a Slice>)>,
+    ) -> Result<Vec<Op>> {
+        let matrix = &linear.runs[0].matrix;
+        let Kind::Sums(variant, shape) = matrix.kind else { return Ok(Vec::new()) };
+        if linear.fused_rows.is_empty() || shape.k() > Fused::MAX_K {
+            return Ok(Vec::new());
+        }
+        let eps = norm.map(|_| self.config.rms_norm_eps);
+        let shards = matrix.shards.iter().zip(&linear.fused_rows);
+        let ops = shards.filter_map(|((tiles, words, _), rows)| {
+            let tiles = (tiles.start, tiles.len());
+            let (call, after) = call(Fused { variant, k: shape.k(), norm: eps, tiles })?;
+            // Where there is no norm, the rows stand in for its weight and are not read.
+            let buffers = [&[words, x, norm.unwrap_or(rows), rows], after.as_slice()].concat();
+            Some(self.op(&call, &buffers))
+        });
+        ops.collect()
+    }
+
     /// A step: norm (where there is one) of `x[M, k]`, the matrices, and what `after` makes of their
     /// rows.
-    fn step(
+    fn step<'a>(
         &self,
         x: &Slice,
         norm: Option<&Slice>,
         linear: &GpuLinear,
         after: Vec<Op>,
+        fused: impl Fn(Fused) -> Option<(Call, Vec<&'a Slice>)>,
     ) -> Result<Step> {
+        let fused = self.fused(x, norm, linear, fused)?;
         let mut before = Vec::new();
         let mut x = x;
         if let Some(weight) = norm {
@@ -497,7 +530,7 @@ impl Builder<'_> {
             before.push(self.op(&call, &[x, weight, &self.buffers.normed])?);
             x = &self.buffers.normed;
         }
-        Ok(Step { before, runs: self.runs(linear, x)?, after })
+        Ok(Step { before, runs: self.runs(linear, x)?, after, fused })
     }
 
     /// An operation on a linear layer's rows.
@@ -528,9 +561,9 @@ impl Builder<'_> {
         Ok(vec![norm, rope])
     }
 
-    fn linear(&mut self, parts: &[&TernaryMatrix]) -> Result<HostLinear> {
+    fn linear(&mut self, parts: &[&TernaryMatrix], order: RowOrder) -> Result<HostLinear> {
         let (int8, methods) = (self.int8, &mut self.methods);
-        HostLinear::pack(parts, act_stride(self.max_batch), |scale| match scale {
+        HostLinear::pack(parts, act_stride(self.max_batch), order, |scale| match scale {
             WeightScale::Tensor(_) => methods.sums(),
             WeightScale::Groups { .. } => methods.groups(int8),
         })
@@ -548,11 +581,18 @@ impl Builder<'_> {
             let (device, what) = ("the GPU backend", "a norm on only one of query and key heads");
             return Err(Error::UnsupportedOnDevice { device, what });
         }
+        let dim = self.config.head_dim;
+        let has_head_norms = weights.q_norm.is_some();
+        let pairs = match dim.is_multiple_of(TILE_ROWS) && !has_head_norms {
+            true => RowOrder::Pairs(dim),
+            false => RowOrder::Natural,
+        };
+        let gate_up = RowOrder::GateUp(self.config.intermediate_size);
         let host = [
-            self.linear(&[&weights.q_proj, &weights.k_proj, &weights.v_proj])?,
-            self.linear(&[&weights.o_proj])?,
-            self.linear(&[&weights.gate_proj, &weights.up_proj])?,
-            self.linear(&[&weights.down_proj])?,
+            self.linear(&[&weights.q_proj, &weights.k_proj, &weights.v_proj], pairs)?,
+            self.linear(&[&weights.o_proj], RowOrder::Natural)?,
+            self.linear(&[&weights.gate_proj, &weights.up_proj], gate_up)?,
+            self.linear(&[&weights.down_proj], RowOrder::Natural)?,
         ];
         let norms = [
             Some(&weights.input_layernorm),
@@ -589,12 +629,33 @@ impl Builder<'_> {
         let gate = kernels::gated_activation(intermediate, act, &gate_up.rows);
         let gate = vec![self.scaled(&gate, &[], &gate_up, &[&b.gated])?];
         let attention = kernels::attention(config.heads());
+        let heads = config.heads();
+        // RoPE's pairs have to meet in a workgroup.
+        let is_paired = qkv.rows.order == RowOrder::Pairs(dim);
+        let residual =
+            |from, to| move |fused: Fused| Some((fused.residual(hidden), vec![from, to]));
         Ok(LayerOps {
-            qkv: self.step(start, input_norm, &qkv, rope)?,
+            qkv: self.step(start, input_norm, &qkv, rope, |fused| {
+                is_paired.then(|| (fused.qkv(heads), vec![angles, &b.query, keys, values]))
+            })?,
             attend: self.op(&attention, &[&b.query, keys, values, &b.attended])?,
-            project_out: self.step(&b.attended, attn_sub_norm, &o, add(&o, start, middle)?)?,
-            gate_up: self.step(middle, post_norm, &gate_up, gate)?,
-            down: self.step(&b.gated, ffn_sub_norm, &down, add(&down, middle, start)?)?,
+            project_out: self.step(
+                &b.attended,
+                attn_sub_norm,
+                &o,
+                add(&o, start, middle)?,
+                residual(start, middle),
+            )?,
+            gate_up: self.step(middle, post_norm, &gate_up, gate, |fused| {
+                Some((fused.gated(intermediate, act), vec![&b.gated]))
+            })?,
+            down: self.step(
+                &b.gated,
+                ffn_sub_norm,
+                &down,
+                add(&down, middle, start)?,
+                residual(middle, start),
+            )?,
         })
     }
 }

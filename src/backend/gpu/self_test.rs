@@ -3,7 +3,7 @@
 use cpu_ref::group_gemv::{group_dot, group_dot_int8};
 use cpu_ref::layout::{CHUNK_K, k_chunks};
 
-use super::kernels::TokensPerLane;
+use super::kernels::{RowOrder, TokensPerLane};
 use super::matrix::{GpuMatrix, HostMatrix, Kind, Method};
 use super::{Gpu, PassParams, Pipelines, Slice, Variant, kernels, row_offsets};
 use crate::backend::gpu::record::Call;
@@ -316,7 +316,7 @@ pub fn multiply_groups(
     n_tokens: usize,
 ) -> Result<Vec<f32>> {
     let method = Method::Groups { int8: matches!(input, GroupInput::Int8 { .. }) };
-    let host = HostMatrix::pack(method, &[matrix])?;
+    let host = HostMatrix::pack(method, &[matrix], RowOrder::Natural)?;
     let on_gpu = GpuMatrix::upload(gpu, "w", &host)?;
     let Kind::Groups(shape, _) = on_gpu.kind else { panic!("a matrix with scales of groups") };
     let (n, k) = (shape.shape.n(), shape.shape.k());
@@ -346,7 +346,7 @@ pub fn multiply_groups(
 /// # Errors
 /// [`Error::Gpu`] if the driver refuses or fails.
 pub fn embed_groups(gpu: &Gpu, table: &TernaryMatrix, token: u32) -> Result<Vec<f32>> {
-    let host = HostMatrix::pack(Method::Groups { int8: false }, &[table])?;
+    let host = HostMatrix::pack(Method::Groups { int8: false }, &[table], RowOrder::Natural)?;
     let on_gpu = GpuMatrix::upload(gpu, "table", &host)?;
     let Kind::Groups(shape, _) = on_gpu.kind else { panic!("a matrix with scales of groups") };
     let tokens = gpu.upload("tokens", &[token])?;

@@ -35,6 +35,9 @@ kernels! {
     GEMM_I2 = "gemm_i2",
     GROUP_GEMV = "group_gemv",
     GROUP_GEMV_INT8 = "group_gemv_int8",
+    FUSED_QKV = "fused_qkv",
+    FUSED_GATED = "fused_gated",
+    FUSED_RESIDUAL = "fused_residual",
     HEAD_NORM = "head_norm",
     ROPE = "rope",
     ATTENTION = "attention",
@@ -48,6 +51,7 @@ kernels! {
 const SNIPPETS: &[(&str, &str)] = &[
     ("bitlinear", include_str!("../../../shaders/shared/bitlinear.wgsl")),
     ("dense", include_str!("../../../shaders/shared/dense.wgsl")),
+    ("fused_gemv", include_str!("../../../shaders/shared/fused_gemv.wgsl")),
     ("exp", include_str!("../../../shaders/shared/exp.wgsl")),
     ("ordered", include_str!("../../../shaders/shared/ordered.wgsl")),
     ("pass", include_str!("../../../shaders/shared/pass.wgsl")),
