@@ -9,7 +9,7 @@
 // | 5 | z    | read_write f32  | [F]               |                                               |
 // Workgroup: lane = row, 8 slices of K; grid (tiles, 1, 1). ACT: 0 relu², 1 SiLU. Requires
 // 64·KC + 2048 bytes of workgroup memory.
-// Twin: the composition rmsnorm, quantize_absmax, gemv, gated_activation. Exact sums given equal
+// Twin: cpu-ref/src/mlp.rs after rmsnorm.rs, quantize_absmax.rs and gemv.rs. Exact sums given equal
 // codes; the codes and the result have the bounds of their own kernels.
 #import pass
 #import reduce_tree

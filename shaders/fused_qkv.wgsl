@@ -13,7 +13,7 @@
 // RoPE's pairs meet in a workgroup. Requires D % 32 == 0.
 // Workgroup: lane = row, 8 slices of K; grid (tiles, 1, 1). Requires 64·KC + 2176 bytes of workgroup
 // memory.
-// Twin: the composition rmsnorm, quantize_absmax, gemv, rope. Exact sums given equal codes; the codes
+// Twin: cpu-ref/src/rope.rs after rmsnorm.rs, quantize_absmax.rs and gemv.rs. Exact sums given equal codes; the codes
 // and the result have the bounds of their own kernels.
 #import pass
 #import reduce_tree

@@ -10,7 +10,7 @@
 // | 6 | out    | read_write f32  | [N]             | another buffer than hidden                    |
 // Workgroup: lane = row, 8 slices of K; grid (tiles, 1, 1). Requires 64·KC + 2048 bytes of workgroup
 // memory.
-// Twin: the composition rmsnorm, quantize_absmax, gemv, residual. Exact sums given equal codes; the
+// Twin: cpu-ref/src/residual.rs after rmsnorm.rs, quantize_absmax.rs and gemv.rs. Exact sums given equal codes; the
 // codes and the result have the bounds of their own kernels.
 #import pass
 #import reduce_tree

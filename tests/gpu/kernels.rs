@@ -5,7 +5,7 @@ use cpu_ref::group_gemv::{bound, group_dot, group_dot_int8, quantize_absmax_grou
 use cpu_ref::mlp::Activation;
 use libtest_mimic::Failed;
 use sterna::backend::gpu::kernels::{
-    self, DenseFormat, DenseShard, GroupMatrix, LinearRows, Rotate, RowOrder, RowsOut,
+    self, DenseFormat, DenseShard, Fused, GroupMatrix, LinearRows, Rotate, RowOrder, RowsOut,
     TokensPerLane, Variant, padded_rows,
 };
 use sterna::backend::gpu::self_test::GroupInput;
@@ -42,6 +42,12 @@ pub fn cases() -> Vec<Case> {
             format!("self_test::{gemv}"),
             Box::new(move |gpu| self_test::check(gpu, variant).map_err(Failed::from)),
         );
+    }
+    for variant in Variant::ALL {
+        let gemv = variant.gemv().name;
+        add(format!("fused_residual::{gemv}"), Box::new(move |gpu| fused_residual(gpu, variant)));
+        add(format!("fused_gated::{gemv}"), Box::new(move |gpu| fused_gated(gpu, variant)));
+        add(format!("fused_qkv::{gemv}"), Box::new(move |gpu| fused_qkv(gpu, variant)));
     }
     add("rmsnorm".into(), Box::new(rmsnorm));
     add("rope".into(), Box::new(rope));
@@ -1136,4 +1142,199 @@ fn codes_embedding_and_lm_head(gpu: &Gpu) -> Result<(), Failed> {
 
 fn code_word(codes: &[i8]) -> u32 {
     u32::from_le_bytes(std::array::from_fn(|i| codes[i] as u8))
+}
+
+/// A matrix, its input and what its rows are in the reference.
+struct FusedCase {
+    matrix: TernaryMatrix,
+    x: Vec<f32>,
+    norm: Option<Vec<f32>>,
+    y: Vec<f32>,
+    /// What one step of an int8 code changes in a row.
+    step: f32,
+}
+
+const FUSED_EPS: f32 = 1e-5;
+
+impl FusedCase {
+    fn new(random: &mut Random, (n, k): (usize, usize), has_norm: bool) -> Self {
+        let x = random.floats(k, 3.0);
+        let norm = has_norm.then(|| random.floats(k, 2.0));
+        Self::with_input(random, (n, k), x, norm)
+    }
+
+    fn with_input(
+        random: &mut Random,
+        (n, k): (usize, usize),
+        x: Vec<f32>,
+        norm: Option<Vec<f32>>,
+    ) -> Self {
+        let (trits, scale) = (random.trits(n * k), 0.01 + random.floats(1, 1.0)[0].abs());
+        let normed = match &norm {
+            Some(norm) => cpu_ref::rmsnorm::rmsnorm(&x, norm, FUSED_EPS),
+            None => x.clone(),
+        };
+        let quantized = cpu_ref::quantize_absmax::quantize_absmax(&normed);
+        let acc = cpu_ref::gemv::gemv(&trits, &quantized.codes);
+        let y = cpu_ref::gemv::dequantize(&acc, &vec![scale; n], quantized.act_scale);
+        let shape = MatShape::new(n, k).expect("small");
+        let matrix = TernaryMatrix::from_trits(shape, trits, scale);
+        Self { matrix, x, norm, y, step: scale * quantized.act_scale }
+    }
+
+    fn fused(&self, variant: Variant, tiles: usize) -> Fused {
+        let norm = self.norm.as_ref().map(|_| FUSED_EPS);
+        Fused { variant, k: self.x.len(), norm, tiles: (0, tiles) }
+    }
+
+    fn norm_weight(&self) -> Vec<f32> {
+        self.norm.clone().unwrap_or_else(|| vec![f32::NAN; 4])
+    }
+}
+
+/// Equal bits where the device rounds like the reference; elsewhere a code may move by a step.
+fn judge_fused(
+    gpu: &Gpu,
+    what: &str,
+    found: &[f32],
+    expected: &[f32],
+    bound: impl Fn(usize) -> f32,
+) -> Result<(), Failed> {
+    if rounds_like_the_reference(gpu) {
+        same(what, found, expected)?;
+    }
+    close(what, found, expected, bound)
+}
+
+const FUSED_SHAPES: &[(usize, usize)] =
+    &[(1, 1), (32, 64), (33, 65), (96, 512), (7, 577), (320, 2560), (64, 6912), (40, Fused::MAX_K)];
+
+fn fused_residual(gpu: &Gpu, variant: Variant) -> Result<(), Failed> {
+    let mut random = Random::new(81);
+    for (index, &(n, k)) in FUSED_SHAPES.iter().enumerate() {
+        let case = FusedCase::new(&mut random, (n, k), index % 2 == 0);
+        let hidden = random.floats(n, 3.0);
+        let (words, rows, tiles) =
+            self_test::fused_matrix(gpu, variant, &[&case.matrix], RowOrder::Natural)?;
+        let inputs = [
+            &words,
+            &gpu.upload("x", &case.x)?,
+            &gpu.upload("norm", &case.norm_weight())?,
+            &rows,
+            &gpu.upload("hidden", &hidden)?,
+        ];
+        let call = case.fused(variant, tiles).residual(n);
+        let out = as_f32(&run_guarded(gpu, &call, tokens(1), &inputs, &[n])?[0]);
+        let expected: Vec<f32> = hidden.iter().zip(&case.y).map(|(h, y)| h + y).collect();
+        let what = format!("{} {variant:?} {n} x {k}", call.kernel.name);
+        let bound = |at: usize| 4.0 * case.step + 8.0 * EPS * (hidden[at].abs() + case.y[at].abs());
+        judge_fused(gpu, &what, &out, &expected, bound)?;
+    }
+    // NaN and infinity reach the result.
+    for bad in [f32::NAN, f32::INFINITY] {
+        let mut x = random.floats(100, 1.0);
+        x[77] = bad;
+        let norm = Some(vec![1.0; 100]);
+        let case = FusedCase::with_input(&mut random, (5, 100), x, norm);
+        let (words, rows, tiles) =
+            self_test::fused_matrix(gpu, variant, &[&case.matrix], RowOrder::Natural)?;
+        let inputs = [
+            &words,
+            &gpu.upload("x", &case.x)?,
+            &gpu.upload("norm", &case.norm_weight())?,
+            &rows,
+            &gpu.upload("hidden", &[0.0f32; 5])?,
+        ];
+        let call = case.fused(variant, tiles).residual(5);
+        let out = as_f32(&run_guarded(gpu, &call, tokens(1), &inputs, &[5])?[0]);
+        if out.iter().any(|value| value.is_finite()) {
+            return Err(format!("{bad} became {out:?}").into());
+        }
+    }
+    Ok(())
+}
+
+fn fused_gated(gpu: &Gpu, variant: Variant) -> Result<(), Failed> {
+    let mut random = Random::new(82);
+    for (index, &(f, k)) in FUSED_SHAPES.iter().enumerate() {
+        let gate = FusedCase::new(&mut random, (f, k), index % 2 == 1);
+        let up = FusedCase::with_input(&mut random, (f, k), gate.x.clone(), gate.norm.clone());
+        let parts = [&gate.matrix, &up.matrix];
+        let (words, rows, tiles) =
+            self_test::fused_matrix(gpu, variant, &parts, RowOrder::GateUp(f))?;
+        let inputs =
+            [&words, &gpu.upload("x", &gate.x)?, &gpu.upload("norm", &gate.norm_weight())?, &rows];
+        for activation in [Activation::Relu2, Activation::Silu] {
+            let call = gate.fused(variant, tiles).gated(f, activation);
+            let out = as_f32(&run_guarded(gpu, &call, tokens(1), &inputs, &[f])?[0]);
+            let expected = cpu_ref::mlp::gated_activation(&gate.y, &up.y, activation);
+            let what = format!("{} {variant:?} {activation:?} {f} x {k}", call.kernel.name);
+            // A step of a code in either factor; the gate's enters relu² twice.
+            let bound = |at: usize| {
+                let (g, u) = (gate.y[at].abs() + 4.0 * gate.step, up.y[at].abs() + 4.0 * up.step);
+                let slope = if activation == Activation::Relu2 { 2.0 * g } else { 2.0 };
+                let of_value = 64.0 * EPS * expected[at].abs();
+                slope * 4.0 * gate.step * u + g.max(g * g) * 4.0 * up.step + of_value
+            };
+            judge_fused(gpu, &what, &out, &expected, bound)?;
+        }
+    }
+    Ok(())
+}
+
+fn fused_qkv(gpu: &Gpu, variant: Variant) -> Result<(), Failed> {
+    let mut random = Random::new(83);
+    for (heads, k) in [
+        (Heads { query: 4, kv: 2, dim: 128 }, 512),
+        (Heads { query: 1, kv: 1, dim: 32 }, 65),
+        (Heads { query: 3, kv: 1, dim: 96 }, 288),
+        (Heads { query: 2, kv: 1, dim: 256 }, 2560),
+    ] {
+        let (query_size, kv_size) = (heads.query * heads.dim, heads.kv * heads.dim);
+        let query = FusedCase::new(&mut random, (query_size, k), true);
+        let of_kv = |random: &mut Random| {
+            FusedCase::with_input(random, (kv_size, k), query.x.clone(), query.norm.clone())
+        };
+        let (key, value) = (of_kv(&mut random), of_kv(&mut random));
+        let parts = [&query.matrix, &key.matrix, &value.matrix];
+        let (words, rows, tiles) =
+            self_test::fused_matrix(gpu, variant, &parts, RowOrder::Pairs(heads.dim))?;
+        let (position, capacity) = (3, 5);
+        let frequencies =
+            cpu_ref::rope::frequencies(10_000.0, heads.dim, cpu_ref::rope::Scaling::None);
+        let angles: Vec<[f32; 2]> = (0..capacity)
+            .flat_map(|position| {
+                let (cos, sin) = cpu_ref::rope::angles(position, &frequencies);
+                cos.into_iter().zip(sin).map(|(cos, sin)| [cos, sin])
+            })
+            .collect();
+        let inputs = [
+            &words,
+            &gpu.upload("x", &query.x)?,
+            &gpu.upload("norm", &query.norm_weight())?,
+            &rows,
+            &gpu.upload("angles", &angles)?,
+        ];
+        let call = query.fused(variant, tiles).qkv(heads);
+        let params = PassParams { start: position as u32, ..tokens(1) };
+        let lens = [query_size, capacity * kv_size, capacity * kv_size];
+        let out = run_guarded(gpu, &call, params, &inputs, &lens)?;
+        let (cos, sin) = cpu_ref::rope::angles(position, &frequencies);
+        let rotated = |y: &[f32]| {
+            let mut y = y.to_vec();
+            y.chunks_exact_mut(heads.dim).for_each(|head| cpu_ref::rope::rotate(head, &cos, &sin));
+            y
+        };
+        for (name, found, case, expected) in [
+            ("query", &out[0][..], &query, rotated(&query.y)),
+            ("key", &out[1][position * kv_size..][..kv_size], &key, rotated(&key.y)),
+            ("value", &out[2][position * kv_size..][..kv_size], &value, value.y.clone()),
+        ] {
+            let what = format!("{} {variant:?} {heads:?} {name}", call.kernel.name);
+            let largest = case.y.iter().fold(0.0f32, |max, y| max.max(y.abs()));
+            let bound = |_| 8.0 * case.step + 16.0 * EPS * largest;
+            judge_fused(gpu, &what, &as_f32(found), &expected, bound)?;
+        }
+    }
+    Ok(())
 }

@@ -457,6 +457,26 @@ fn the_sums_of_groups_only_add() {
     }
 }
 
+/// The sums of the fused steps' bit-serial form.
+fn fused_sums_only_add(module: &Module) -> Result<(), BTreeSet<String>> {
+    let found = ValueFlow::operators_of(module, "planes_sum");
+    assert!(found.contains("CountOneBits"), "{found:?}");
+    let forbidden: BTreeSet<String> = found.difference(&additions()).cloned().collect();
+    if forbidden.is_empty() { Ok(()) } else { Err(forbidden) }
+}
+
+#[test]
+fn the_fused_baseline_only_adds() {
+    for kernel in [shader::FUSED_QKV, shader::FUSED_GATED, shader::FUSED_RESIDUAL] {
+        assert_eq!(fused_sums_only_add(&kernel.module()), Ok(()), "{}", kernel.name);
+        let source = kernel.wgsl();
+        let mutated = source.replace("low << vec4(0u, 1u, 2u, 3u)", "low * vec4(1u, 2u, 4u, 8u)");
+        assert_ne!(source, mutated);
+        let module = naga::front::wgsl::parse_str(&mutated).expect("the mutant is valid WGSL");
+        assert_eq!(fused_sums_only_add(&module), Err(["Multiply".to_owned()].into()));
+    }
+}
+
 #[test]
 fn the_proof_objects_to_a_multiplication() {
     for kernel in [shader::GEMV_I2, shader::GEMM_I2] {

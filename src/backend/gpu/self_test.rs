@@ -3,8 +3,8 @@
 use cpu_ref::group_gemv::{group_dot, group_dot_int8};
 use cpu_ref::layout::{CHUNK_K, k_chunks};
 
-use super::kernels::{RowOrder, TokensPerLane};
-use super::matrix::{GpuMatrix, HostMatrix, Kind, Method};
+use super::kernels::{Fused, RowOrder, TokensPerLane};
+use super::matrix::{GpuLinear, GpuMatrix, HostLinear, HostMatrix, Kind, Method};
 use super::{Gpu, PassParams, Pipelines, Slice, Variant, kernels, row_offsets};
 use crate::backend::gpu::record::Call;
 use crate::error::{Error, Result};
@@ -124,7 +124,66 @@ pub fn check(gpu: &Gpu, variant: Variant) -> Result<()> {
     let found = quantize(gpu, variant, &x, 1)?;
     let encoded = encode_codes(variant, &expected, shape.k());
     let as_i32 = |words: &[u32]| words.iter().map(|&word| word as i32).collect::<Vec<_>>();
-    compare(gpu, "quantize_absmax", &as_i32(&found.codes), &as_i32(&encoded))
+    compare(gpu, "quantize_absmax", &as_i32(&found.codes), &as_i32(&encoded))?;
+    check_fused(gpu, variant)
+}
+
+/// Runs a fused step on a fixed pseudo-random matrix. A root or division that is off in the last bit
+/// may move a code by a step; what is wrong is off by many.
+fn check_fused(gpu: &Gpu, variant: Variant) -> Result<()> {
+    let shape = MatShape::new(SHAPE.0, SHAPE.1)?;
+    let mut random = Random::new(0x5EEF);
+    let (trits, scale, eps) = (random.trits(shape.len()), 0.5, 1e-5);
+    let (x, norm) = (random.floats(shape.k(), 3.0), random.floats(shape.k(), 1.0));
+    let hidden = random.floats(shape.n(), 3.0);
+    let matrix = TernaryMatrix::from_trits(shape, trits.clone(), scale);
+    let (words, rows, tiles) = fused_matrix(gpu, variant, &[&matrix], RowOrder::Natural)?;
+    let fused = Fused { variant, k: shape.k(), norm: Some(eps), tiles: (0, tiles) };
+    let out = gpu.storage("out", shape.n())?;
+    let inputs = [&gpu.upload("x", &x)?, &gpu.upload("norm", &norm)?];
+    let buffers = [&words, inputs[0], inputs[1], &rows, &gpu.upload("hidden", &hidden)?, &out];
+    run(
+        gpu,
+        &fused.residual(shape.n()),
+        PassParams { n_tokens: 1, ..Default::default() },
+        &buffers,
+    )?;
+    let found: Vec<f32> = bytemuck::cast_vec(gpu.read(&out, shape.n())?);
+    let x = cpu_ref::quantize_absmax::quantize_absmax(&cpu_ref::rmsnorm::rmsnorm(&x, &norm, eps));
+    let acc = cpu_ref::gemv::gemv(&trits, &x.codes);
+    let y = cpu_ref::gemv::dequantize(&acc, &vec![scale; shape.n()], x.act_scale);
+    let step = scale * x.act_scale;
+    for (at, ((&found, y), hidden)) in found.iter().zip(y).zip(hidden).enumerate() {
+        let (expected, bound) = (hidden + y, 4.0 * step + 1e-5 * y.abs());
+        let is_close = (found - expected).abs() <= bound;
+        if !is_close {
+            let kernel = fused.residual(1).kernel.name;
+            return Err(differs(
+                gpu,
+                kernel,
+                format!("[{at}]: expected {expected}, found {found}"),
+            ));
+        }
+    }
+    Ok(())
+}
+
+/// Matrices as a fused step reads them: packed words, offset and scale of each row, and how many
+/// tiles there are. For matrices that fit a binding.
+///
+/// # Errors
+/// [`Error::GpuLimit`] if they do not.
+pub fn fused_matrix(
+    gpu: &Gpu,
+    variant: Variant,
+    parts: &[&TernaryMatrix],
+    order: RowOrder,
+) -> Result<(Slice, Slice, usize)> {
+    let host = HostLinear::pack(parts, 64, order, |_| Ok(Method::Sums(variant)))?;
+    let slices = gpu.upload_together("fused", &host.parts(gpu))?;
+    let linear = GpuLinear::from_slices(gpu, &host, &mut slices.into_iter());
+    let (tiles, words, _) = &linear.runs[0].matrix.shards[0];
+    Ok((words.clone(), linear.fused_rows[0].clone(), tiles.len()))
 }
 
 /// Runs the kernels of matrices with scales of groups on fixed pseudo-random ones, whose scales are
@@ -195,12 +254,16 @@ fn compare<T: PartialEq + std::fmt::Display>(
 ) -> Result<()> {
     match found.iter().zip(expected).position(|(found, expected)| found != expected) {
         None => Ok(()),
-        Some(at) => Err(Error::SelfTest {
-            device: format!("gpu:{} {}", gpu.adapter.index, gpu.adapter.name),
-            kernel: kernel.to_owned(),
-            problem: format!("[{at}]: expected {}, found {}", expected[at], found[at]),
-        }),
+        Some(at) => {
+            let problem = format!("[{at}]: expected {}, found {}", expected[at], found[at]);
+            Err(differs(gpu, kernel, problem))
+        }
     }
+}
+
+fn differs(gpu: &Gpu, kernel: &str, problem: String) -> Error {
+    let device = format!("gpu:{} {}", gpu.adapter.index, gpu.adapter.name);
+    Error::SelfTest { device, kernel: kernel.to_owned(), problem }
 }
 
 /// Activation codes `[M, K]` as `quantize_absmax.wgsl` writes them for a variant.
