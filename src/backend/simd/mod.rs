@@ -8,7 +8,7 @@
 //! of 16 activations meets a masked, shifted load of weights with nothing to rearrange.
 //!
 //! Matrices with scales of groups of inputs have float activations, and then a product is a table
-//! lookup ([`tables`]); binary ones are in the layout `cpu_ref::layout::signs`.
+//! lookup (`tables.rs`); binary ones are in the layout `cpu_ref::layout::signs`.
 //!
 //! This module is the only home of `unsafe` in the crate.
 
