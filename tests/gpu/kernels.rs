@@ -1182,13 +1182,27 @@ impl FusedCase {
         Self { matrix, x, norm, y, step: scale * quantized.act_scale }
     }
 
-    fn fused(&self, variant: Variant, tiles: usize) -> Fused {
+    fn fused(&self, variant: Variant, tiles: (usize, usize)) -> Fused {
         let norm = self.norm.as_ref().map(|_| FUSED_EPS);
-        Fused { variant, k: self.x.len(), norm, tiles: (0, tiles) }
+        Fused { variant, k: self.x.len(), norm, tiles }
     }
 
     fn norm_weight(&self) -> Vec<f32> {
         self.norm.clone().unwrap_or_else(|| vec![f32::NAN; 4])
+    }
+}
+
+/// Matrices that fit a binding.
+fn one_shard(
+    gpu: &Gpu,
+    variant: Variant,
+    parts: &[&TernaryMatrix],
+    order: RowOrder,
+) -> Result<self_test::FusedShard, Failed> {
+    let mut shards = self_test::fused_matrix(gpu, variant, parts, order)?;
+    match shards.len() {
+        1 => Ok(shards.remove(0)),
+        n => Err(format!("{n} shards").into()),
     }
 }
 
@@ -1214,8 +1228,7 @@ fn fused_residual(gpu: &Gpu, variant: Variant) -> Result<(), Failed> {
     for (index, &(n, k)) in FUSED_SHAPES.iter().enumerate() {
         let case = FusedCase::new(&mut random, (n, k), index % 2 == 0);
         let hidden = random.floats(n, 3.0);
-        let (words, rows, tiles) =
-            self_test::fused_matrix(gpu, variant, &[&case.matrix], RowOrder::Natural)?;
+        let (tiles, words, rows) = one_shard(gpu, variant, &[&case.matrix], RowOrder::Natural)?;
         let inputs = [
             &words,
             &gpu.upload("x", &case.x)?,
@@ -1236,8 +1249,7 @@ fn fused_residual(gpu: &Gpu, variant: Variant) -> Result<(), Failed> {
         x[77] = bad;
         let norm = Some(vec![1.0; 100]);
         let case = FusedCase::with_input(&mut random, (5, 100), x, norm);
-        let (words, rows, tiles) =
-            self_test::fused_matrix(gpu, variant, &[&case.matrix], RowOrder::Natural)?;
+        let (tiles, words, rows) = one_shard(gpu, variant, &[&case.matrix], RowOrder::Natural)?;
         let inputs = [
             &words,
             &gpu.upload("x", &case.x)?,
@@ -1260,8 +1272,7 @@ fn fused_gated(gpu: &Gpu, variant: Variant) -> Result<(), Failed> {
         let gate = FusedCase::new(&mut random, (f, k), index % 2 == 1);
         let up = FusedCase::with_input(&mut random, (f, k), gate.x.clone(), gate.norm.clone());
         let parts = [&gate.matrix, &up.matrix];
-        let (words, rows, tiles) =
-            self_test::fused_matrix(gpu, variant, &parts, RowOrder::GateUp(f))?;
+        let (tiles, words, rows) = one_shard(gpu, variant, &parts, RowOrder::GateUp(f))?;
         let inputs =
             [&words, &gpu.upload("x", &gate.x)?, &gpu.upload("norm", &gate.norm_weight())?, &rows];
         for activation in [Activation::Relu2, Activation::Silu] {
@@ -1297,8 +1308,7 @@ fn fused_qkv(gpu: &Gpu, variant: Variant) -> Result<(), Failed> {
         };
         let (key, value) = (of_kv(&mut random), of_kv(&mut random));
         let parts = [&query.matrix, &key.matrix, &value.matrix];
-        let (words, rows, tiles) =
-            self_test::fused_matrix(gpu, variant, &parts, RowOrder::Pairs(heads.dim))?;
+        let (tiles, words, rows) = one_shard(gpu, variant, &parts, RowOrder::Pairs(heads.dim))?;
         let (position, capacity) = (3, 5);
         let frequencies =
             cpu_ref::rope::frequencies(10_000.0, heads.dim, cpu_ref::rope::Scaling::None);

@@ -371,6 +371,13 @@ fn sharded(capabilities: Capabilities) -> Result<(), Failed> {
         if sharded.feed(&prompt, Want::LastLogits)? != expected {
             return Err(format!("{variant:?}: shards change the logits").into());
         }
+        // One token at a time, the steps are other kernels.
+        for token in [3, 77, 120] {
+            let expected = whole.feed(&[token], Want::LastLogits)?;
+            if sharded.feed(&[token], Want::LastLogits)? != expected {
+                return Err(format!("{variant:?}: shards change a token's logits").into());
+            }
+        }
     }
     let gpu = open(capabilities)?.with_max_binding(1 << 10);
     match transformer(gpu, &source, Variant::BitSerial, &LoadOptions::default()) {

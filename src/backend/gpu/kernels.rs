@@ -456,6 +456,7 @@ impl Fused {
     /// Most columns: the codes of a token and the scratch of reductions fit the 16 KiB of
     /// workgroup memory that WebGPU promises.
     pub const MAX_K: usize = 14_000;
+    const _FITS: () = assert!(Self::MAX_K.next_multiple_of(64) + 2176 <= 16 << 10);
 
     fn call(
         self,

@@ -1,5 +1,7 @@
 //! The exactness check that a variant must pass on an adapter before it may run a model there.
 
+use std::ops::Range;
+
 use cpu_ref::group_gemv::{group_dot, group_dot_int8};
 use cpu_ref::layout::{CHUNK_K, k_chunks};
 
@@ -137,17 +139,15 @@ fn check_fused(gpu: &Gpu, variant: Variant) -> Result<()> {
     let (x, norm) = (random.floats(shape.k(), 3.0), random.floats(shape.k(), 1.0));
     let hidden = random.floats(shape.n(), 3.0);
     let matrix = TernaryMatrix::from_trits(shape, trits.clone(), scale);
-    let (words, rows, tiles) = fused_matrix(gpu, variant, &[&matrix], RowOrder::Natural)?;
-    let fused = Fused { variant, k: shape.k(), norm: Some(eps), tiles: (0, tiles) };
+    let fused = |tiles| Fused { variant, k: shape.k(), norm: Some(eps), tiles };
     let out = gpu.storage("out", shape.n())?;
     let inputs = [&gpu.upload("x", &x)?, &gpu.upload("norm", &norm)?];
-    let buffers = [&words, inputs[0], inputs[1], &rows, &gpu.upload("hidden", &hidden)?, &out];
-    run(
-        gpu,
-        &fused.residual(shape.n()),
-        PassParams { n_tokens: 1, ..Default::default() },
-        &buffers,
-    )?;
+    let hidden_in = gpu.upload("hidden", &hidden)?;
+    let params = PassParams { n_tokens: 1, ..PassParams::default() };
+    for (tiles, words, rows) in fused_matrix(gpu, variant, &[&matrix], RowOrder::Natural)? {
+        let buffers = [&words, inputs[0], inputs[1], &rows, &hidden_in, &out];
+        run(gpu, &fused(tiles).residual(shape.n()), params, &buffers)?;
+    }
     let found: Vec<f32> = bytemuck::cast_vec(gpu.read(&out, shape.n())?);
     let x = cpu_ref::quantize_absmax::quantize_absmax(&cpu_ref::rmsnorm::rmsnorm(&x, &norm, eps));
     let acc = cpu_ref::gemv::gemv(&trits, &x.codes);
@@ -157,7 +157,7 @@ fn check_fused(gpu: &Gpu, variant: Variant) -> Result<()> {
         let (expected, bound) = (hidden + y, 4.0 * step + 1e-5 * y.abs());
         let is_close = (found - expected).abs() <= bound;
         if !is_close {
-            let kernel = fused.residual(1).kernel.name;
+            let kernel = fused((0, 1)).residual(1).kernel.name;
             return Err(differs(
                 gpu,
                 kernel,
@@ -168,22 +168,28 @@ fn check_fused(gpu: &Gpu, variant: Variant) -> Result<()> {
     Ok(())
 }
 
-/// Matrices as a fused step reads them: packed words, offset and scale of each row, and how many
-/// tiles there are. For matrices that fit a binding.
+/// A shard of a fused step's matrices: first tile and how many, packed words, offset and scale of
+/// each row.
+pub type FusedShard = ((usize, usize), Slice, Slice);
+
+/// Matrices as a fused step reads them, in shards that fit a binding.
 ///
 /// # Errors
-/// [`Error::GpuLimit`] if they do not.
+/// [`Error::GpuLimit`] if a tile does not fit.
 pub fn fused_matrix(
     gpu: &Gpu,
     variant: Variant,
     parts: &[&TernaryMatrix],
     order: RowOrder,
-) -> Result<(Slice, Slice, usize)> {
+) -> Result<Vec<FusedShard>> {
     let host = HostLinear::pack(parts, 64, order, |_| Ok(Method::Sums(variant)))?;
     let slices = gpu.upload_together("fused", &host.parts(gpu))?;
     let linear = GpuLinear::from_slices(gpu, &host, &mut slices.into_iter());
-    let (tiles, words, _) = &linear.runs[0].matrix.shards[0];
-    Ok((words.clone(), linear.fused_rows[0].clone(), tiles.len()))
+    let shards = linear.runs[0].matrix.shards.iter().zip(&linear.fused_rows);
+    let shard = |((tiles, words, _), rows): (&(Range<usize>, Slice, Slice), &Slice)| {
+        ((tiles.start, tiles.len()), words.clone(), rows.clone())
+    };
+    Ok(shards.map(shard).collect())
 }
 
 /// Runs the kernels of matrices with scales of groups on fixed pseudo-random ones, whose scales are
