@@ -304,7 +304,7 @@ pub mod gpu {
             let code_sum = upload("code_sum", &sums);
             let acc = gpu.storage("acc", n_tokens * n_pad).expect("device memory");
             let call = match n_tokens {
-                1 => kernels::gemv(variant, shape, 0, n_pad / 32),
+                1 => kernels::gemv(variant.into(), shape, 0, n_pad / 32),
                 _ => kernels::gemm(variant, shape, 0, n_pad / 32),
             };
             let (pipelines, uniform) = (Pipelines::default(), gpu.params_buffer());

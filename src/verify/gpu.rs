@@ -77,7 +77,7 @@ impl OnGpu<'_> {
 impl super::Kernels for OnGpu<'_> {
     fn multiply(&self, w: &[i8], shape: MatShape, codes: &[i8]) -> Result<Vec<i32>> {
         let packed = Packed::pack(self.variant.layout(), shape, w);
-        multiply(self.gpu, self.variant, &packed, codes, codes.len() / shape.k())
+        multiply(self.gpu, self.variant.into(), &packed, codes, codes.len() / shape.k())
     }
 
     fn quantize_absmax(&self, x: &[f32]) -> Result<Quantized> {

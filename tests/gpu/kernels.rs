@@ -40,7 +40,7 @@ pub fn cases() -> Vec<Case> {
         add(format!("quantize_absmax::{gemv}"), Box::new(move |gpu| quantize(gpu, variant)));
         add(
             format!("self_test::{gemv}"),
-            Box::new(move |gpu| self_test::check(gpu, variant).map_err(Failed::from)),
+            Box::new(move |gpu| self_test::check(gpu, variant.into()).map_err(Failed::from)),
         );
     }
     for variant in Variant::ALL {
@@ -103,7 +103,7 @@ fn gemv_shapes(gpu: &Gpu, variant: Variant) -> Result<(), Failed> {
         let shape = MatShape::new(n, k)?;
         let (w, x) = (random.trits(n * k), random.codes(k));
         let packed = Packed::pack(variant.layout(), shape, &w);
-        let found = self_test::multiply(gpu, variant, &packed, &x, 1)?;
+        let found = self_test::multiply(gpu, variant.into(), &packed, &x, 1)?;
         let what = format!("{} {shape} seed {seed}", variant.gemv().name);
         same(&what, &found, &cpu_ref::gemv::gemv(&w, &x))?;
     }
@@ -116,7 +116,7 @@ fn gemv_extremes(gpu: &Gpu, variant: Variant) -> Result<(), Failed> {
         for code in [-128i8, -1, 0, 127] {
             let (w, x) = (vec![weight; shape.len()], vec![code; shape.k()]);
             let packed = Packed::pack(variant.layout(), shape, &w);
-            let found = self_test::multiply(gpu, variant, &packed, &x, 1)?;
+            let found = self_test::multiply(gpu, variant.into(), &packed, &x, 1)?;
             let what = format!("{} all {weight} × all {code}", variant.gemv().name);
             same(&what, &found, &cpu_ref::gemv::gemv(&w, &x))?;
         }
@@ -134,7 +134,7 @@ fn corrupted_weight(gpu: &Gpu, variant: Variant) -> Result<(), Failed> {
     let at = 41 * shape.k() + 222;
     w[at] = if w[at] == 1 { 0 } else { w[at] + 1 };
     let packed = Packed::pack(variant.layout(), shape, &w);
-    let found = self_test::multiply(gpu, variant, &packed, &x, 1)?;
+    let found = self_test::multiply(gpu, variant.into(), &packed, &x, 1)?;
     match same("corrupted", &found, &expected) {
         Ok(()) => Err("a wrong weight went unnoticed".into()),
         Err(_) => Ok(()),
@@ -148,7 +148,7 @@ fn gemm_shapes(gpu: &Gpu, variant: Variant) -> Result<(), Failed> {
         let shape = MatShape::new(n, k)?;
         let (w, x) = (random.trits(n * k), random.codes(m * k));
         let packed = Packed::pack(variant.layout(), shape, &w);
-        let found = self_test::multiply(gpu, variant, &packed, &x, m)?;
+        let found = self_test::multiply(gpu, variant.into(), &packed, &x, m)?;
         let what = format!("{} {shape} M {m} seed {seed}", variant.gemm().name);
         same(&what, &found, &cpu_ref::gemm::gemm(&w, &x, k))?;
     }
@@ -1184,7 +1184,7 @@ impl FusedCase {
 
     fn fused(&self, variant: Variant, tiles: (usize, usize)) -> Fused {
         let norm = self.norm.as_ref().map(|_| FUSED_EPS);
-        Fused { variant, k: self.x.len(), norm, tiles }
+        Fused { plan: variant.into(), k: self.x.len(), norm, tiles }
     }
 
     fn norm_weight(&self) -> Vec<f32> {
@@ -1199,7 +1199,7 @@ fn one_shard(
     parts: &[&TernaryMatrix],
     order: RowOrder,
 ) -> Result<self_test::FusedShard, Failed> {
-    let mut shards = self_test::fused_matrix(gpu, variant, parts, order)?;
+    let mut shards = self_test::fused_matrix(gpu, variant.into(), parts, order)?;
     match shards.len() {
         1 => Ok(shards.remove(0)),
         n => Err(format!("{n} shards").into()),

@@ -134,7 +134,7 @@ fn transformer(
     variant: Variant,
     options: &LoadOptions,
 ) -> Result<Transformer, Error> {
-    let backend = GpuBackend::load(source, gpu, Some(variant), options, &mut |_| {})?;
+    let backend = GpuBackend::load(source, gpu, Some(variant.into()), options, &mut |_| {})?;
     Ok(Transformer::new(source.config().clone(), Box::new(backend)))
 }
 
@@ -149,7 +149,8 @@ fn bitlinear(
     let packed = Packed::try_pack(variant.layout(), matrix.shape(), |n, out| matrix.row(n, out));
     let quantized = self_test::quantize(gpu, variant, x, 1).map_err(say)?;
     let codes = self_test::decode_codes(variant, &quantized.codes, x.len());
-    let acc = self_test::multiply(gpu, variant, &packed.map_err(say)?, &codes, 1).map_err(say)?;
+    let acc =
+        self_test::multiply(gpu, variant.into(), &packed.map_err(say)?, &codes, 1).map_err(say)?;
     let WeightScale::Tensor(scale) = matrix.scale() else { panic!("one scale") };
     let scales = vec![scale; acc.len()];
     Ok(cpu_ref::gemv::dequantize(&acc, &scales, quantized.act_scale[0]))
@@ -437,7 +438,7 @@ fn decode_step(capabilities: Capabilities) -> Result<(), Failed> {
     let counts = gpu.resource_counts();
     let options = LoadOptions::default();
     let mut backend =
-        GpuBackend::load(&source, gpu, Some(Variant::PackedDot), &options, &mut |_| {})?;
+        GpuBackend::load(&source, gpu, Some(Variant::PackedDot.into()), &options, &mut |_| {})?;
     let loaded = backend.resource_counts();
     if loaded == counts {
         return Err("the counters do not count".into());

@@ -63,6 +63,25 @@ impl Variant {
     }
 }
 
+/// How a matrix with one scale is multiplied: chosen for each by name of adapter, or by measuring.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub struct GemvPlan {
+    /// Layout and arithmetic, for one token and for many.
+    pub variant: Variant,
+    /// Slices of K in the workgroup of a GEMV: 32 lanes each.
+    pub slices: usize,
+    /// Whether a step for one token is one dispatch; else norm, quantisation, matrix and what comes
+    /// after are one each.
+    pub fused: bool,
+}
+
+impl From<Variant> for GemvPlan {
+    /// The variant as it runs within WebGPU's default limits.
+    fn from(variant: Variant) -> Self {
+        Self { variant, slices: SLICES, fused: true }
+    }
+}
+
 /// A matrix with scales of groups of inputs, as its kernels see it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub struct GroupMatrix {
@@ -355,9 +374,9 @@ pub fn hadamard(k: usize, block: usize, rotate: Rotate) -> Call {
 }
 
 /// w, x, offset, \[code_sum,\] acc; of tiles `tile_base..tile_base + tiles`.
-pub fn gemv(variant: Variant, shape: MatShape, tile_base: usize, tiles: usize) -> Call {
-    let constants = [("S", SLICES), ("KC", k_chunks(shape.k())), ("TILE_BASE", tile_base)];
-    call(variant.gemv(), constants, tiles, Rows::One)
+pub fn gemv(plan: GemvPlan, shape: MatShape, tile_base: usize, tiles: usize) -> Call {
+    let constants = [("S", plan.slices), ("KC", k_chunks(shape.k())), ("TILE_BASE", tile_base)];
+    call(plan.variant.gemv(), constants, tiles, Rows::One)
 }
 
 /// w, x, offset, \[code_sum,\] acc; of tiles `tile_base..tile_base + tiles`.
@@ -443,7 +462,7 @@ pub fn rope(heads: Heads, rows: &LinearRows) -> Call {
 #[derive(Debug, Clone, Copy)]
 pub struct Fused {
     /// How the matrix is multiplied.
-    pub variant: Variant,
+    pub plan: GemvPlan,
     /// K.
     pub k: usize,
     /// eps of the norm before it; `None` if there is no norm.
@@ -464,7 +483,7 @@ impl Fused {
         constants: impl IntoIterator<Item = (&'static str, usize)>,
         tiles_a_workgroup: usize,
     ) -> Call {
-        let planes = usize::from(self.variant == Variant::BitSerial);
+        let planes = usize::from(self.plan.variant == Variant::BitSerial);
         let shared = [
             ("K", self.k),
             ("KC", k_chunks(self.k)),

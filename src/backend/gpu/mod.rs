@@ -15,7 +15,7 @@ pub mod shader;
 
 pub use buffer::Slice;
 pub use device::{AdapterDescription, AdapterKind, Capabilities, Gpu, ResourceCounts, adapters};
-pub use kernels::Variant;
+pub use kernels::{GemvPlan, Variant};
 pub use matrix::row_offsets;
 pub use record::{Call, Op, PassParams, Pipelines, Rows, WorkDone};
 
@@ -124,8 +124,8 @@ struct Builder<'a> {
 }
 
 impl GpuBackend {
-    /// Loads a model on an open device with the best variant that passes its exactness check there,
-    /// or with the given one. Matrices with scales of groups have one kernel, which is checked too.
+    /// Loads a model on an open device with the best plan that passes its exactness check there, or
+    /// with the given one. Matrices with scales of groups have one kernel, which is checked too.
     ///
     /// # Errors
     /// If a tensor is malformed, the adapter's limits are too small, the kernels are wrong on this
@@ -134,7 +134,7 @@ impl GpuBackend {
     pub fn load(
         source: &dyn WeightSource,
         gpu: Gpu,
-        variant: Option<Variant>,
+        plan: Option<GemvPlan>,
         options: &LoadOptions,
         progress: OnProgress<'_>,
     ) -> Result<Self> {
@@ -156,7 +156,7 @@ impl GpuBackend {
             config: &config,
             max_batch,
             int8,
-            methods: self_test::Methods::new(&gpu, variant),
+            methods: self_test::Methods::new(&gpu, plan),
             buffers: &buffers,
         };
         let inv_freq = source.frequencies()?;
@@ -390,13 +390,13 @@ impl Builder<'_> {
             let mut before = Vec::new();
             let x = self.input(run, x, &mut before)?;
             let matmul = match run.matrix.kind {
-                Kind::Sums(variant, shape) => {
+                Kind::Sums(plan, shape) => {
                     let (b, stride) = (self.buffers, act_stride(self.max_batch));
                     let act_scale = b.act_scale.words(index * stride, stride);
-                    let call = kernels::quantize_absmax(shape.k(), variant);
+                    let call = kernels::quantize_absmax(shape.k(), plan.variant);
                     let quantized = [x, &b.codes, &act_scale, &b.code_sum];
                     before.push(self.op(&call, &quantized)?);
-                    self.sums(variant, &run.matrix, &linear.rows, index)?
+                    self.sums(plan, &run.matrix, &linear.rows, index)?
                 }
                 Kind::Groups(shape, int8) => {
                     let b = self.buffers;
@@ -434,7 +434,7 @@ impl Builder<'_> {
     /// A run with i32 sums.
     fn sums(
         &self,
-        variant: Variant,
+        plan: GemvPlan,
         matrix: &GpuMatrix,
         rows: &LinearRows,
         run: usize,
@@ -447,13 +447,13 @@ impl Builder<'_> {
         let first_tile = rows.first(run) / TILE_ROWS;
         for (tiles, words, offset) in &matrix.shards {
             let mut buffers = vec![words, &b.codes, offset];
-            if variant.needs_code_sum() {
+            if plan.variant.needs_code_sum() {
                 buffers.push(&b.code_sum);
             }
             buffers.push(&b.acc);
             let (base, count) = (first_tile + tiles.start, tiles.len());
-            matmul.gemv.push(self.op(&kernels::gemv(variant, shape, base, count), &buffers)?);
-            matmul.gemm.push(self.op(&kernels::gemm(variant, shape, base, count), &buffers)?);
+            matmul.gemv.push(self.op(&kernels::gemv(plan, shape, base, count), &buffers)?);
+            matmul.gemm.push(self.op(&kernels::gemm(plan.variant, shape, base, count), &buffers)?);
         }
         Ok(matmul)
     }
@@ -495,15 +495,15 @@ impl Builder<'_> {
         call: impl Fn(Fused) -> Option<(Call, Vec<&'a Slice>)>,
     ) -> Result<Vec<Op>> {
         let matrix = &linear.runs[0].matrix;
-        let Kind::Sums(variant, shape) = matrix.kind else { return Ok(Vec::new()) };
-        if linear.fused_rows.is_empty() || shape.k() > Fused::MAX_K {
+        let Kind::Sums(plan, shape) = matrix.kind else { return Ok(Vec::new()) };
+        if !plan.fused || linear.fused_rows.is_empty() || shape.k() > Fused::MAX_K {
             return Ok(Vec::new());
         }
         let eps = norm.map(|_| self.config.rms_norm_eps);
         let shards = matrix.shards.iter().zip(&linear.fused_rows);
         let ops = shards.filter_map(|((tiles, words, _), rows)| {
             let tiles = (tiles.start, tiles.len());
-            let (call, after) = call(Fused { variant, k: shape.k(), norm: eps, tiles })?;
+            let (call, after) = call(Fused { plan, k: shape.k(), norm: eps, tiles })?;
             // Where there is no norm, the rows stand in for its weight and are not read.
             let buffers = [&[words, x, norm.unwrap_or(rows), rows], after.as_slice()].concat();
             Some(self.op(&call, &buffers))

@@ -5,7 +5,7 @@ use std::ops::Range;
 use cpu_ref::group_gemv::{group_dot, group_dot_int8};
 use cpu_ref::layout::{CHUNK_K, k_chunks};
 
-use super::kernels::{Fused, RowOrder, TokensPerLane};
+use super::kernels::{Fused, GemvPlan, RowOrder, TokensPerLane};
 use super::matrix::{GpuLinear, GpuMatrix, HostLinear, HostMatrix, Kind, Method};
 use super::{Gpu, PassParams, Pipelines, Slice, Variant, kernels, row_offsets};
 use crate::backend::gpu::record::Call;
@@ -32,17 +32,17 @@ fn preference(gpu: &Gpu) -> [Variant; 2] {
 /// The methods in use on an adapter: each is checked when the first matrix that needs it is met.
 pub(super) struct Methods<'a> {
     gpu: &'a Gpu,
-    asked: Option<Variant>,
-    /// The variant that passed, and why an earlier one did not.
-    variant: Option<(Variant, Option<Error>)>,
+    asked: Option<GemvPlan>,
+    /// The plan that passed, and why an earlier one did not.
+    plan: Option<(GemvPlan, Option<Error>)>,
     /// Whether the group kernels with f32 and with int8 activations have passed.
     groups: [bool; 2],
 }
 
 impl<'a> Methods<'a> {
-    /// None yet; `variant` is the only one to be considered, if there is one.
-    pub fn new(gpu: &'a Gpu, variant: Option<Variant>) -> Self {
-        Self { gpu, asked: variant, variant: None, groups: [false; 2] }
+    /// None yet; `plan` is the only one to be considered, if there is one.
+    pub fn new(gpu: &'a Gpu, plan: Option<GemvPlan>) -> Self {
+        Self { gpu, asked: plan, plan: None, groups: [false; 2] }
     }
 
     /// The method of matrices with one scale.
@@ -50,13 +50,12 @@ impl<'a> Methods<'a> {
     /// # Errors
     /// [`Error::SelfTest`] if the variant, or every one of them, is wrong on this adapter.
     pub fn sums(&mut self) -> Result<Method> {
-        let chosen = match (self.variant.take(), self.asked) {
+        let chosen = match (self.plan.take(), self.asked) {
             (Some(chosen), _) => chosen,
-            (None, Some(variant)) => check(self.gpu, variant).map(|()| (variant, None))?,
+            (None, Some(plan)) => check(self.gpu, plan).map(|()| (plan, None))?,
             (None, None) => choose(self.gpu)?,
         };
-        let variant = self.variant.insert(chosen).0;
-        Ok(Method::Sums(variant))
+        Ok(Method::Sums(self.plan.insert(chosen).0))
     }
 
     /// The method of matrices with scales of groups.
@@ -74,9 +73,9 @@ impl<'a> Methods<'a> {
 
     /// The kernels of the methods so far, for people.
     pub fn names(&self) -> String {
-        let sums = self.variant.iter().map(|(variant, refused)| match refused {
-            None => variant.gemv().name.to_owned(),
-            Some(problem) => format!("{} ({problem})", variant.gemv().name),
+        let sums = self.plan.iter().map(|(plan, refused)| match refused {
+            None => plan.variant.gemv().name.to_owned(),
+            Some(problem) => format!("{} ({problem})", plan.variant.gemv().name),
         });
         let groups = [false, true].into_iter().filter(|&int8| self.groups[usize::from(int8)]);
         let groups = groups.map(|int8| Method::Groups { int8 }.gemv().name.to_owned());
@@ -84,13 +83,13 @@ impl<'a> Methods<'a> {
     }
 }
 
-/// The first variant in order of preference that is exact on this adapter, and why an earlier one
+/// The first plan in order of preference that is exact on this adapter, and why an earlier one
 /// is not used.
 ///
 /// # Errors
-/// The last variant's error if none is exact.
-pub fn choose(gpu: &Gpu) -> Result<(Variant, Option<Error>)> {
-    let [first, second] = preference(gpu);
+/// The last plan's error if none is exact.
+pub fn choose(gpu: &Gpu) -> Result<(GemvPlan, Option<Error>)> {
+    let [first, second] = preference(gpu).map(GemvPlan::from);
     match check(gpu, first) {
         Ok(()) => Ok((first, None)),
         Err(problem @ Error::SelfTest { .. }) => {
@@ -104,19 +103,20 @@ pub fn choose(gpu: &Gpu) -> Result<(Variant, Option<Error>)> {
 const SHAPE: (usize, usize) = (70, 1000);
 const TOKENS: usize = 5;
 
-/// Runs the variant's kernels on a fixed pseudo-random matrix and compares with the reference.
+/// Runs the plan's kernels on a fixed pseudo-random matrix and compares with the reference.
 ///
 /// # Errors
 /// [`Error::SelfTest`] on the first difference.
-pub fn check(gpu: &Gpu, variant: Variant) -> Result<()> {
+pub fn check(gpu: &Gpu, plan: GemvPlan) -> Result<()> {
+    let variant = plan.variant;
     let shape = MatShape::new(SHAPE.0, SHAPE.1)?;
     let mut random = Random::new(0x5EED);
     let (trits, codes) = (random.trits(shape.len()), random.codes(TOKENS * shape.k()));
     let packed = Packed::pack(variant.layout(), shape, &trits);
     let first = &codes[..shape.k()];
-    let found = multiply(gpu, variant, &packed, first, 1)?;
+    let found = multiply(gpu, plan, &packed, first, 1)?;
     compare(gpu, variant.gemv().name, &found, &cpu_ref::gemv::gemv(&trits, first))?;
-    let found = multiply(gpu, variant, &packed, &codes, TOKENS)?;
+    let found = multiply(gpu, plan, &packed, &codes, TOKENS)?;
     compare(gpu, variant.gemm().name, &found, &cpu_ref::gemm::gemm(&trits, &codes, shape.k()))?;
     // Scale 1, and no value near a tie: a division that is off in the last bit is allowed.
     let x: Vec<f32> = (0..shape.k())
@@ -127,24 +127,24 @@ pub fn check(gpu: &Gpu, variant: Variant) -> Result<()> {
     let encoded = encode_codes(variant, &expected, shape.k());
     let as_i32 = |words: &[u32]| words.iter().map(|&word| word as i32).collect::<Vec<_>>();
     compare(gpu, "quantize_absmax", &as_i32(&found.codes), &as_i32(&encoded))?;
-    check_fused(gpu, variant)
+    check_fused(gpu, plan)
 }
 
 /// Runs a fused step on a fixed pseudo-random matrix. A root or division that is off in the last bit
 /// may move a code by a step; what is wrong is off by many.
-fn check_fused(gpu: &Gpu, variant: Variant) -> Result<()> {
+fn check_fused(gpu: &Gpu, plan: GemvPlan) -> Result<()> {
     let shape = MatShape::new(SHAPE.0, SHAPE.1)?;
     let mut random = Random::new(0x5EEF);
     let (trits, scale, eps) = (random.trits(shape.len()), 0.5, 1e-5);
     let (x, norm) = (random.floats(shape.k(), 3.0), random.floats(shape.k(), 1.0));
     let hidden = random.floats(shape.n(), 3.0);
     let matrix = TernaryMatrix::from_trits(shape, trits.clone(), scale);
-    let fused = |tiles| Fused { variant, k: shape.k(), norm: Some(eps), tiles };
+    let fused = |tiles| Fused { plan, k: shape.k(), norm: Some(eps), tiles };
     let out = gpu.storage("out", shape.n())?;
     let inputs = [&gpu.upload("x", &x)?, &gpu.upload("norm", &norm)?];
     let hidden_in = gpu.upload("hidden", &hidden)?;
     let params = PassParams { n_tokens: 1, ..PassParams::default() };
-    for (tiles, words, rows) in fused_matrix(gpu, variant, &[&matrix], RowOrder::Natural)? {
+    for (tiles, words, rows) in fused_matrix(gpu, plan, &[&matrix], RowOrder::Natural)? {
         let buffers = [&words, inputs[0], inputs[1], &rows, &hidden_in, &out];
         run(gpu, &fused(tiles).residual(shape.n()), params, &buffers)?;
     }
@@ -178,11 +178,11 @@ pub type FusedShard = ((usize, usize), Slice, Slice);
 /// [`Error::GpuLimit`] if a tile does not fit.
 pub fn fused_matrix(
     gpu: &Gpu,
-    variant: Variant,
+    plan: GemvPlan,
     parts: &[&TernaryMatrix],
     order: RowOrder,
 ) -> Result<Vec<FusedShard>> {
-    let host = HostLinear::pack(parts, 64, order, |_| Ok(Method::Sums(variant)))?;
+    let host = HostLinear::pack(parts, 64, order, |_| Ok(Method::Sums(plan)))?;
     let slices = gpu.upload_together("fused", &host.parts(gpu))?;
     let linear = GpuLinear::from_slices(gpu, &host, &mut slices.into_iter());
     let shards = linear.runs[0].matrix.shards.iter().zip(&linear.fused_rows);
@@ -326,7 +326,7 @@ pub fn run(gpu: &Gpu, call: &Call, params: PassParams, buffers: &[&Slice]) -> Re
 /// [`Error::Gpu`] if the driver refuses or fails.
 pub fn multiply(
     gpu: &Gpu,
-    variant: Variant,
+    plan: GemvPlan,
     packed: &Packed,
     codes: &[i8],
     n_tokens: usize,
@@ -335,7 +335,7 @@ pub fn multiply(
     let n_pad = kernels::padded_rows(shape.n());
     let tiles = n_pad / cpu_ref::layout::TILE_ROWS;
     let w = gpu.upload("w", packed.words())?;
-    let x = gpu.upload("x", &encode_codes(variant, codes, shape.k()))?;
+    let x = gpu.upload("x", &encode_codes(plan.variant, codes, shape.k()))?;
     let offset = gpu.upload("offset", &row_offsets(packed))?;
     let sums: Vec<i32> = codes
         .chunks_exact(shape.k())
@@ -344,14 +344,14 @@ pub fn multiply(
     let code_sum = gpu.upload("code_sum", &sums)?;
     let acc = gpu.storage("acc", n_tokens * n_pad)?;
     let mut buffers = vec![&w, &x, &offset];
-    if variant.needs_code_sum() {
+    if plan.variant.needs_code_sum() {
         buffers.push(&code_sum);
     }
     buffers.push(&acc);
     let call = if n_tokens == 1 {
-        kernels::gemv(variant, shape, 0, tiles)
+        kernels::gemv(plan, shape, 0, tiles)
     } else {
-        kernels::gemm(variant, shape, 0, tiles)
+        kernels::gemm(plan.variant, shape, 0, tiles)
     };
     let params = PassParams { n_tokens: n_tokens as u32, ..PassParams::default() };
     run(gpu, &call, params, &buffers)?;
