@@ -1,9 +1,9 @@
 // argmax: greedy token of the last row of logits.
-//   token = the lowest n with logits[last, n] = max_n logits[last, n]; 0xffffffff if one is NaN
+//   token[token_out] = the lowest n with logits[last, n] = max_n logits[last, n]; 0xffffffff if one is NaN
 // | # | name   | type           | shape  | notes             |
 // | 0 | pass   | uniform        | Pass   | n_logit_rows      |
 // | 1 | logits | read f32       | [M, V] |                   |
-// | 2 | token  | read_write u32 | [1]    |                   |
+// | 2 | token  | read_write u32 | [any]  | at token_out      |
 // Workgroup: WG lanes; grid (1, 1, 1).
 // Twin: cpu-ref/src/argmax.rs. Exact.
 #import pass
@@ -49,6 +49,6 @@ fn main(@builtin(local_invocation_index) lid: u32) {
         workgroupBarrier();
     }
     if lid == 0u {
-        token[0] = select(best_index[0], 0xffffffffu, best_bits[0] == NAN_ORDERED);
+        token[pass_.token_out] = select(best_index[0], 0xffffffffu, best_bits[0] == NAN_ORDERED);
     }
 }

@@ -1,8 +1,8 @@
 // embedding: token ids → residual stream.
-//   out[m, k] = table[tokens[m], k]   for the tokens whose row is in this shard of the table
+//   out[m, k] = table[tokens[token_in + m], k]   for the tokens whose row is in this shard of the table
 // | # | name   | type            | shape                  | notes                              |
 // | 0 | pass   | uniform         | Pass                   | n_tokens                           |
-// | 1 | tokens | read u32        | [M]                    | checked by the host: below V       |
+// | 1 | tokens | read u32        | [token_in + M]         | below V, or no row is written      |
 // | 2 | table  | read vec4<u32>  | [ROWS, UNITS]          | rows ROW_BASE.. ; shared/dense     |
 // | 3 | scale  | read f32        | [ROWS, K/GROUP]        | only of codes (FORMAT = 3)         |
 // | 4 | min    | read f32        | [ROWS, K/GROUP]        | only if HAS_MIN = 1                |
@@ -43,7 +43,7 @@ fn main(@builtin(workgroup_id) wg: vec3<u32>, @builtin(local_invocation_index) l
         return;
     }
     // Rows of other shards wrap around to a large number.
-    let row = tokens[m] - ROW_BASE;
+    let row = tokens[pass_.token_in + m] - ROW_BASE;
     if row >= ROWS {
         return;
     }

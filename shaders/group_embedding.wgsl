@@ -1,9 +1,9 @@
 // group_embedding: token ids → residual stream, from a binary or ternary table with a scale for
 // each group of a row.
-//   out[m, k] = d[n, g] · w[n, k],  n = tokens[m]   for the tokens whose row is in this shard
+//   out[m, k] = d[n, g] · w[n, k],  n = tokens[token_in + m]   for the tokens whose row is in this shard
 // | # | name   | type           | shape               | notes                                  |
 // | 0 | pass   | uniform        | Pass                | n_tokens                               |
-// | 1 | tokens | read u32       | [M]                 | checked by the host: below V           |
+// | 1 | tokens | read u32       | [token_in + M]      | below V, or no row is written          |
 // | 2 | w      | read u32       | [tiles, KC, 32, 4]  | as in group_gemv                       |
 // | 3 | scales | read u32       | [tiles, GROUPS, 16] | f16 of two rows a word                 |
 // | 4 | out    | read_write f32 | [M, K]              |                                        |
@@ -45,7 +45,7 @@ fn main(@builtin(workgroup_id) wg: vec3<u32>, @builtin(local_invocation_index) l
         return;
     }
     // Rows of other shards wrap around to a large number.
-    let row = tokens[m] - ROW_BASE;
+    let row = tokens[pass_.token_in + m] - ROW_BASE;
     if row >= ROWS {
         return;
     }

@@ -22,7 +22,9 @@ pub(super) struct OnGpu<'a> {
 }
 
 /// One token at position 0, its logits wanted.
-const ONE: PassParams = PassParams { n_tokens: 1, start: 0, first_logit_row: 0, n_logit_rows: 1 };
+fn one() -> PassParams {
+    PassParams { n_tokens: 1, n_logit_rows: 1, ..PassParams::default() }
+}
 
 impl OnGpu<'_> {
     fn upload<T: bytemuck::NoUninit>(&self, values: &[T]) -> Result<Slice> {
@@ -88,13 +90,13 @@ impl super::Kernels for OnGpu<'_> {
 
     fn argmax(&self, logits: &[f32]) -> Result<Option<usize>> {
         let call = kernels::argmax(logits.len());
-        let token = self.run(&call, ONE, &[&self.upload(logits)?], 1)?[0];
+        let token = self.run(&call, one(), &[&self.upload(logits)?], 1)?[0];
         Ok((token != u32::MAX).then_some(token as usize))
     }
 
     fn rmsnorm(&self, x: &[f32], weight: &[f32], eps: f32) -> Result<Vec<f32>> {
         let call = kernels::rmsnorm(x.len(), eps, false);
-        self.run_f32(&call, ONE, &[&self.upload(x)?, &self.upload(weight)?], x.len())
+        self.run_f32(&call, one(), &[&self.upload(x)?, &self.upload(weight)?], x.len())
     }
 
     fn rope(&self, head: &[f32], position: usize, theta: f32) -> Result<Vec<f32>> {
@@ -114,7 +116,7 @@ impl super::Kernels for OnGpu<'_> {
         let cache = [(); 2].map(|()| self.gpu.storage("cache", (position + 1) * dim));
         let [keys, values] = cache;
         let buffers = [&acc, &weight_scale, &act_scale, &angles, &query, &keys?, &values?];
-        let params = PassParams { start: position as u32, ..ONE };
+        let params = PassParams { start: position as u32, ..one() };
         let rows = LinearRows::sums(3 * dim);
         run(self.gpu, &kernels::rope(heads, &rows), params, &buffers)?;
         Ok(bytemuck::cast_vec(self.gpu.read(&query, dim)?))
@@ -122,7 +124,7 @@ impl super::Kernels for OnGpu<'_> {
 
     fn attention(&self, q: &[f32], k: &[f32], v: &[f32], heads: Heads) -> Result<Vec<f32>> {
         let positions = k.len() / (heads.kv * heads.dim);
-        let params = PassParams { start: positions as u32 - 1, ..ONE };
+        let params = PassParams { start: positions as u32 - 1, ..one() };
         let inputs = [self.upload(q)?, self.upload(k)?, self.upload(v)?];
         self.run_f32(&kernels::attention(heads), params, &inputs.each_ref(), q.len())
     }
@@ -130,14 +132,14 @@ impl super::Kernels for OnGpu<'_> {
     fn gated_activation(&self, gate: &[f32], up: &[f32], act: Activation) -> Result<Vec<f32>> {
         let sums = self.as_sums(&[gate, up].concat())?;
         let call = kernels::gated_activation(gate.len(), act, &LinearRows::sums(2 * gate.len()));
-        self.run_f32(&call, ONE, &sums.each_ref(), gate.len())
+        self.run_f32(&call, one(), &sums.each_ref(), gate.len())
     }
 
     fn residual_add(&self, hidden: &[f32], y: &[f32]) -> Result<Vec<f32>> {
         let [acc, weight_scale, act_scale] = self.as_sums(y)?;
         let inputs = [&self.upload(hidden)?, &acc, &weight_scale, &act_scale];
         let call = kernels::residual_add(y.len(), &LinearRows::sums(y.len()));
-        self.run_f32(&call, ONE, &inputs, y.len())
+        self.run_f32(&call, one(), &inputs, y.len())
     }
 
     fn group_gemv(&self, matrix: &TernaryMatrix, x: &[f32]) -> Result<Option<Vec<f32>>> {
@@ -164,7 +166,7 @@ impl super::Kernels for OnGpu<'_> {
         let (codes, act_scales) =
             (self.gpu.storage("codes", x.len() / 4)?, self.gpu.storage("scales", x.len() / group)?);
         let call = kernels::quantize_absmax_groups(x.len(), group);
-        run(self.gpu, &call, ONE, &[&self.upload(x)?, &codes, &act_scales])?;
+        run(self.gpu, &call, one(), &[&self.upload(x)?, &codes, &act_scales])?;
         let codes = self.gpu.read(&codes, x.len() / 4)?;
         let codes = decode_codes(Variant::BitSerial, &codes, x.len());
         let act_scales = self.gpu.read(&act_scales, x.len() / group)?;
@@ -177,7 +179,7 @@ impl super::Kernels for OnGpu<'_> {
 
     fn hadamard(&self, x: &[f32], signs: &[f32], block: usize) -> Result<Option<Vec<f32>>> {
         let call = kernels::hadamard(x.len(), block, Rotate::Input);
-        self.run_f32(&call, ONE, &[&self.upload(x)?, &self.upload(signs)?], x.len()).map(Some)
+        self.run_f32(&call, one(), &[&self.upload(x)?, &self.upload(signs)?], x.len()).map(Some)
     }
 
     fn head_norm(&self, head: &[f32], weight: &[f32], eps: f32) -> Result<Option<Vec<f32>>> {
@@ -188,7 +190,7 @@ impl super::Kernels for OnGpu<'_> {
         let heads = Heads { query: 1, kv: 1, dim };
         let call = kernels::head_norm(heads, eps, &LinearRows::sums(3 * dim));
         let inputs = [&acc, &weight_scale, &act_scale, &weight, &weight];
-        let mut rows = self.run_f32(&call, ONE, &inputs, padded_rows(3 * dim))?;
+        let mut rows = self.run_f32(&call, one(), &inputs, padded_rows(3 * dim))?;
         rows.truncate(dim);
         Ok(Some(rows))
     }
@@ -196,13 +198,13 @@ impl super::Kernels for OnGpu<'_> {
     fn embedding(&self, table: &[f32], k: usize, token: usize) -> Result<Vec<f32>> {
         let (rows, shard) = self.table(table, k)?;
         let (tokens, none) = (self.upload(&[token as u32])?, self.upload(&[0u32])?);
-        self.run_f32(&kernels::embedding(shard), ONE, &[&tokens, &rows, &none, &none], k)
+        self.run_f32(&kernels::embedding(shard), one(), &[&tokens, &rows, &none, &none], k)
     }
 
     fn lm_head(&self, table: &[f32], x: &[f32]) -> Result<Vec<f32>> {
         let (rows, shard) = self.table(table, x.len())?;
         let call = kernels::lm_head(shard, shard.rows);
         let (x, none) = (self.upload(x)?, self.upload(&[0u32])?);
-        self.run_f32(&call, ONE, &[&x, &rows, &none, &none], shard.rows)
+        self.run_f32(&call, one(), &[&x, &rows, &none, &none], shard.rows)
     }
 }

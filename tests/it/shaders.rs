@@ -157,6 +157,14 @@ fn the_pass_uniform_has_the_same_offsets_in_rust() {
         ("start", std::mem::offset_of!(PassParams, start)),
         ("first_logit_row", std::mem::offset_of!(PassParams, first_logit_row)),
         ("n_logit_rows", std::mem::offset_of!(PassParams, n_logit_rows)),
+        ("token_in", std::mem::offset_of!(PassParams, token_in)),
+        ("token_out", std::mem::offset_of!(PassParams, token_out)),
+        ("uniform_", std::mem::offset_of!(PassParams, uniform)),
+        ("temperature", std::mem::offset_of!(PassParams, temperature)),
+        ("penalty", std::mem::offset_of!(PassParams, penalty)),
+        ("top_k", std::mem::offset_of!(PassParams, top_k)),
+        ("top_p", std::mem::offset_of!(PassParams, top_p)),
+        ("min_p", std::mem::offset_of!(PassParams, min_p)),
     ];
     for &kernel in KERNELS {
         let module = kernel.module();

@@ -682,6 +682,7 @@ impl Backend for GpuBackend {
             start: batch.start as u32,
             first_logit_row: (n_tokens - n_logit_rows) as u32,
             n_logit_rows: n_logit_rows as u32,
+            ..PassParams::default()
         };
         self.want = batch.want;
         let queue = &self.gpu.queue;

@@ -54,7 +54,7 @@ pub enum Rows {
 }
 
 /// The uniform of every kernel: `shaders/shared/pass.wgsl`.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, bytemuck::Pod, bytemuck::Zeroable)]
+#[derive(Debug, Clone, Copy, PartialEq, bytemuck::Pod, bytemuck::Zeroable)]
 #[repr(C)]
 pub struct PassParams {
     /// M.
@@ -65,9 +65,32 @@ pub struct PassParams {
     pub first_logit_row: u32,
     /// How many rows of logits.
     pub n_logit_rows: u32,
+    /// Where the first token's id is in the buffer of tokens.
+    pub token_in: u32,
+    /// Where the chosen token's id goes.
+    pub token_out: u32,
+    /// The random number that chooses, in [0, 1).
+    pub uniform: f32,
+    /// 0: greedy.
+    pub temperature: f32,
+    /// Of repetition; 1: none.
+    pub penalty: f32,
+    /// Tokens kept by rank; 0: all.
+    pub top_k: u32,
+    /// Probability kept by rank; 1: all.
+    pub top_p: f32,
+    /// Probability kept, as a share of the best's; 0: all.
+    pub min_p: f32,
 }
 
-const _: () = assert!(size_of::<PassParams>() == 16);
+const _: () = assert!(size_of::<PassParams>() == 48);
+
+impl Default for PassParams {
+    /// No token; a greedy choice.
+    fn default() -> Self {
+        Self { penalty: 1.0, top_p: 1.0, ..bytemuck::Zeroable::zeroed() }
+    }
+}
 
 /// A dispatch that is ready to be recorded.
 #[derive(Clone)]
