@@ -277,6 +277,9 @@ pub enum Error {
     /// There is nothing to continue from.
     #[error("the prompt has no tokens")]
     EmptyPrompt,
+    /// A chosen token is asked for before one was chosen.
+    #[error("no token has been chosen yet")]
+    NoToken,
     /// The tokens do not fit the context.
     #[error("{needed} tokens do not fit the context of {capacity}")]
     ContextOverflow {

@@ -4,7 +4,7 @@ use std::fmt;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
-use crate::backend::{Device, LoadOptions, OnProgress, Output, Want};
+use crate::backend::{Device, LoadOptions, OnProgress};
 use crate::checkpoint::Checkpoint;
 use crate::error::{Error, Result};
 use crate::format::{Bytes, ModelFiles};
@@ -214,11 +214,11 @@ impl Model {
         let mut sampler = Sampler::new(options.sampling, options.repetition_penalty)?;
         sampler.observe(&prompt);
         self.transformer.reset();
+        self.transformer.choose_with(sampler)?;
         Ok(Generation {
             stream: self.tokenizer.stream(&prompt)?,
             transformer: &mut self.transformer,
             stop_ids: &self.stop_ids,
-            sampler,
             prompt,
             tokens: Vec::new(),
             max_tokens: options.max_tokens,
@@ -323,7 +323,6 @@ pub struct Generation<'a> {
     transformer: &'a mut Transformer,
     stop_ids: &'a [u32],
     stream: DecodeStream<'a>,
-    sampler: Sampler,
     prompt: Vec<u32>,
     tokens: Vec<u32>,
     max_tokens: usize,
@@ -385,20 +384,12 @@ impl Generation<'_> {
         Ok(Piece { token, text })
     }
 
-    /// Feeds the prompt, or the last token, and chooses the next one.
+    /// Feeds the prompt if that has not been done, and takes the next token.
     fn next_token(&mut self) -> Result<u32> {
-        let tokens = match self.tokens.last() {
-            None => &self.prompt[..],
-            Some(last) => std::slice::from_ref(last),
-        };
-        let want = if self.sampler.is_argmax() { Want::Token } else { Want::LastLogits };
-        match self.transformer.feed(tokens, want)? {
-            Output::Token(token) => Ok(token),
-            Output::Logits(mut logits) => {
-                self.sampler.sample(&mut logits, self.transformer.position() - 1)
-            }
-            Output::Nothing => unreachable!("a token or logits were asked for"),
+        if self.tokens.is_empty() {
+            self.transformer.prompt(&self.prompt)?;
         }
+        self.transformer.next_token(self.max_tokens - self.tokens.len())
     }
 }
 

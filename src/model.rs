@@ -1,16 +1,22 @@
 //! The transformer, written once over the `Backend` steps: prefill and decode.
 
 use crate::backend::{self, Backend, Batch, Device, DeviceInfo, LoadOptions, OnProgress, Output};
-use crate::backend::{Tap, Want};
+use crate::backend::{Tap, Tokens, Want};
 use crate::config::ModelConfig;
 use crate::error::{Error, Result};
+use crate::sampler::Sampler;
 use crate::weights::WeightSource;
 
 /// A model on a device, with one sequence in its KV cache.
 pub struct Transformer {
     config: ModelConfig,
     backend: Box<dyn Backend>,
+    /// Tokens fed, of those whose successor was asked for.
     position: usize,
+    /// Tokens in the KV cache: chosen ones may be fed before they are asked for.
+    fed: usize,
+    /// Tokens that the backend has chosen and that were not taken.
+    untaken: usize,
 }
 
 /// Sees the result of every step: which step, which layer (0 for `embed`), and its values.
@@ -33,7 +39,7 @@ impl Transformer {
 
     /// A transformer over a backend that has been loaded from a source of this configuration.
     pub fn new(config: ModelConfig, backend: Box<dyn Backend>) -> Self {
-        Self { config, backend, position: 0 }
+        Self { config, backend, position: 0, fed: 0, untaken: 0 }
     }
 
     /// The model's dimensions.
@@ -51,7 +57,7 @@ impl Transformer {
         self.backend.capacity()
     }
 
-    /// Tokens fed so far.
+    /// Tokens fed so far; a chosen token counts when the one after it has been taken.
     pub fn position(&self) -> usize {
         self.position
     }
@@ -59,18 +65,62 @@ impl Transformer {
     /// Forgets the sequence; the next token fed is at position 0.
     pub fn reset(&mut self) {
         self.position = 0;
+        self.forget();
+    }
+
+    /// How tokens are chosen from now on; greedily at first. Those that were chosen and not taken are forgotten.
+    ///
+    /// # Errors
+    /// If the device fails.
+    pub fn choose_with(&mut self, sampler: Sampler) -> Result<()> {
+        self.forget();
+        self.backend.choose_with(sampler)
+    }
+
+    /// What was fed ahead of the caller is not part of the sequence.
+    fn forget(&mut self) {
+        (self.fed, self.untaken) = (self.position, 0);
+    }
+
+    /// Feeds a prompt, after which [`Transformer::next_token`] hands out tokens.
+    ///
+    /// # Errors
+    /// As for [`Transformer::feed`].
+    pub fn prompt(&mut self, tokens: &[u32]) -> Result<()> {
+        self.feed_chunks(tokens, Want::Token, &mut None)?;
+        self.untaken = 1;
+        Ok(())
+    }
+
+    /// The next token of a text. The device may be given tokens to feed and choose before they are
+    /// asked for, at most `limit` in all, this one included, and no more than the context holds.
+    ///
+    /// # Errors
+    /// If the device fails, the logits are NaN, or the context is full.
+    pub fn next_token(&mut self, limit: usize) -> Result<u32> {
+        let wanted = self.backend.lead().min(limit).max(1);
+        while self.untaken < wanted && (self.untaken == 0 || self.fed < self.capacity()) {
+            let batch = Batch { tokens: Tokens::Chosen, start: self.fed, want: Want::Token };
+            self.forward(batch, &mut None)?;
+            self.fed += 1;
+            self.untaken += 1;
+        }
+        let token = self.backend.take().inspect_err(|_| self.forget())?;
+        self.untaken -= 1;
+        self.position = self.fed - self.untaken;
+        Ok(token)
     }
 
     /// Feeds tokens after the current position: a prompt in chunks, or one token of a decode.
     ///
-    /// Returns what `want` asks for, of the last token (or of all, for [`Want::AllLogits`]). After
-    /// an error the position is where it was.
+    /// Returns what `want` asks for, of the last token (or of all, for [`Want::AllLogits`]). After an
+    /// error the position is where it was.
     ///
     /// # Errors
     /// If the tokens do not fit the context or the vocabulary, the device fails, or the logits are
     /// NaN.
     pub fn feed(&mut self, tokens: &[u32], want: Want) -> Result<Output> {
-        self.feed_chunks(tokens, want, &mut None)
+        self.feed_and_take(tokens, want, &mut None)
     }
 
     /// [`Transformer::feed`] with every step's result shown to `tap`.
@@ -78,7 +128,25 @@ impl Transformer {
     /// # Errors
     /// As for [`Transformer::feed`].
     pub fn feed_tapped(&mut self, tokens: &[u32], want: Want, tap: OnTap<'_>) -> Result<Output> {
-        self.feed_chunks(tokens, want, &mut Some(tap))
+        self.feed_and_take(tokens, want, &mut Some(tap))
+    }
+
+    fn feed_and_take(
+        &mut self,
+        tokens: &[u32],
+        want: Want,
+        tap: &mut Option<OnTap<'_>>,
+    ) -> Result<Output> {
+        let before = self.position;
+        let output = self.feed_chunks(tokens, want, tap)?;
+        if want != Want::Token {
+            return Ok(output);
+        }
+        self.untaken = 1;
+        self.next_token(1).map(Output::Token).inspect_err(|_| {
+            self.position = before;
+            self.forget();
+        })
     }
 
     fn feed_chunks(
@@ -87,33 +155,32 @@ impl Transformer {
         want: Want,
         tap: &mut Option<OnTap<'_>>,
     ) -> Result<Output> {
-        let (needed, capacity) = (self.position + tokens.len(), self.capacity());
+        self.forget();
+        let (needed, capacity) = (self.fed + tokens.len(), self.capacity());
         if needed > capacity {
             return Err(Error::ContextOverflow { needed, capacity });
-        }
-        let chunk_len = self.backend.max_batch();
-        let chunks = tokens.len().div_ceil(chunk_len);
-        let mut start = self.position;
-        let mut all_logits = Vec::new();
-        for (index, chunk) in tokens.chunks(chunk_len).enumerate() {
-            let last = index + 1 == chunks;
-            let want = if last || want == Want::AllLogits { want } else { Want::Nothing };
-            let output = self.forward(Batch { tokens: chunk, start, want }, tap)?;
-            start += chunk.len();
-            match output {
-                Output::Logits(logits) => all_logits.extend(logits),
-                Output::Token(_) if last => {
-                    self.position = start;
-                    return Ok(output);
-                }
-                Output::Token(_) | Output::Nothing => {}
-            }
         }
         if tokens.is_empty() {
             return Err(Error::EmptyPrompt);
         }
-        self.position = start;
-        Ok(if want == Want::Nothing { Output::Nothing } else { Output::Logits(all_logits) })
+        let chunk_len = self.backend.max_batch();
+        let chunks = tokens.len().div_ceil(chunk_len);
+        let mut start = self.fed;
+        let mut all_logits = Vec::new();
+        for (index, chunk) in tokens.chunks(chunk_len).enumerate() {
+            let last = index + 1 == chunks;
+            let want = if last || want == Want::AllLogits { want } else { Want::Nothing };
+            let tokens = Tokens::Given(chunk);
+            if let Output::Logits(logits) = self.forward(Batch { tokens, start, want }, tap)? {
+                all_logits.extend(logits);
+            }
+            start += chunk.len();
+        }
+        (self.position, self.fed) = (start, start);
+        Ok(match want {
+            Want::Nothing | Want::Token => Output::Nothing,
+            Want::LastLogits | Want::AllLogits => Output::Logits(all_logits),
+        })
     }
 
     /// One forward pass: embed, the five steps of every layer, head.
@@ -142,7 +209,7 @@ impl Transformer {
             backend.head()?;
         }
         if batch.want == Want::Token {
-            backend.argmax()?;
+            backend.choose()?;
         }
         backend.finish()
     }

@@ -66,6 +66,19 @@ pub struct Sampler {
     candidates: Vec<Candidate>,
 }
 
+impl Default for Sampler {
+    /// Greedy, without a penalty.
+    fn default() -> Self {
+        Self {
+            sampling: Sampling::Greedy,
+            repetition_penalty: 1.0,
+            seen: BTreeSet::new(),
+            rng: Xoshiro256PlusPlus::from_seed(0),
+            candidates: Vec::new(),
+        }
+    }
+}
+
 #[derive(Debug, Clone, Copy)]
 struct Candidate {
     token: u32,
@@ -94,13 +107,28 @@ impl Sampler {
             Sampling::Greedy => 0,
             Sampling::Random { seed, .. } => seed,
         };
-        Ok(Self {
-            sampling,
-            repetition_penalty,
-            seen: BTreeSet::new(),
-            rng: Xoshiro256PlusPlus::from_seed(seed),
-            candidates: Vec::new(),
-        })
+        let rng = Xoshiro256PlusPlus::from_seed(seed);
+        Ok(Self { sampling, repetition_penalty, rng, ..Self::default() })
+    }
+
+    /// How tokens are chosen.
+    pub fn sampling(&self) -> Sampling {
+        self.sampling
+    }
+
+    /// See [`Sampler::new`].
+    pub fn repetition_penalty(&self) -> f32 {
+        self.repetition_penalty
+    }
+
+    /// The tokens noted for the penalty, ascending.
+    pub fn seen(&self) -> impl Iterator<Item = u32> {
+        self.seen.iter().copied()
+    }
+
+    /// The random number in [0, 1) that makes the next choice, for a device that chooses by itself.
+    pub fn next_uniform(&mut self) -> f64 {
+        self.rng.next_f64()
     }
 
     /// Whether the choice is plain argmax, which a device can make without handing out logits.

@@ -6,16 +6,36 @@ pub mod simd;
 
 use crate::config::{Activations, ModelConfig};
 use crate::error::{Error, Result};
+use crate::sampler::Sampler;
 use crate::weights::WeightSource;
 
 use reference::Reference;
 use simd::SimdBackend;
 
+/// What a forward pass reads.
+#[derive(Debug, Clone, Copy)]
+pub enum Tokens<'a> {
+    /// M token ids, 1 ≤ M ≤ [`Backend::max_batch`]; each below the vocabulary size.
+    Given(&'a [u32]),
+    /// The one that the pass before chose, which may not have reached the host yet.
+    Chosen,
+}
+
+impl Tokens<'_> {
+    /// M.
+    pub fn count(self) -> usize {
+        match self {
+            Self::Given(tokens) => tokens.len(),
+            Self::Chosen => 1,
+        }
+    }
+}
+
 /// The tokens of one forward pass and what is wanted of it.
 #[derive(Debug, Clone, Copy)]
 pub struct Batch<'a> {
-    /// M token ids, 1 ≤ M ≤ [`Backend::max_batch`]; each below the vocabulary size.
-    pub tokens: &'a [u32],
+    /// What the pass reads.
+    pub tokens: Tokens<'a>,
     /// Position of the first token; the KV cache holds all positions before it.
     pub start: usize,
     /// What [`Backend::finish`] returns.
@@ -29,18 +49,19 @@ impl Batch<'_> {
     /// If there is no token, more than `max_batch`, one outside the vocabulary, or the last
     /// position is past the capacity.
     pub fn check(&self, max_batch: usize, capacity: usize, vocab_size: usize) -> Result<()> {
-        if self.tokens.is_empty() {
+        let found = self.tokens.count();
+        if found == 0 {
             return Err(Error::EmptyPrompt);
         }
-        if self.tokens.len() > max_batch {
-            let found = self.tokens.len();
+        if found > max_batch {
             return Err(Error::Dimension { name: "tokens of a batch", found, max: max_batch });
         }
-        let needed = self.start + self.tokens.len();
+        let needed = self.start + found;
         if needed > capacity {
             return Err(Error::ContextOverflow { needed, capacity });
         }
-        match self.tokens.iter().find(|&&token| token as usize >= vocab_size) {
+        let Tokens::Given(tokens) = self.tokens else { return Ok(()) };
+        match tokens.iter().find(|&&token| token as usize >= vocab_size) {
             Some(&token) => Err(Error::TokenOutOfRange { token, vocab_size }),
             None => Ok(()),
         }
@@ -51,7 +72,7 @@ impl Batch<'_> {
         match self.want {
             Want::Nothing => 0,
             Want::Token | Want::LastLogits => 1,
-            Want::AllLogits => self.tokens.len(),
+            Want::AllLogits => self.tokens.count(),
         }
     }
 }
@@ -61,7 +82,8 @@ impl Batch<'_> {
 pub enum Want {
     /// Nothing: a prompt chunk that only fills the KV cache. The head is skipped.
     Nothing,
-    /// The greedy token after the last position; the logits stay on the device.
+    /// The token after the last position, as the sampler of [`Backend::choose_with`] chooses it;
+    /// [`Backend::take`] hands it out.
     Token,
     /// Logits `[V]` of the last position.
     LastLogits,
@@ -72,7 +94,7 @@ pub enum Want {
 /// The result of a forward pass.
 #[derive(Debug, Clone, PartialEq)]
 pub enum Output {
-    /// For [`Want::Nothing`].
+    /// For [`Want::Nothing`]; of a backend also for [`Want::Token`].
     Nothing,
     /// For [`Want::Token`].
     Token(u32),
@@ -96,8 +118,9 @@ pub enum Tap {
 /// A model loaded on a device.
 ///
 /// One forward pass is `begin`, `embed`, then for each layer the five steps in order, then `head`
-/// and `argmax` if the [`Want`] asks for them, then `finish`. A step may run at once or be recorded
-/// and run by `finish`. `model.rs` is the only caller that needs to know the order.
+/// and `choose` if the [`Want`] asks for them, then `finish`. A step may run at once or be recorded
+/// and run later, at `take` at the latest. `model.rs` is the only caller that needs to know the
+/// order.
 pub trait Backend: Send {
     /// The device and the variants in use, for people.
     fn device(&self) -> &DeviceInfo;
@@ -105,8 +128,20 @@ pub trait Backend: Send {
     fn max_batch(&self) -> usize;
     /// Positions the KV cache holds.
     fn capacity(&self) -> usize;
+    /// How many chosen tokens should wait to be taken, so that the device never idles: 1 where a
+    /// pass is complete when `finish` returns. It may change from token to token.
+    fn lead(&self) -> usize {
+        1
+    }
 
-    /// Starts a forward pass.
+    /// How tokens are chosen from now on; the greedy sampler is the first. Tokens that were chosen
+    /// and not taken are forgotten.
+    ///
+    /// # Errors
+    /// If the device fails.
+    fn choose_with(&mut self, sampler: Sampler) -> Result<()>;
+
+    /// Starts a forward pass. Given tokens make it forget those that were chosen and not taken.
     ///
     /// # Errors
     /// If the batch does not fit, or a token is outside the vocabulary.
@@ -146,16 +181,22 @@ pub trait Backend: Send {
     /// # Errors
     /// If the device fails.
     fn head(&mut self) -> Result<()>;
-    /// Greedy token of the last row of logits.
-    ///
-    /// # Errors
-    /// If the device fails.
-    fn argmax(&mut self) -> Result<()>;
-    /// Completes the pass and returns what the batch wants.
+    /// Chooses a token by the last row of logits.
     ///
     /// # Errors
     /// If the device fails, or the logits are NaN.
+    fn choose(&mut self) -> Result<()>;
+    /// Completes the pass and returns what the batch wants.
+    ///
+    /// # Errors
+    /// If the device fails.
     fn finish(&mut self) -> Result<Output>;
+    /// The oldest chosen token that was not taken; waits for it.
+    ///
+    /// # Errors
+    /// If the device fails, or the logits were NaN: then this token and the ones after it are
+    /// forgotten.
+    fn take(&mut self) -> Result<u32>;
 
     /// Completes what has been recorded so far and reads a step's result; the pass goes on after
     /// it. For finding where two backends part.

@@ -8,11 +8,13 @@ use cpu_ref::quantize_absmax::quantize_absmax;
 use cpu_ref::rmsnorm::rmsnorm;
 use cpu_ref::{attention::attention, lm_head, mlp, residual::residual_add, rope};
 
-use super::{Backend, Batch, DeviceInfo, LoadOptions, OnProgress, Output, Progress, Tap, Want};
+use super::Want;
+use super::{Backend, Batch, DeviceInfo, LoadOptions, OnProgress, Output, Progress, Tap, Tokens};
 use crate::config::{Activations, ModelConfig};
 use crate::error::{Error, Result};
 use crate::format::float::f16_to_f32;
 use crate::kv_cache::KvCache;
+use crate::sampler::Sampler;
 use crate::weights::{Input, Table, TernaryMatrix, WeightScale, WeightSource, runs_of_input};
 
 /// A model on the reference backend.
@@ -27,6 +29,8 @@ pub struct Reference {
     frequencies: rope::Frequencies,
     cache: KvCache,
     pass: Pass,
+    sampler: Sampler,
+    chosen: Option<u32>,
 }
 
 /// Matrices that read the same vector, `[N, K]` one after another.
@@ -73,7 +77,6 @@ struct Pass {
     attended: Vec<Vec<f32>>,
     gated: Vec<Vec<f32>>,
     logits: Vec<Vec<f32>>,
-    token: Option<u32>,
 }
 
 impl Linears {
@@ -191,6 +194,8 @@ impl Reference {
             frequencies: source.frequencies()?,
             cache: KvCache::new(total, capacity, config.kv_size()),
             pass: Pass::default(),
+            sampler: Sampler::default(),
+            chosen: None,
             config,
         })
     }
@@ -214,14 +219,18 @@ impl Backend for Reference {
         self.cache.capacity()
     }
 
+    fn choose_with(&mut self, sampler: Sampler) -> Result<()> {
+        (self.sampler, self.chosen) = (sampler, None);
+        Ok(())
+    }
+
     fn begin(&mut self, batch: Batch<'_>) -> Result<()> {
         batch.check(self.max_batch, self.capacity(), self.config.vocab_size)?;
-        self.pass = Pass {
-            tokens: batch.tokens.to_vec(),
-            start: batch.start,
-            want: Some(batch.want),
-            ..Pass::default()
+        let tokens = match batch.tokens {
+            Tokens::Given(tokens) => tokens.to_vec(),
+            Tokens::Chosen => vec![self.chosen.ok_or(Error::NoToken)?],
         };
+        self.pass = Pass { tokens, start: batch.start, want: Some(batch.want), ..Pass::default() };
         Ok(())
     }
 
@@ -325,21 +334,27 @@ impl Backend for Reference {
         Ok(())
     }
 
-    fn argmax(&mut self) -> Result<()> {
-        let logits = self.pass.logits.last().map(Vec::as_slice).unwrap_or_default();
+    fn choose(&mut self) -> Result<()> {
         let position = self.pass.start + self.pass.tokens.len() - 1;
-        let token = cpu_ref::argmax::argmax(logits).ok_or(Error::NanLogits { position })?;
-        self.pass.token = Some(token as u32);
+        let logits = self.pass.logits.last_mut().map(Vec::as_mut_slice).unwrap_or_default();
+        self.chosen = Some(if self.sampler.is_argmax() {
+            cpu_ref::argmax::argmax(logits).ok_or(Error::NanLogits { position })? as u32
+        } else {
+            self.sampler.sample(logits, position)?
+        });
         Ok(())
     }
 
     fn finish(&mut self) -> Result<Output> {
         let pass = std::mem::take(&mut self.pass);
-        Ok(match (pass.want, pass.token) {
-            (Some(Want::Token), Some(token)) => Output::Token(token),
-            (Some(Want::LastLogits | Want::AllLogits), _) => Output::Logits(pass.logits.concat()),
+        Ok(match pass.want {
+            Some(Want::LastLogits | Want::AllLogits) => Output::Logits(pass.logits.concat()),
             _ => Output::Nothing,
         })
+    }
+
+    fn take(&mut self) -> Result<u32> {
+        self.chosen.ok_or(Error::NoToken)
     }
 
     fn read(&mut self, tap: Tap) -> Result<Vec<f32>> {

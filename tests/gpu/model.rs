@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use libtest_mimic::Failed;
 use sterna::backend::gpu::{Capabilities, Gpu, GpuBackend, Variant, WorkDone, self_test};
-use sterna::backend::{Backend, Device, LoadOptions, Output, Tap, Want};
+use sterna::backend::{Backend, Batch, Device, LoadOptions, Output, Tap, Tokens, Want};
 use sterna::config::{Activations, ModelConfig};
 use sterna::layout::Packed;
 use sterna::random::Random;
@@ -103,6 +103,7 @@ pub fn cases(capabilities: Capabilities) -> Vec<Case> {
     add("a_rotation_past_the_limits_is_refused", long_rotation);
     add("a_batch_past_the_limits_is_refused", refusals);
     add("a_decode_step_is_one_submit_and_allocates_nothing", decode_step);
+    add("tokens_that_the_device_feeds_itself", token_loop);
     cases
 }
 
@@ -431,7 +432,7 @@ fn refusals(capabilities: Capabilities) -> Result<(), Failed> {
 }
 
 /// A decode step is one pass, one submit and four bytes read back, and makes no buffer, bind group
-/// or pipeline.
+/// or pipeline. Chosen tokens that are fed where they are need fewer passes and submits.
 fn decode_step(capabilities: Capabilities) -> Result<(), Failed> {
     let source = SyntheticModel::new(tiny_llama(), 1);
     let gpu = open(capabilities)?;
@@ -444,9 +445,10 @@ fn decode_step(capabilities: Capabilities) -> Result<(), Failed> {
         return Err("the counters do not count".into());
     }
     let layers = source.config().num_hidden_layers;
-    let step = |backend: &mut GpuBackend, position: usize| -> Result<(), Error> {
-        let batch = sterna::backend::Batch { tokens: &[7], start: position, want: Want::Token };
-        backend.begin(batch)?;
+    // Per layer: one for each of the five steps; embedding, final norm, head and argmax.
+    let dispatches_a_token = 5 * layers as u64 + 4;
+    let step = |backend: &mut GpuBackend, tokens: Tokens, position: usize| -> Result<(), Error> {
+        backend.begin(Batch { tokens, start: position, want: Want::Token })?;
         backend.embed()?;
         for layer in 0..layers {
             backend.qkv(layer)?;
@@ -456,21 +458,108 @@ fn decode_step(capabilities: Capabilities) -> Result<(), Failed> {
             backend.down(layer)?;
         }
         backend.head()?;
-        backend.argmax()?;
+        backend.choose()?;
         backend.finish().map(|_| ())
     };
+    // The first steps wait for the driver's compiler, and are split as on a slow device.
+    for _ in 0..4 {
+        step(&mut backend, Tokens::Given(&[7]), 0)?;
+        backend.take()?;
+    }
     let before = backend.work_done();
     for position in 0..50 {
-        step(&mut backend, position)?;
+        step(&mut backend, Tokens::Given(&[7]), position)?;
+        backend.take()?;
     }
     let WorkDone { passes, dispatches, submits, readback_bytes } =
         backend.work_done().since(before);
     same("passes, submits, bytes", &[passes, submits, readback_bytes], &[50, 50, 50 * 4])?;
-    // Per layer: one for each of the five steps; embedding, final norm, head and argmax.
-    same("dispatches", &[dispatches], &[50 * (5 * layers as u64 + 4)])?;
+    same("dispatches", &[dispatches], &[50 * dispatches_a_token])?;
     let after = backend.resource_counts();
     if after != loaded {
         return Err(format!("{loaded:?} after loading, {after:?} after 50 tokens").into());
     }
+    let before = backend.work_done();
+    step(&mut backend, Tokens::Given(&[7]), 0)?;
+    let (mut fed, mut taken) = (1, 0);
+    while taken < 100 {
+        while fed - taken < backend.lead() {
+            step(&mut backend, Tokens::Chosen, fed)?;
+            fed += 1;
+        }
+        backend.take()?;
+        taken += 1;
+    }
+    // Until nothing is on its way.
+    while taken < fed {
+        backend.take()?;
+        taken += 1;
+    }
+    let work = backend.work_done().since(before);
+    let fed = fed as u64;
+    same("dispatches ahead", &[work.dispatches], &[fed * dispatches_a_token])?;
+    same("bytes", &[work.readback_bytes], &[fed * 4])?;
+    if work.passes != work.submits || work.submits > fed / 2 {
+        return Err(format!("{work:?} for {fed} tokens").into());
+    }
+    let after = backend.resource_counts();
+    if after != loaded {
+        return Err(format!("{loaded:?} after loading, {after:?} after tokens ahead").into());
+    }
+    match (step(&mut backend, Tokens::Given(&[7]), 0), backend.take(), backend.take()) {
+        (Ok(()), Ok(_), Err(Error::NoToken)) => {}
+        other => return Err(format!("a token that was not chosen: {other:?}").into()),
+    }
     Ok(())
+}
+
+/// Tokens that the device feeds itself are those of feeding them one by one, however many are asked
+/// for at a time, and also after a text that was given up.
+fn token_loop(capabilities: Capabilities) -> Result<(), Failed> {
+    let source = SyntheticModel::new(tiny_bitnet(), 3);
+    let prompt = [5, 6, 7, 8, 9];
+    let mut model = load(capabilities, &source, Variant::BitSerial)?;
+    let mut expected = Vec::new();
+    let mut next = prompt.to_vec();
+    while expected.len() < 60 {
+        let Output::Token(token) = model.feed(&next, Want::Token)? else { break };
+        expected.push(token);
+        next = vec![token];
+    }
+    for limit in [1, 3, 60, 1000] {
+        model.reset();
+        model.prompt(&prompt)?;
+        same("prompt", &[model.position()], &[prompt.len()])?;
+        for index in 0..expected.len() {
+            let token = model.next_token(limit.min(expected.len() - index))?;
+            same("token", &[token], &expected[index..][..1])?;
+            same("position", &[model.position()], &[prompt.len() + index])?;
+        }
+    }
+    // Given up with tokens on their way, in the middle of a text and at its start.
+    for taken in [0, 7] {
+        model.reset();
+        model.prompt(&prompt)?;
+        for _ in 0..taken {
+            model.next_token(1000)?;
+        }
+    }
+    let position = model.position();
+    same(
+        "fed after giving up",
+        &[model.feed(&expected[6..7], Want::Token)?],
+        &[Output::Token(expected[7])],
+    )?;
+    same("position", &[model.position()], &[position + 1])?;
+    // To the last position of the context, and not past it.
+    let options = LoadOptions { context: Some(prompt.len() + 9), ..LoadOptions::default() };
+    let mut model = transformer(open(capabilities)?, &source, Variant::BitSerial, &options)?;
+    model.prompt(&prompt)?;
+    for expected in &expected[..10] {
+        same("token", &[model.next_token(1000)?], &[*expected])?;
+    }
+    match model.next_token(1000) {
+        Err(Error::ContextOverflow { .. }) => Ok(()),
+        other => Err(format!("a token past the context: {other:?}").into()),
+    }
 }

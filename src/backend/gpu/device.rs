@@ -209,6 +209,18 @@ impl Gpu {
         self.check(operation)
     }
 
+    /// Waits until a submission has run.
+    pub(crate) fn wait_for(
+        &self,
+        operation: &'static str,
+        submission: wgpu::SubmissionIndex,
+    ) -> Result<()> {
+        self.device
+            .poll(wgpu::PollType::Wait { submission_index: Some(submission), timeout: None })
+            .map_err(|source| self.error(operation, source.to_string()))?;
+        self.check(operation)
+    }
+
     /// Bytes of the largest storage binding; larger matrices are sharded by rows.
     pub fn max_binding(&self) -> u64 {
         self.max_binding

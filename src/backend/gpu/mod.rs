@@ -1,13 +1,15 @@
 //! The GPU backend, over wgpu.
 //!
-//! Everything is paid at load: pipelines, bind groups, activations, the KV cache. A forward pass is
-//! one command encoder, one compute pass and one submit; greedy decoding reads back a token id.
-//! Hidden states ping-pong between two buffers, and no kernel reads a buffer it writes.
+//! Everything is paid at load: pipelines, bind groups, activations, the KV cache. A chosen token is
+//! embedded where it is, so that several forward passes are recorded in one compute pass and
+//! submitted together, and more of them while they run; token ids alone are read back. Hidden states
+//! ping-pong between two buffers, and no kernel reads a buffer it writes.
 
 mod buffer;
 mod device;
 pub mod kernels;
 mod matrix;
+mod pace;
 mod readback;
 mod record;
 pub mod self_test;
@@ -22,15 +24,21 @@ pub use record::{Call, Op, PassParams, Pipelines, Rows, WorkDone};
 use cpu_ref::layout::TILE_ROWS;
 use cpu_ref::rope;
 
-use super::{Backend, Batch, DeviceInfo, LoadOptions, OnProgress, Output, Progress, Tap, Want};
+use std::time::Instant;
+
+use super::{
+    Backend, Batch, DeviceInfo, LoadOptions, OnProgress, Output, Progress, Tap, Tokens, Want,
+};
 use crate::config::{Activations, ModelConfig};
 use crate::error::{Error, Result};
+use crate::sampler::Sampler;
 use crate::shape::MatShape;
 use crate::weights::{LayerWeights, Table, TernaryMatrix, WeightScale, WeightSource};
 use kernels::{Fused, LinearRows, Rotate, RowOrder, TokensPerLane, padded_rows};
 use matrix::{GpuLinear, GpuMatrix, GpuRotation, GpuRun, GpuTable, GpuTableData, HostLinear, Kind};
-use readback::Staging;
-use record::Recording;
+use pace::{MAX_STEPS, Pace};
+use readback::{Landing, Staging, TokenRing, run_time};
+use record::{PARAMS_SLOTS, PARAMS_STRIDE, Parameters, Recording};
 
 /// The greedy token of NaN logits, as `argmax.wgsl` writes it.
 const NAN_TOKEN: u32 = u32::MAX;
@@ -46,17 +54,46 @@ pub struct GpuBackend {
     head: Head,
     argmax: Op,
     buffers: Buffers,
-    batch: PassParams,
+    batch: Parameters,
     want: Want,
     /// Which of the two hidden buffers the last recorded step wrote.
     current_hidden: usize,
     recording: Option<Recording>,
+    sampler: Sampler,
+    pace: Pace,
+    chosen: Chosen,
+    ring: TokenRing,
+    /// A prompt chunk on its way: its submission, when, and of how many tokens.
+    chunk: Option<(wgpu::SubmissionIndex, Instant, usize)>,
+    /// Tokens of the prompt chunk whose last choice is on its way.
+    prompt_tokens: usize,
+    /// When the last submit was complete that was waited for.
+    done: Instant,
     gpu: Gpu,
+}
+
+/// Token ids that are chosen at once: places in their buffer.
+const CHOSEN_SLOTS: usize = 4 * MAX_STEPS;
+/// Submits of tokens on their way at once.
+const SUBMITS: usize = 4;
+
+/// Tokens that passes choose, in the places of the buffer that follow the prompt's, in turn.
+#[derive(Default)]
+struct Chosen {
+    /// Tokens chosen since the model was loaded: the next place, but for the turn.
+    count: usize,
+    /// How many of the last are recorded and not on their way.
+    recorded: usize,
+    /// Position of the first of these.
+    first_position: usize,
+    /// Whether the last may be fed.
+    is_fresh: bool,
 }
 
 /// Activations and what is read back, for `max_batch` tokens.
 struct Buffers {
     params: wgpu::Buffer,
+    /// The prompt's, then what was chosen.
     tokens: Slice,
     /// The residual stream at the start of a layer, and between its halves.
     hidden: [Slice; 2],
@@ -75,8 +112,6 @@ struct Buffers {
     attended: Slice,
     gated: Slice,
     logits: Slice,
-    token: Slice,
-    token_staging: Staging,
     logits_staging: Staging,
 }
 
@@ -121,6 +156,8 @@ struct Builder<'a> {
     int8: bool,
     methods: self_test::Methods<'a>,
     buffers: &'a Buffers,
+    /// Weights that a pass reads.
+    weight_bytes: u64,
 }
 
 impl GpuBackend {
@@ -158,6 +195,7 @@ impl GpuBackend {
             int8,
             methods: self_test::Methods::new(&gpu, plan),
             buffers: &buffers,
+            weight_bytes: 0,
         };
         let inv_freq = source.frequencies()?;
         let angles: Vec<[f32; 2]> = (0..capacity)
@@ -185,7 +223,8 @@ impl GpuBackend {
         let embed = builder.embed(&embedding)?;
         let head = builder.head(lm_head.as_ref().unwrap_or(&embedding), &final_norm)?;
         let b = &buffers;
-        let argmax = builder.op(&kernels::argmax(config.vocab_size), &[&b.logits, &b.token])?;
+        let argmax = builder.op(&kernels::argmax(config.vocab_size), &[&b.logits, &b.tokens])?;
+        let weight_bytes = builder.weight_bytes;
         // Frees the staging memory of what was uploaded last.
         gpu.queue.submit([]);
         gpu.wait("load the model")?;
@@ -204,10 +243,17 @@ impl GpuBackend {
             head,
             argmax,
             buffers,
-            batch: PassParams::default(),
+            batch: Parameters::default(),
             want: Want::Nothing,
             current_hidden: 0,
             recording: None,
+            sampler: Sampler::default(),
+            pace: Pace::new(total, weight_bytes, gpu.adapter.kind == AdapterKind::Software),
+            chosen: Chosen::default(),
+            ring: TokenRing::new(&gpu, SUBMITS, MAX_STEPS),
+            chunk: None,
+            prompt_tokens: 1,
+            done: Instant::now(),
             gpu,
             config,
         })
@@ -226,7 +272,7 @@ impl GpuBackend {
     /// Records a step around matrices.
     fn record_step(&mut self, layer: usize, step: impl Fn(&LayerOps) -> &Step) {
         let Step { before, runs, after, fused } = step(&self.layers[layer]);
-        let n_tokens = self.batch.n_tokens;
+        let n_tokens = self.batch.values.n_tokens;
         if n_tokens == 1 && !fused.is_empty() {
             return record(&self.gpu, &mut self.recording, &self.batch, fused);
         }
@@ -237,17 +283,90 @@ impl GpuBackend {
     }
 
     /// Ends the pass, lets `copies` add to the encoder, and submits.
-    fn submit(&mut self, copies: impl FnOnce(&mut wgpu::CommandEncoder, &Buffers)) {
+    fn submit(
+        &mut self,
+        copies: impl FnOnce(&mut wgpu::CommandEncoder, &Buffers),
+    ) -> wgpu::SubmissionIndex {
         let recording = self.recording.take().expect("begin opens the pass");
-        recording.submit(&self.gpu, |encoder| copies(encoder, &self.buffers));
+        recording.submit(&self.gpu, |encoder| copies(encoder, &self.buffers))
     }
+
+    /// Place of the `count`-th chosen token in the buffer.
+    fn place(&self, count: usize) -> usize {
+        self.max_batch + count % CHOSEN_SLOTS
+    }
+
+    /// Submits what is recorded; the tokens chosen in it are on their way.
+    fn launch(&mut self) -> Result<()> {
+        let staging = self.ring.staging(&self.gpu)?;
+        let Chosen { count, recorded, first_position, .. } = self.chosen;
+        let places = (count - recorded..count).map(|count| self.place(count));
+        let places: [usize; MAX_STEPS] = collect(places);
+        let submission = self.submit(|encoder, b| {
+            for (to, &place) in places[..recorded].iter().enumerate() {
+                staging.copy_from(encoder, &b.tokens.words(place, 1), to, 1);
+            }
+        });
+        self.ring.launch(&self.gpu, staging, submission, (first_position, recorded));
+        self.chosen.recorded = 0;
+        self.gpu.check("choose a token")
+    }
+
+    /// Waits for the tokens of the oldest submit, and learns from how long it took.
+    fn land(&mut self) -> Result<bool> {
+        let Some(Landing { count, submitted }) = self.ring.land(&self.gpu)? else {
+            return Ok(false);
+        };
+        let time = run_time(submitted, &mut self.done);
+        match std::mem::replace(&mut self.prompt_tokens, 1) {
+            1 => self.pace.measured_steps(count, time),
+            n_tokens => self.pace.measured_prompt(n_tokens, time),
+        }
+        Ok(true)
+    }
+
+    /// Drops what was chosen and not taken.
+    fn forget(&mut self) {
+        self.ring.forget();
+        self.recording = None;
+        (self.chosen.recorded, self.chosen.is_fresh) = (0, false);
+        self.prompt_tokens = 1;
+    }
+
+    /// Submits what is recorded of a pass, if it would otherwise take the device for too long.
+    fn split(&mut self, layer: usize) -> Result<()> {
+        let layers = self.pace.layers(self.batch.values.n_tokens as usize);
+        let is_last = layer + 1 == self.layers.len();
+        if (layer + 1).is_multiple_of(layers) && !is_last {
+            self.submit(|_, _| {});
+            self.gpu.check("run a part of the layers")?;
+            self.recording = Some(self.gpu.begin_recording());
+        }
+        Ok(())
+    }
+
+    /// Waits for the prompt chunk before the last, so that no more than two are on their way.
+    fn land_chunk(&mut self) -> Result<()> {
+        if let Some((submission, submitted, n_tokens)) = self.chunk.take() {
+            self.gpu.wait_for("run a prompt chunk", submission)?;
+            let time = run_time(submitted, &mut self.done);
+            self.pace.measured_prompt(n_tokens, time);
+        }
+        Ok(())
+    }
+}
+
+fn collect<const N: usize>(values: impl Iterator<Item = usize>) -> [usize; N] {
+    let mut array = [0; N];
+    array.iter_mut().zip(values).for_each(|(slot, value)| *slot = value);
+    array
 }
 
 /// Records operations into the open pass.
 fn record<'a>(
     gpu: &Gpu,
     recording: &mut Option<Recording>,
-    batch: &PassParams,
+    batch: &Parameters,
     ops: impl IntoIterator<Item = &'a Op>,
 ) {
     let recording = recording.as_mut().expect("the pass is open between begin and finish");
@@ -279,7 +398,7 @@ impl Buffers {
         let f32s = |what, per_token: usize| gpu.storage(what, per_token * max_batch);
         Ok(Self {
             params: gpu.params_buffer(),
-            tokens: f32s("tokens", 1)?,
+            tokens: gpu.storage("tokens", max_batch + CHOSEN_SLOTS)?,
             hidden: [f32s("hidden", hidden)?, f32s("hidden", hidden)?],
             normed: f32s("normed", widest_in)?,
             inner: f32s("normed", widest_in)?,
@@ -297,8 +416,6 @@ impl Buffers {
             attended: f32s("attended", config.query_size())?,
             gated: f32s("gated", config.intermediate_size)?,
             logits: f32s("logits", config.vocab_size)?,
-            token: gpu.storage("token", 1)?,
-            token_staging: gpu.staging(1),
             logits_staging: gpu.staging(config.vocab_size),
         })
     }
@@ -605,6 +722,7 @@ impl Builder<'_> {
         let mut parts: Vec<&[u32]> =
             host.iter().flat_map(|linear| linear.parts(self.gpu)).collect();
         parts.extend(norms.iter().flatten().map(|norm| bytemuck::cast_slice(norm.as_slice())));
+        self.weight_bytes += parts.iter().map(|part| size_of_val(*part) as u64).sum::<u64>();
         let slices = self.gpu.upload_together(&format!("layer {index}"), &parts)?;
         let mut slices = slices.into_iter();
         let [qkv, o, gate_up, down] =
@@ -673,22 +791,47 @@ impl Backend for GpuBackend {
         self.capacity
     }
 
+    fn lead(&self) -> usize {
+        // One submit runs while the next is recorded.
+        2 * self.pace.steps()
+    }
+
+    fn choose_with(&mut self, sampler: Sampler) -> Result<()> {
+        self.forget();
+        self.sampler = sampler;
+        Ok(())
+    }
+
     fn begin(&mut self, batch: Batch<'_>) -> Result<()> {
         batch.check(self.max_batch, self.capacity, self.config.vocab_size)?;
-        let (n_tokens, n_logit_rows) = (batch.tokens.len(), batch.logit_rows());
+        let (n_tokens, n_logit_rows) = (batch.tokens.count(), batch.logit_rows());
+        let token_in = match batch.tokens {
+            Tokens::Given(tokens) => {
+                self.forget();
+                let buffer = &self.buffers.tokens.buffer;
+                self.gpu.queue.write_buffer(buffer, 0, bytemuck::cast_slice(tokens));
+                self.prompt_tokens = n_tokens;
+                0
+            }
+            Tokens::Chosen if self.chosen.is_fresh => self.place(self.chosen.count - 1),
+            Tokens::Chosen => return Err(Error::NoToken),
+        };
         // Checked above: all of these are below the capacity, which fits u32.
-        self.batch = PassParams {
+        self.batch.values = PassParams {
             n_tokens: n_tokens as u32,
             start: batch.start as u32,
             first_logit_row: (n_tokens - n_logit_rows) as u32,
             n_logit_rows: n_logit_rows as u32,
+            token_in: token_in as u32,
+            token_out: self.place(self.chosen.count) as u32,
             ..PassParams::default()
         };
+        self.batch.slot = (self.batch.slot + 1) % PARAMS_SLOTS;
+        let offset = u64::from(self.batch.slot * PARAMS_STRIDE);
+        let bytes = bytemuck::bytes_of(&self.batch.values);
+        self.gpu.queue.write_buffer(&self.buffers.params, offset, bytes);
         self.want = batch.want;
-        let queue = &self.gpu.queue;
-        queue.write_buffer(&self.buffers.params, 0, bytemuck::bytes_of(&self.batch));
-        queue.write_buffer(&self.buffers.tokens.buffer, 0, bytemuck::cast_slice(batch.tokens));
-        self.recording = Some(self.gpu.begin_recording());
+        self.recording.get_or_insert_with(|| self.gpu.begin_recording());
         Ok(())
     }
 
@@ -722,18 +865,24 @@ impl Backend for GpuBackend {
     fn down(&mut self, layer: usize) -> Result<()> {
         self.record_step(layer, |ops| &ops.down);
         self.current_hidden = 0;
-        Ok(())
+        self.split(layer)
     }
 
     fn head(&mut self) -> Result<()> {
         let Head { before, table } = &self.head;
-        let ops = before.iter().chain(table.ops(self.batch.n_logit_rows));
+        let ops = before.iter().chain(table.ops(self.batch.values.n_logit_rows));
         record(&self.gpu, &mut self.recording, &self.batch, ops);
         Ok(())
     }
 
-    fn argmax(&mut self) -> Result<()> {
+    fn choose(&mut self) -> Result<()> {
         record(&self.gpu, &mut self.recording, &self.batch, [&self.argmax]);
+        let PassParams { start, n_tokens, .. } = self.batch.values;
+        let Chosen { count, recorded, first_position, is_fresh } = &mut self.chosen;
+        if *recorded == 0 {
+            *first_position = (start + n_tokens - 1) as usize;
+        }
+        (*count, *recorded, *is_fresh) = (*count + 1, *recorded + 1, true);
         Ok(())
     }
 
@@ -741,20 +890,19 @@ impl Backend for GpuBackend {
         let vocab_size = self.config.vocab_size;
         match self.want {
             Want::Nothing => {
-                self.submit(|_, _| {});
+                let submission = self.submit(|_, _| {});
                 self.gpu.check("run a prompt chunk")?;
+                self.land_chunk()?;
+                let n_tokens = self.batch.values.n_tokens as usize;
+                self.chunk = Some((submission, Instant::now(), n_tokens));
                 Ok(Output::Nothing)
             }
             Want::Token => {
-                self.submit(|encoder, b| b.token_staging.copy_from(encoder, &b.token, 0, 1));
-                let token = self.gpu.read_staging(&self.buffers.token_staging, 1, |words| words[0]);
-                match token? {
-                    NAN_TOKEN => {
-                        let position = (self.batch.start + self.batch.n_tokens - 1) as usize;
-                        Err(Error::NanLogits { position })
-                    }
-                    token => Ok(Output::Token(token)),
+                let is_given = self.batch.values.token_in == 0;
+                if is_given || self.chosen.recorded >= self.pace.steps() {
+                    self.launch()?;
                 }
+                Ok(Output::Nothing)
             }
             Want::LastLogits => {
                 self.submit(|encoder, b| {
@@ -768,9 +916,31 @@ impl Backend for GpuBackend {
             }
             Want::AllLogits => {
                 self.submit(|_, _| {});
-                let len_words = vocab_size * self.batch.n_logit_rows as usize;
+                let len_words = vocab_size * self.batch.values.n_logit_rows as usize;
                 let words = self.gpu.read(&self.buffers.logits, len_words)?;
                 Ok(Output::Logits(bytemuck::cast_vec(words)))
+            }
+        }
+    }
+
+    fn take(&mut self) -> Result<u32> {
+        loop {
+            match self.ring.next() {
+                Some((token, _)) if (token as usize) < self.config.vocab_size => return Ok(token),
+                Some((token, position)) => {
+                    self.forget();
+                    return Err(match token {
+                        NAN_TOKEN => Error::NanLogits { position },
+                        _ => self.gpu.error("choose a token", format!("{token} is no token")),
+                    });
+                }
+                None => {}
+            }
+            if !self.land()? {
+                if self.chosen.recorded == 0 {
+                    return Err(Error::NoToken);
+                }
+                self.launch()?;
             }
         }
     }
@@ -785,7 +955,7 @@ impl Backend for GpuBackend {
             Tap::Attended => (&b.attended, config.query_size()),
             Tap::Gated => (&b.gated, config.intermediate_size),
         };
-        let words = self.gpu.read(slice, width * self.batch.n_tokens as usize)?;
+        let words = self.gpu.read(slice, width * self.batch.values.n_tokens as usize)?;
         self.recording = Some(self.gpu.begin_recording());
         Ok(bytemuck::cast_vec(words))
     }

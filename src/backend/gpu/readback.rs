@@ -1,6 +1,9 @@
 //! Reading results back.
 
+use std::collections::VecDeque;
 use std::sync::atomic::Ordering;
+use std::sync::mpsc::{Receiver, sync_channel};
+use std::time::{Duration, Instant};
 
 use super::buffer::Slice;
 use super::device::Gpu;
@@ -10,6 +13,11 @@ use crate::error::Result;
 pub struct Staging {
     buffer: wgpu::Buffer,
 }
+
+const READ_BACK: &str = "read a result back";
+
+/// Whether a buffer has been mapped.
+type Mapped = Receiver<std::result::Result<(), wgpu::BufferAsyncError>>;
 
 impl Gpu {
     /// A staging buffer of `len_words` u32.
@@ -33,25 +41,41 @@ impl Gpu {
         len_words: usize,
         use_words: impl FnOnce(&[u32]) -> T,
     ) -> Result<T> {
-        const OPERATION: &str = "read a result back";
-        let (sender, receiver) = std::sync::mpsc::sync_channel(1);
+        let mapped = self.map(staging, len_words);
+        self.wait(READ_BACK)?;
+        self.use_mapped(staging, &mapped, len_words, use_words)
+    }
+
+    /// Asks for the first `len_words` of `staging` once everything submitted has run.
+    fn map(&self, staging: &Staging, len_words: usize) -> Mapped {
+        let (sender, receiver) = sync_channel(1);
         let range = 0..len_words as u64 * 4;
         self.work.readback_bytes.fetch_add(range.end, Ordering::Relaxed);
-        staging.buffer.map_async(wgpu::MapMode::Read, range.clone(), move |result| {
-            // The receiver waits below; it is gone only if waiting failed.
+        staging.buffer.map_async(wgpu::MapMode::Read, range, move |result| {
+            // Nobody receives what was forgotten.
             let _ = sender.send(result);
         });
-        self.wait(OPERATION)?;
-        // Another thread's poll may still be on its way to the callback.
         receiver
+    }
+
+    /// Hands the words to `use_words` after a wait for them.
+    fn use_mapped<T>(
+        &self,
+        staging: &Staging,
+        mapped: &Mapped,
+        len_words: usize,
+        use_words: impl FnOnce(&[u32]) -> T,
+    ) -> Result<T> {
+        // Another thread's poll may still be on its way to the callback.
+        mapped
             .recv()
-            .map_err(|_| self.error(OPERATION, "the buffer was not mapped"))?
-            .map_err(|source| self.error(OPERATION, source.to_string()))?;
+            .map_err(|_| self.error(READ_BACK, "the buffer was not mapped"))?
+            .map_err(|source| self.error(READ_BACK, source.to_string()))?;
         let result = {
             let bytes = staging
                 .buffer
-                .get_mapped_range(range)
-                .map_err(|source| self.error(OPERATION, source.to_string()))?;
+                .get_mapped_range(0..len_words as u64 * 4)
+                .map_err(|source| self.error(READ_BACK, source.to_string()))?;
             // Mapped memory is aligned to 8 bytes at least.
             use_words(bytemuck::cast_slice(&bytes))
         };
@@ -72,16 +96,109 @@ impl Gpu {
 }
 
 impl Staging {
-    /// Records a copy of `len_words` from word `first` of `slice` to the start of the staging
-    /// buffer.
+    /// Records a copy of `len_words` from the start of `slice` to word `to` of the staging buffer.
     pub fn copy_from(
         &self,
         encoder: &mut wgpu::CommandEncoder,
         slice: &Slice,
-        first: usize,
+        to: usize,
         len_words: usize,
     ) {
-        let offset = slice.offset + first as u64 * 4;
-        encoder.copy_buffer_to_buffer(&slice.buffer, offset, &self.buffer, 0, len_words as u64 * 4);
+        let (to, len) = (to as u64 * 4, len_words as u64 * 4);
+        encoder.copy_buffer_to_buffer(&slice.buffer, slice.offset, &self.buffer, to, len);
     }
+}
+
+/// Token ids on their way to the host, one staging buffer a submit.
+pub(super) struct TokenRing {
+    free: Vec<Staging>,
+    flights: VecDeque<Flight>,
+    ready: VecDeque<ChosenToken>,
+}
+
+/// A token and the position of the logits that chose it.
+pub(super) type ChosenToken = (u32, usize);
+
+/// The tokens of one submit.
+struct Flight {
+    staging: Staging,
+    mapped: Mapped,
+    submission: wgpu::SubmissionIndex,
+    submitted: Instant,
+    first_position: usize,
+    count: usize,
+}
+
+/// A submit whose tokens have arrived.
+pub(super) struct Landing {
+    /// How many.
+    pub(super) count: usize,
+    /// When it was submitted.
+    pub(super) submitted: Instant,
+}
+
+impl TokenRing {
+    /// Staging buffers, made at load, for up to `words` tokens a submit. Where more submits are on
+    /// their way, the oldest is waited for.
+    pub(super) fn new(gpu: &Gpu, submits: usize, words: usize) -> Self {
+        let free = (0..submits).map(|_| gpu.staging(words)).collect();
+        Self { free, flights: VecDeque::new(), ready: VecDeque::new() }
+    }
+
+    /// A staging buffer to copy tokens to.
+    pub(super) fn staging(&mut self, gpu: &Gpu) -> Result<Staging> {
+        while self.free.is_empty() {
+            self.land(gpu)?;
+        }
+        Ok(self.free.pop().expect("one was free"))
+    }
+
+    /// Tokens were copied to `staging` in a submission.
+    pub(super) fn launch(
+        &mut self,
+        gpu: &Gpu,
+        staging: Staging,
+        submission: wgpu::SubmissionIndex,
+        (first_position, count): (usize, usize),
+    ) {
+        let mapped = gpu.map(&staging, count);
+        let submitted = Instant::now();
+        let flight = Flight { staging, mapped, submission, submitted, first_position, count };
+        self.flights.push_back(flight);
+    }
+
+    /// Waits for the oldest submit; `None` if there is none.
+    pub(super) fn land(&mut self, gpu: &Gpu) -> Result<Option<Landing>> {
+        let Some(flight) = self.flights.pop_front() else { return Ok(None) };
+        let Flight { staging, mapped, submission, submitted, first_position, count } = flight;
+        gpu.wait_for(READ_BACK, submission)?;
+        let ready = &mut self.ready;
+        gpu.use_mapped(&staging, &mapped, count, |words| {
+            ready.extend(words.iter().copied().zip(first_position..));
+        })?;
+        self.free.push(staging);
+        Ok(Some(Landing { count, submitted }))
+    }
+
+    /// The oldest token that has arrived.
+    pub(super) fn next(&mut self) -> Option<ChosenToken> {
+        self.ready.pop_front()
+    }
+
+    /// Drops every token.
+    pub(super) fn forget(&mut self) {
+        self.ready.clear();
+        for flight in self.flights.drain(..) {
+            flight.staging.buffer.unmap();
+            self.free.push(flight.staging);
+        }
+    }
+}
+
+/// How long a submit ran: since it was handed over, or since the one before it was complete.
+pub(super) fn run_time(submitted: Instant, previous_done: &mut Instant) -> Duration {
+    let now = Instant::now();
+    let time = now - submitted.max(*previous_done);
+    *previous_done = now;
+    time
 }

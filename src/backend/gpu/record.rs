@@ -101,8 +101,22 @@ pub struct Op {
     y: Rows,
 }
 
+/// Bytes from one set of parameters in their buffer to the next: the largest offset alignment.
+pub(super) const PARAMS_STRIDE: u32 = 256;
+/// Sets of parameters in their buffer: passes that are recorded before a submit have one each.
+pub(super) const PARAMS_SLOTS: u32 = 64;
+
+/// What a dispatch is recorded with: the parameters of its pass, and which set of the buffer holds
+/// them.
+#[derive(Debug, Clone, Copy, Default)]
+pub(super) struct Parameters {
+    pub(super) values: PassParams,
+    pub(super) slot: u32,
+}
+
 impl Op {
-    fn record(&self, pass: &mut wgpu::ComputePass<'_>, params: &PassParams) {
+    fn record(&self, pass: &mut wgpu::ComputePass<'_>, parameters: &Parameters) {
+        let params = &parameters.values;
         let y = match self.y {
             Rows::One => 1,
             Rows::Tokens => params.n_tokens,
@@ -111,7 +125,7 @@ impl Op {
             Rows::LogitRowTiles(rows) => params.n_logit_rows.div_ceil(rows),
         };
         pass.set_pipeline(&self.pipeline);
-        pass.set_bind_group(0, &self.bind_group, &[]);
+        pass.set_bind_group(0, &self.bind_group, &[parameters.slot * PARAMS_STRIDE]);
         pass.dispatch_workgroups(self.x, y, 1);
     }
 }
@@ -124,18 +138,22 @@ pub(super) struct Recording {
 
 impl Recording {
     /// Records a dispatch.
-    pub(super) fn dispatch(&mut self, gpu: &Gpu, op: &Op, params: &PassParams) {
-        op.record(&mut self.pass, params);
+    pub(super) fn dispatch(&mut self, gpu: &Gpu, op: &Op, parameters: &Parameters) {
+        op.record(&mut self.pass, parameters);
         gpu.work.dispatches.fetch_add(1, Ordering::Relaxed);
     }
 
     /// Ends the pass, lets `copies` add to the encoder, and submits.
-    pub(super) fn submit(self, gpu: &Gpu, copies: impl FnOnce(&mut wgpu::CommandEncoder)) {
+    pub(super) fn submit(
+        self,
+        gpu: &Gpu,
+        copies: impl FnOnce(&mut wgpu::CommandEncoder),
+    ) -> wgpu::SubmissionIndex {
         let Self { pass, mut encoder } = self;
         drop(pass);
         copies(&mut encoder);
-        gpu.queue.submit([encoder.finish()]);
         gpu.work.submits.fetch_add(1, Ordering::Relaxed);
+        gpu.queue.submit([encoder.finish()])
     }
 }
 
@@ -216,7 +234,11 @@ impl Gpu {
             .map(|binding| wgpu::BindGroupEntry {
                 binding: binding.number,
                 resource: match binding.access {
-                    Access::Uniform => params.as_entire_binding(),
+                    Access::Uniform => wgpu::BindingResource::Buffer(wgpu::BufferBinding {
+                        buffer: params,
+                        offset: 0,
+                        size: wgpu::BufferSize::new(size_of::<PassParams>() as u64),
+                    }),
                     Access::Read | Access::Write => {
                         storage.next().expect("the lengths agree").binding()
                     }
@@ -272,7 +294,7 @@ impl Gpu {
                         Access::Read => wgpu::BufferBindingType::Storage { read_only: true },
                         Access::Write => wgpu::BufferBindingType::Storage { read_only: false },
                     },
-                    has_dynamic_offset: false,
+                    has_dynamic_offset: binding.access == Access::Uniform,
                     min_binding_size: None,
                 },
                 count: None,
@@ -319,9 +341,10 @@ impl Gpu {
         ops: impl IntoIterator<Item = &'a Op>,
     ) -> Result<()> {
         self.queue.write_buffer(uniform, 0, bytemuck::bytes_of(&params));
+        let parameters = Parameters { values: params, slot: 0 };
         let mut recording = self.begin_recording();
         for op in ops {
-            recording.dispatch(self, op, &params);
+            recording.dispatch(self, op, &parameters);
         }
         recording.submit(self, |_| {});
         self.wait("run kernels")
@@ -335,11 +358,11 @@ impl Gpu {
         Recording { pass, encoder }
     }
 
-    /// The uniform buffer of [`PassParams`].
+    /// A uniform buffer of [`PassParams`].
     pub fn params_buffer(&self) -> wgpu::Buffer {
         self.device.create_buffer(&wgpu::BufferDescriptor {
             label: Some("pass"),
-            size: size_of::<PassParams>() as u64,
+            size: u64::from(PARAMS_SLOTS * PARAMS_STRIDE),
             usage: wgpu::BufferUsages::UNIFORM | wgpu::BufferUsages::COPY_DST,
             mapped_at_creation: false,
         })

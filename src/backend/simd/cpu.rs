@@ -7,11 +7,12 @@ use super::matrix::{Head, Linears, Matrix, Scales};
 use super::pool::{Pool, Split};
 use super::{Activations, CHUNK_WORDS, CacheHead, Kernels, Level, TokenScale};
 use crate::backend::{
-    Backend, Batch, DeviceInfo, LoadOptions, OnProgress, Output, Progress, Tap, Want,
+    Backend, Batch, DeviceInfo, LoadOptions, OnProgress, Output, Progress, Tap, Tokens, Want,
 };
 use crate::config::{Activations as Precision, ModelConfig};
 use crate::error::{Error, Result};
 use crate::kv_cache::KvCache;
+use crate::sampler::Sampler;
 use crate::weights::WeightSource;
 
 /// A model on the CPU.
@@ -30,6 +31,8 @@ pub struct SimdBackend {
     cache: KvCache,
     work: Work,
     pass: Pass,
+    sampler: Sampler,
+    chosen: Option<u32>,
 }
 
 struct Layer {
@@ -95,7 +98,6 @@ struct Pass {
     normed: Vec<f32>,
     /// `[ceil(V/32)][rows wanted][32]`.
     logits: Vec<f32>,
-    token: Option<u32>,
 }
 
 impl Pass {
@@ -105,7 +107,8 @@ impl Pass {
 
     /// How many rows of logits are wanted.
     fn logit_rows(&self) -> usize {
-        Batch { tokens: &self.tokens, start: self.start, want: self.want }.logit_rows()
+        let tokens = Tokens::Given(&self.tokens);
+        Batch { tokens, start: self.start, want: self.want }.logit_rows()
     }
 }
 
@@ -416,8 +419,9 @@ impl SimdBackend {
                 gated: vec![0.0; max_batch * intermediate],
                 normed: vec![0.0; max_batch * hidden],
                 logits: vec![0.0; config.vocab_size.next_multiple_of(TILE_ROWS)],
-                token: None,
             },
+            sampler: Sampler::default(),
+            chosen: None,
             config,
         })
     }
@@ -436,15 +440,23 @@ impl Backend for SimdBackend {
         self.cache.capacity()
     }
 
+    fn choose_with(&mut self, sampler: Sampler) -> Result<()> {
+        (self.sampler, self.chosen) = (sampler, None);
+        Ok(())
+    }
+
     fn begin(&mut self, batch: Batch<'_>) -> Result<()> {
         batch.check(self.max_batch, self.capacity(), self.config.vocab_size)?;
         let pass = &mut self.pass;
         pass.tokens.clear();
-        pass.tokens.extend_from_slice(batch.tokens);
-        (pass.start, pass.want, pass.token) = (batch.start, batch.want, None);
+        match batch.tokens {
+            Tokens::Given(tokens) => pass.tokens.extend_from_slice(tokens),
+            Tokens::Chosen => pass.tokens.push(self.chosen.ok_or(Error::NoToken)?),
+        }
+        (pass.start, pass.want) = (batch.start, batch.want);
         let half = self.frequencies.inv_freq.len();
         let angles = pass.cos.chunks_exact_mut(half).zip(pass.sin.chunks_exact_mut(half));
-        for (position, (cos, sin)) in (batch.start..).zip(angles).take(batch.tokens.len()) {
+        for (position, (cos, sin)) in (batch.start..).zip(angles).take(pass.tokens.len()) {
             rope_angles(position, &self.frequencies, cos, sin);
         }
         Ok(())
@@ -603,22 +615,25 @@ impl Backend for SimdBackend {
         Ok(())
     }
 
-    fn argmax(&mut self) -> Result<()> {
+    fn choose(&mut self) -> Result<()> {
         let rows = self.pass.logit_rows();
         let position = self.pass.position_of_last();
-        let logits = if rows == 1 { &self.pass.logits[..self.config.vocab_size] } else { &[] };
-        let token = self.work.kernels.argmax(logits).ok_or(Error::NanLogits { position })?;
-        self.pass.token = Some(token as u32);
+        let vocab_size = if rows == 1 { self.config.vocab_size } else { 0 };
+        let logits = &mut self.pass.logits[..vocab_size];
+        self.chosen = Some(if self.sampler.is_argmax() {
+            self.work.kernels.argmax(logits).ok_or(Error::NanLogits { position })? as u32
+        } else {
+            self.sampler.sample(logits, position)?
+        });
         Ok(())
     }
 
     fn finish(&mut self) -> Result<Output> {
-        let Pass { want, token, logits, .. } = &self.pass;
+        let Pass { want, logits, .. } = &self.pass;
         let vocab_size = self.config.vocab_size;
-        Ok(match (want, *token) {
-            (Want::Token, Some(token)) => Output::Token(token),
-            (Want::LastLogits, _) => Output::Logits(logits[..vocab_size].to_vec()),
-            (Want::AllLogits, _) => {
+        Ok(match want {
+            Want::LastLogits => Output::Logits(logits[..vocab_size].to_vec()),
+            Want::AllLogits => {
                 let rows = self.pass.logit_rows();
                 let mut all = Vec::with_capacity(rows * vocab_size);
                 for m in 0..rows {
@@ -628,8 +643,12 @@ impl Backend for SimdBackend {
                 }
                 Output::Logits(all)
             }
-            _ => Output::Nothing,
+            Want::Nothing | Want::Token => Output::Nothing,
         })
+    }
+
+    fn take(&mut self) -> Result<u32> {
+        self.chosen.ok_or(Error::NoToken)
     }
 
     fn read(&mut self, tap: Tap) -> Result<Vec<f32>> {
