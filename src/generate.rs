@@ -4,7 +4,7 @@ use std::fmt;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
-use crate::backend::{Device, LoadOptions, OnProgress};
+use crate::backend::{Device, HeadWork, LoadOptions, OnProgress};
 use crate::checkpoint::Checkpoint;
 use crate::error::{Error, Result};
 use crate::format::{Bytes, ModelFiles};
@@ -346,6 +346,11 @@ impl Generation<'_> {
     /// Why the text ended; `None` as long as it has not.
     pub fn finish_reason(&self) -> Option<FinishReason> {
         self.finish_reason
+    }
+
+    /// How the int8 head has worked since the model was loaded; `None` if there is none.
+    pub fn head_work(&self) -> Option<HeadWork> {
+        self.transformer.head_work()
     }
 
     /// How long it has taken so far.

@@ -1,7 +1,7 @@
 //! The transformer, written once over the `Backend` steps: prefill and decode.
 
-use crate::backend::{self, Backend, Batch, Device, DeviceInfo, LoadOptions, OnProgress, Output};
-use crate::backend::{Tap, Tokens, Want};
+use crate::backend::{self, Backend, Batch, Device, DeviceInfo, HeadWork, LoadOptions};
+use crate::backend::{OnProgress, Output, Tap, Tokens, Want};
 use crate::config::ModelConfig;
 use crate::error::{Error, Result};
 use crate::sampler::Sampler;
@@ -50,6 +50,11 @@ impl Transformer {
     /// The device it runs on.
     pub fn device(&self) -> &DeviceInfo {
         self.backend.device()
+    }
+
+    /// How the int8 head has worked since the model was loaded; `None` if there is none.
+    pub fn head_work(&self) -> Option<HeadWork> {
+        self.backend.head_work()
     }
 
     /// Positions there is room for.

@@ -134,6 +134,11 @@ pub trait Backend: Send {
         1
     }
 
+    /// How the int8 head has worked since the model was loaded; `None` if there is none.
+    fn head_work(&self) -> Option<HeadWork> {
+        None
+    }
+
     /// How tokens are chosen from now on; the greedy sampler is the first. Tokens that were chosen
     /// and not taken are forgotten.
     ///
@@ -218,11 +223,43 @@ pub struct LoadOptions {
     /// Quantises the activations of a model that is defined with f32 ones: faster, and not the
     /// model's own numbers. See [`Activations::Int8Group`].
     pub int8_activations: bool,
+    /// How tokens are chosen from the hidden state.
+    pub head: HeadChoice,
+}
+
+/// What a device that chooses tokens by itself reads of the LM head. Logits that are handed out come
+/// from the model's own rows in any case.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum HeadChoice {
+    /// int8 rows with a scale each, half the bytes of 16-bit ones or less. Greedy tokens are those of
+    /// the model's own rows: every row that could be the best is computed from those, too. Random
+    /// draws follow the int8 logits.
+    #[default]
+    Int8,
+    /// The model's own rows.
+    Exact,
+}
+
+/// How the int8 head chose greedy tokens.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct HeadWork {
+    /// Tokens chosen and taken.
+    pub tokens: u64,
+    /// Rows that were computed from the model's own table, in all.
+    pub candidates: u64,
+    /// The most for one token.
+    pub most: u64,
 }
 
 impl Default for LoadOptions {
     fn default() -> Self {
-        Self { context: None, max_batch: 64, threads: None, int8_activations: false }
+        Self {
+            context: None,
+            max_batch: 64,
+            threads: None,
+            int8_activations: false,
+            head: HeadChoice::default(),
+        }
     }
 }
 

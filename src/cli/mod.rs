@@ -16,7 +16,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use anyhow::{Context, Result};
 use clap::{Args, Parser, Subcommand};
-use sterna::backend::{Device, LoadOptions};
+use sterna::backend::{Device, HeadChoice, LoadOptions};
 use sterna::{Checkpoint, I2sLayout, OpenOptions};
 
 /// Runs ternary language models (BitNet b1.58 and relatives) on any GPU, and on the CPU.
@@ -94,6 +94,23 @@ struct ModelArguments {
     /// activations by definition and take no choice.
     #[arg(long, value_enum, value_name = "KIND", default_value = "model")]
     activations: ActivationChoice,
+
+    /// What a GPU chooses tokens by: int8 rows of the LM head, or the model's own
+    ///
+    /// "int8" reads half the bytes or less. Greedy tokens are still those of the model's own rows:
+    /// every row that could be the best is computed from those, too. With --temp above 0, the draw
+    /// follows the int8 logits.
+    #[arg(long, value_enum, value_name = "KIND", default_value = "int8")]
+    head: HeadKind,
+}
+
+/// `--head`.
+#[derive(Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+enum HeadKind {
+    /// int8 rows, and the model's own where they decide.
+    Int8,
+    /// The model's own rows.
+    Exact,
 }
 
 /// `--activations`.
@@ -156,7 +173,12 @@ impl ModelArguments {
 
     fn load_options(&self, context: Option<usize>) -> LoadOptions {
         let int8_activations = self.activations == ActivationChoice::Int8;
-        LoadOptions { context, threads: self.threads, int8_activations, ..LoadOptions::default() }
+        let head = match self.head {
+            HeadKind::Int8 => HeadChoice::Int8,
+            HeadKind::Exact => HeadChoice::Exact,
+        };
+        let threads = self.threads;
+        LoadOptions { context, threads, int8_activations, head, ..LoadOptions::default() }
     }
 }
 

@@ -7,6 +7,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
 use serde::Serialize;
+use sterna::backend::HeadWork;
 use sterna::generate::{GenerateOptions, Generation, Model};
 use sterna::sampler::Sampling;
 use sterna::tokenizer::{Message, Role};
@@ -84,7 +85,8 @@ pub(super) struct Arguments {
     ///
     /// It has text (without the prompt), token_ids (with the stop token, if there is one),
     /// prompt_token_ids, model, device, finish_reason (stop, length, context or interrupted), seed
-    /// and timings.
+    /// timings, and for a GPU's int8 head how many rows a greedy token needed of the model's own
+    /// (head_candidates: mean and most).
     #[arg(long)]
     json: bool,
 }
@@ -111,6 +113,21 @@ struct Report<'a> {
     finish_reason: &'a str,
     seed: Option<u64>,
     timings: ReportTimings,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    head_candidates: Option<ReportCandidates>,
+}
+
+#[derive(Serialize)]
+struct ReportCandidates {
+    mean: f64,
+    most: u64,
+}
+
+impl ReportCandidates {
+    fn of(work: HeadWork) -> Option<Self> {
+        let HeadWork { tokens, candidates, most } = work;
+        (tokens > 0).then(|| Self { mean: candidates as f64 / tokens as f64, most })
+    }
 }
 
 #[derive(Serialize)]
@@ -172,11 +189,16 @@ pub(super) fn run(arguments: Arguments) -> Result<()> {
             finish_reason,
             seed,
             timings: report_timings(&generation, load_time),
+            head_candidates: generation.head_work().and_then(ReportCandidates::of),
         });
     }
     let seed = seed.map(|seed| format!("; seed {seed}")).unwrap_or_default();
     let device = format!("{} ({}), {}", device.name, device.description, device.gemv);
-    let status = format!("{device}: {}; {finish_reason}{seed}", speed(&generation));
+    let candidates = generation.head_work().and_then(ReportCandidates::of);
+    let candidates = candidates
+        .map(|ReportCandidates { mean, .. }| format!("; {mean:.1} rows a token re-ranked exactly"))
+        .unwrap_or_default();
+    let status = format!("{device}: {}{candidates}; {finish_reason}{seed}", speed(&generation));
     // The text is out: a closed standard error is no failure.
     let _ = writeln!(io::stderr(), "{status}");
     Ok(())
