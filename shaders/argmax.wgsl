@@ -8,6 +8,7 @@
 // Twin: cpu-ref/src/argmax.rs. Exact.
 #import pass
 #import ordered
+#import best
 
 override WG: u32 = 256u;
 override V: u32 = 1u;
@@ -16,39 +17,18 @@ override V: u32 = 1u;
 @group(0) @binding(1) var<storage, read> logits: array<f32>;
 @group(0) @binding(2) var<storage, read_write> token: array<u32>;
 
-// Each lane's best (logit as ordered bits, index).
-var<workgroup> best_bits: array<u32, 256>;
-var<workgroup> best_index: array<u32, 256>;
-
 @compute @workgroup_size(WG)
 fn main(@builtin(local_invocation_index) lid: u32) {
     let from_ = (pass_.n_logit_rows - 1u) * V;
-    var bits = 0u;
-    var index = 0xffffffffu;
+    var mine = NONE;
     for (var n = lid; n < V; n += WG) {
-        let candidate = ordered(logits[from_ + n]);
-        if candidate > bits {
-            bits = candidate;
-            index = n;
+        let candidate = Best(ordered(logits[from_ + n]), n);
+        if is_better(candidate, mine) {
+            mine = candidate;
         }
     }
-    best_bits[lid] = bits;
-    best_index[lid] = index;
-    workgroupBarrier();
-    for (var step = WG / 2u; step > 0u; step /= 2u) {
-        if lid < step {
-            let other_bits = best_bits[lid + step];
-            let other_index = best_index[lid + step];
-            let better = other_bits > best_bits[lid]
-                || (other_bits == best_bits[lid] && other_index < best_index[lid]);
-            if better {
-                best_bits[lid] = other_bits;
-                best_index[lid] = other_index;
-            }
-        }
-        workgroupBarrier();
-    }
+    let best = reduce_best(lid, mine);
     if lid == 0u {
-        token[pass_.token_out] = select(best_index[0], 0xffffffffu, best_bits[0] == NAN_ORDERED);
+        token[pass_.token_out] = select(best.index, 0xffffffffu, best.bits == NAN_ORDERED);
     }
 }

@@ -12,6 +12,7 @@
 // that scale·code + min may become.
 #import pass
 #import dense
+#import codes
 
 override WG: u32 = 64u;
 override K: u32 = 64u;

@@ -3,7 +3,7 @@
 // | # | name   | type           | shape           | notes                                   |
 // | 0 | pass   | uniform        | Pass            | n_logit_rows                            |
 // | 1 | x      | read f32       | [M, K]          | rmsnorm of the wanted tokens            |
-// | 2 | table  | read vec4<u32> | [ROWS, UNITS]   | a shard; shared/dense                   |
+// | 2 | table  | read vec4<u32> | [ROWS, UNITS]   | a shard; shared/dense, shared/codes     |
 // | 3 | scale  | read f32       | [ROWS, K/GROUP] | only of codes (FORMAT = 3)              |
 // | 4 | min    | read f32       | [ROWS, K/GROUP] | only if HAS_MIN = 1                     |
 // | 5 | logits | read_write f32 | [M, V]          |                                         |
@@ -11,6 +11,8 @@
 // Twin: cpu-ref/src/lm_head.rs. Bound: K·2⁻²⁴ of Σ|table·x| from the f32 sum.
 #import pass
 #import dense
+#import codes
+#import dense_dot
 
 override K: u32 = 64u;
 override UNITS: u32 = 8u;
@@ -27,8 +29,6 @@ override HAS_MIN: u32 = 0u;
 @group(0) @binding(3) var<storage, read> scale: array<f32>;
 @group(0) @binding(4) var<storage, read> min_: array<f32>;
 @group(0) @binding(5) var<storage, read_write> logits: array<f32>;
-
-var<workgroup> partial: array<f32, 256>;
 
 // Columns past K are zero in the table; x is not read there.
 fn x_at(m: u32, k: u32) -> f32 {
@@ -55,28 +55,13 @@ fn main(@builtin(workgroup_id) wg: vec3<u32>, @builtin(local_invocation_index) l
                     sum += values.x * x_at(m, k) + values.y * x_at(m, k + 1u);
                     sum += values.z * x_at(m, k + 2u) + values.w * x_at(m, k + 3u);
                 }
-            } else if FORMAT == 2u {
-                for (var i = 0u; i < 4u; i++) {
-                    sum += bitcast<f32>(words[i]) * x_at(m, 4u * unit + i);
-                }
             } else {
-                for (var i = 0u; i < 4u; i++) {
-                    let pair = half_pair(words[i]);
-                    let k = 8u * unit + 2u * i;
-                    sum += pair.x * x_at(m, k) + pair.y * x_at(m, k + 1u);
-                }
+                sum = add_unit(sum, words, m, unit);
             }
         }
     }
-    partial[lid] = sum;
-    workgroupBarrier();
-    for (var step = 16u; step > 0u; step /= 2u) {
-        if lane < step {
-            partial[lid] += partial[lid + step];
-        }
-        workgroupBarrier();
-    }
+    let logit = sum_of_lanes(lid, sum);
     if lane == 0u && row < ROWS && m < pass_.n_logit_rows {
-        logits[m * V + ROW_BASE + row] = partial[lid];
+        logits[m * V + ROW_BASE + row] = logit;
     }
 }

@@ -10,10 +10,10 @@
 // square root and division, which WGSL does not round exactly; equal bits where the device does.
 #import pass
 #import reduce_tree
+#import rms
 
 override WG: u32 = 256u;
 override K: u32 = 64u;
-override EPS: f32 = 1e-5;
 override LOGIT_ROWS: u32 = 0u;
 
 @group(0) @binding(0) var<uniform> pass_: Pass;
@@ -27,12 +27,7 @@ fn main(@builtin(workgroup_id) wg: vec3<u32>, @builtin(local_invocation_index) l
     let m0 = select(0u, pass_.first_logit_row, LOGIT_ROWS == 1u);
     let m = wg.y;
     let from_ = (m0 + m) * K;
-    var sum = 0.0;
-    for (var k = lid; k < K; k += WG) {
-        let value = x[from_ + k];
-        sum += value * value;
-    }
-    let r = 1.0 / sqrt(reduce_sum_f32(lid, sum) / f32(K) + EPS);
+    let r = inv_rms(lid, from_);
     if m < rows {
         for (var k = lid; k < K; k += WG) {
             y[m * K + k] = w[k] * (x[from_ + k] * r);

@@ -11,7 +11,7 @@
 //! one row's piece. N is padded to a multiple of 32 and K to a multiple of 64 with weight 0.
 //! Storage is 2 bits a weight in either layout. `signs` stores a binary matrix {−1, +1} in the same
 //! way at 1 bit a weight: its chunks are 128 columns. Scales of groups of inputs lie apart, in
-//! `group_scales`.
+//! `group_scales`. `int8_rows` has the same tiles of int8 codes, each with what belongs to its rows.
 
 /// Rows of a tile.
 pub const TILE_ROWS: usize = 32;
@@ -119,6 +119,49 @@ pub mod group_scales {
         let row = n % TILE_ROWS;
         let word = words[(n / TILE_ROWS * groups + g) * (TILE_ROWS / 2) + row / 2];
         (word >> (16 * (row % 2))) as u16
+    }
+}
+
+/// Rows of int8 codes with what belongs to each row, for the LM head: chunks are 16 columns, a piece
+/// is the 16 bytes of one row's share, and the last piece of a row is `scale, error, norm, 0` in f32.
+///
+/// ```text
+/// words[tile = n/32][chunk = k/16, then one more][row = n%32][4]
+/// ```
+///
+/// K is padded with 0 to a multiple of 128, eight chunks, N to a multiple of 32 with rows of 0.
+pub mod int8_rows {
+    use super::{PIECE_WORDS, TILE_ROWS};
+
+    /// Columns of a chunk.
+    pub const CHUNK_K: usize = 16;
+
+    /// Chunks along K, a multiple of 8.
+    pub fn chunks(k: usize) -> usize {
+        k.div_ceil(CHUNK_K).next_multiple_of(8)
+    }
+
+    /// Words of a tile.
+    pub fn tile_words(k: usize) -> usize {
+        (chunks(k) + 1) * TILE_ROWS * PIECE_WORDS
+    }
+
+    /// Index of the first word of the piece that holds row `n`, chunk `chunk`.
+    pub fn piece_index(chunks: usize, n: usize, chunk: usize) -> usize {
+        super::piece_index(chunks + 1, n, chunk)
+    }
+
+    /// Code `q[n,k]` of a table with `chunks = chunks(K)`.
+    pub fn get(words: &[u32], chunks: usize, n: usize, k: usize) -> i8 {
+        let (chunk, byte) = (k / CHUNK_K, k % CHUNK_K);
+        let word = words[piece_index(chunks, n, chunk) + byte / 4];
+        word.to_le_bytes()[byte % 4] as i8
+    }
+
+    /// `scale, error, norm` of row `n`.
+    pub fn row(words: &[u32], chunks: usize, n: usize) -> [f32; 3] {
+        let first = piece_index(chunks, n, chunks);
+        std::array::from_fn(|i| f32::from_bits(words[first + i]))
     }
 }
 

@@ -26,6 +26,7 @@ pub mod gemm;
 pub mod gemv;
 pub mod group_gemv;
 pub mod hadamard;
+pub mod head_int8;
 pub mod layout;
 pub mod lm_head;
 pub mod mlp;

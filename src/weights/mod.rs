@@ -1,5 +1,6 @@
 //! Named tensors → typed weights, with every shape and scale checked here.
 
+mod int8_rows;
 mod packed;
 mod table;
 mod ternary;
@@ -7,6 +8,7 @@ mod ternary;
 use std::sync::Arc;
 
 pub use crate::checkpoint::{Checkpoint, MemorySummary};
+pub use int8_rows::Int8Rows;
 pub use packed::{PackedRun, RunScales, is_binary};
 pub use table::{Codes, Table, TableData};
 pub use ternary::{Alphabet, TernaryMatrix, WeightScale};

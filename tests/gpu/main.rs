@@ -9,6 +9,7 @@
 mod formats;
 #[path = "../common/golden.rs"]
 mod golden;
+mod head;
 mod kernels;
 mod model;
 mod util;
@@ -39,7 +40,8 @@ fn main() -> ExitCode {
                 Err(error) => eprintln!("no adapter: {error}"),
             }
         }
-        let cases = kernels::cases().into_iter().chain(model::cases(capabilities));
+        let cases = kernels::cases().into_iter().chain(head::cases(capabilities));
+        let cases = cases.chain(model::cases(capabilities));
         trials.extend(cases.map(|(name, case)| {
             let name = format!("{label}::{name}");
             match &gpu {

@@ -1,7 +1,10 @@
 //! One typed function a kernel: shapes in, override constants and grid out.
 
+use std::ops::Range;
+
 use cpu_ref::attention::Heads;
-use cpu_ref::layout::{TILE_ROWS, k_chunks};
+use cpu_ref::head_int8::{gamma, half_sqrt};
+use cpu_ref::layout::{TILE_ROWS, int8_rows, k_chunks};
 use cpu_ref::mlp::Activation;
 
 use super::record::{Call, Rows};
@@ -19,6 +22,8 @@ const GEMM_TOKENS: u32 = 4;
 const GROUP_QUANTIZE_LANES: usize = 64;
 /// Rows an `lm_head` workgroup computes.
 const HEAD_ROWS: usize = 8;
+/// Rows a `head_rerank` workgroup looks for candidates.
+const RERANK_ROWS: usize = 256;
 
 /// How the ternary matrices are multiplied: a packed layout and the kernels that read it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -567,4 +572,61 @@ pub fn lm_head(shard: DenseShard, vocab_size: usize) -> Call {
 /// logits, token.
 pub fn argmax(vocab_size: usize) -> Call {
     call(shader::ARGMAX, [("V", vocab_size)], 1, Rows::One)
+}
+
+/// x, norm, y, token; without an eps x is normalised already and norm is not read.
+///
+/// # Panics
+/// If `k` is more than [`cpu_ref::head_int8::MAX_K`].
+pub fn head_input(k: usize, eps: Option<f32>) -> Call {
+    let chunks = int8_rows::chunks(k);
+    let constants = [("K", k), ("CHUNKS", chunks), ("NORM", usize::from(eps.is_some()))];
+    let mut call = call(shader::HEAD_INPUT, constants, 1, Rows::One);
+    call.constants.push(("EPS", f64::from(eps.unwrap_or_default())));
+    call.constants.push(("HALF_SQRT_K", f64::from(half_sqrt(k))));
+    call.constants.push(("GAMMA", f64::from(gamma(k))));
+    call
+}
+
+/// table, token, seen, logits, bounds; of a head `[V, K]`, a shard of its tiles.
+pub fn head_int8(shape: MatShape, tiles: Range<usize>) -> Call {
+    let constants = [
+        ("CHUNKS", int8_rows::chunks(shape.k())),
+        ("TILE_BASE", tiles.start),
+        ("TILES", shape.n().div_ceil(TILE_ROWS)),
+        ("V", shape.n()),
+    ];
+    call(shader::HEAD_INT8, constants, tiles.len(), Rows::One)
+}
+
+/// Shards of the exact table that [`head_rerank`] takes at once.
+pub const HEAD_TABLES: usize = 3;
+
+/// x, bounds, seen, three tables, best; of one to three shards in a row of a float table, whose
+/// workgroups write `best` from `block_base` on.
+///
+/// # Panics
+/// If there are other numbers of shards.
+pub fn head_rerank(vocab_size: usize, shards: &[DenseShard], block_base: usize) -> Call {
+    assert!((1..=HEAD_TABLES).contains(&shards.len()));
+    let (first, last) = (shards[0], shards[shards.len() - 1]);
+    let rows = last.base + last.rows - first.base;
+    let mut constants = vec![
+        ("K", first.k),
+        ("UNITS", first.format.units(first.k)),
+        ("TILES", vocab_size.div_ceil(TILE_ROWS)),
+        ("ROW_BASE", first.base),
+        ("ROWS", rows),
+        ("BLOCK_BASE", block_base),
+    ];
+    let others = ["ROW_1", "ROW_2"].into_iter().zip(&shards[1..]);
+    constants.extend(others.map(|(name, shard)| (name, shard.base - first.base)));
+    let format = first.format.constants().into_iter().filter(|(name, _)| *name == "FORMAT");
+    let constants = constants.into_iter().chain(format);
+    call(shader::HEAD_RERANK, constants, rows.div_ceil(RERANK_ROWS), Rows::One)
+}
+
+/// best, tokens, counts.
+pub fn head_pick(blocks: usize) -> Call {
+    call(shader::HEAD_PICK, [("BLOCKS", blocks)], 1, Rows::One)
 }

@@ -385,7 +385,7 @@ pub struct DenseRows {
 }
 
 /// Bytes written in one go: bounds the staging memory of an upload.
-const UPLOAD_BYTES: usize = 8 << 20;
+pub(super) const UPLOAD_BYTES: usize = 8 << 20;
 
 impl GpuTable {
     /// Uploads a table in shards that fit a binding, rows padded to 16 bytes.

@@ -7,6 +7,7 @@
 
 mod buffer;
 mod device;
+mod head;
 pub mod kernels;
 mod matrix;
 mod pace;
@@ -17,6 +18,7 @@ pub mod shader;
 
 pub use buffer::Slice;
 pub use device::{AdapterDescription, AdapterKind, Capabilities, Gpu, ResourceCounts, adapters};
+pub use head::{HeadInput, HeadOps, HeadStep, Int8Head};
 pub use kernels::{GemvPlan, Variant};
 pub use matrix::row_offsets;
 pub use record::{Call, Op, PassParams, Pipelines, Rows, WorkDone};

@@ -5,8 +5,12 @@ use std::ops::Range;
 use cpu_ref::group_gemv::{group_dot, group_dot_int8};
 use cpu_ref::layout::{CHUNK_K, k_chunks};
 
+use super::head::{HeadInput, HeadOps, HeadStep, Int8Head};
 use super::kernels::{Fused, GemvPlan, RowOrder, TokensPerLane};
-use super::matrix::{GpuLinear, GpuMatrix, HostLinear, HostMatrix, Kind, Method};
+use super::matrix::{
+    GpuLinear, GpuMatrix, GpuTable, GpuTableData, HostLinear, HostMatrix, Kind, Method,
+};
+use super::record::Op;
 use super::{Gpu, PassParams, Pipelines, Slice, Variant, kernels, row_offsets};
 use crate::backend::gpu::record::Call;
 use crate::error::{Error, Result};
@@ -14,7 +18,7 @@ use crate::format::float::f16_to_f32;
 use crate::layout::Packed;
 use crate::random::Random;
 use crate::shape::MatShape;
-use crate::weights::{Alphabet, TernaryMatrix};
+use crate::weights::{Alphabet, Table, TableData, TernaryMatrix};
 
 /// The variants in the order in which they are tried on this adapter.
 ///
@@ -251,6 +255,183 @@ pub fn check_groups(gpu: &Gpu, int8: bool) -> Result<()> {
     }
     Ok(())
 }
+
+/// The exact and the int8 head of one table on the device, for one token.
+pub struct Heads<'a> {
+    gpu: &'a Gpu,
+    uniform: wgpu::Buffer,
+    hidden: Slice,
+    seen: Slice,
+    logits: [Slice; 2],
+    tokens: [Slice; 2],
+    counts: Slice,
+    v: usize,
+    /// Norm and logits of `lm_head`.
+    pub exact: Vec<Op>,
+    /// `argmax` of those.
+    pub argmax: Op,
+    /// The int8 head.
+    pub int8: HeadOps,
+}
+
+/// What a head finds for a token.
+#[derive(Debug, Clone)]
+pub struct HeadFound {
+    /// `[V]`, without penalty.
+    pub logits: Vec<f32>,
+    /// The greedy token, u32::MAX if a logit is NaN.
+    pub token: u32,
+}
+
+impl<'a> Heads<'a> {
+    /// Uploads a float table both ways. The head's input goes through the norm `[K]` with its eps, or
+    /// is normalised already.
+    ///
+    /// # Errors
+    /// [`Error::Gpu`] if the driver refuses, [`Error::GpuLimit`] if a row does not fit.
+    ///
+    /// # Panics
+    /// If the table has no int8 head.
+    pub fn new(gpu: &'a Gpu, table: &Table, norm: Option<(&[f32], f32)>) -> Result<Self> {
+        let (v, k) = (table.shape().n(), table.shape().k());
+        let on_gpu = GpuTable::upload(gpu, "lm_head", table)?;
+        let int8 = Int8Head::upload(gpu, "int8 lm_head", table)?.expect("a float table");
+        let storage = |len_words| gpu.storage("head", len_words);
+        let (pipelines, uniform) = (Pipelines::default(), gpu.params_buffer());
+        let (hidden, normed, seen) = (storage(k)?, storage(k)?, storage(v.div_ceil(32))?);
+        let logits = [storage(v)?, storage(v)?];
+        let tokens = [storage(1)?, storage(1)?];
+        let counts = storage(1)?;
+        let mut exact = Vec::new();
+        let weight = gpu.upload("norm", norm.map_or(&[][..], |(weight, _)| weight))?;
+        let (input, x) = match norm {
+            Some((_, eps)) => {
+                let call = kernels::rmsnorm(k, eps, true);
+                exact.push(gpu.op(&pipelines, &call, &uniform, &[&hidden, &weight, &normed])?);
+                (HeadInput::Hidden(&hidden, &weight, eps), &normed)
+            }
+            None => (HeadInput::Normed(&hidden), &hidden),
+        };
+        let GpuTableData::Dense(shards) = &on_gpu.data else { panic!("a float table is dense") };
+        for rows in shards {
+            let [units, scale, min] = &rows.buffers;
+            let call = kernels::lm_head(rows.shard, v);
+            exact.push(gpu.op(&pipelines, &call, &uniform, &[x, units, scale, min, &logits[0]])?);
+        }
+        let buffers = [&logits[0], &tokens[0]];
+        let argmax = gpu.op(&pipelines, &kernels::argmax(v), &uniform, &buffers)?;
+        let step = HeadStep {
+            input,
+            table: &on_gpu,
+            logits: &logits[1],
+            seen: &seen,
+            tokens: &tokens[1],
+            counts: &counts,
+        };
+        let int8 = int8.ops(gpu, &pipelines, &uniform, &step)?;
+        Ok(Self { gpu, uniform, hidden, seen, logits, tokens, counts, v, exact, argmax, int8 })
+    }
+
+    fn run<'b>(
+        &self,
+        hidden: &[f32],
+        penalty: f32,
+        ops: impl IntoIterator<Item = &'b Op>,
+    ) -> Result<()> {
+        self.gpu.queue.write_buffer(&self.hidden.buffer, 0, bytemuck::cast_slice(hidden));
+        self.gpu.run_all(&self.uniform, Self::params(penalty), ops)
+    }
+
+    /// One token.
+    pub fn params(penalty: f32) -> PassParams {
+        PassParams { n_tokens: 1, n_logit_rows: 1, penalty, ..PassParams::default() }
+    }
+
+    /// The uniform of the operations.
+    pub fn uniform(&self) -> &wgpu::Buffer {
+        &self.uniform
+    }
+
+    /// What `lm_head` and `argmax` find, without penalty.
+    ///
+    /// # Errors
+    /// [`Error::Gpu`] if the driver fails.
+    pub fn find_exact(&self, hidden: &[f32]) -> Result<HeadFound> {
+        self.run(hidden, 1.0, self.exact.iter().chain([&self.argmax]))?;
+        self.found(0)
+    }
+
+    /// What the int8 head finds with a penalty of the tokens in `seen`, and how many candidates there
+    /// were.
+    ///
+    /// # Errors
+    /// [`Error::Gpu`] if the driver fails.
+    pub fn find_int8(
+        &self,
+        hidden: &[f32],
+        seen: &[u32],
+        penalty: f32,
+    ) -> Result<(HeadFound, usize)> {
+        self.gpu.queue.write_buffer(&self.seen.buffer, 0, bytemuck::cast_slice(seen));
+        self.run(hidden, penalty, self.int8.logits.iter().chain(&self.int8.greedy))?;
+        let candidates = self.gpu.read(&self.counts, 1)?[0];
+        Ok((self.found(1)?, candidates as usize))
+    }
+
+    fn found(&self, which: usize) -> Result<HeadFound> {
+        Ok(HeadFound {
+            logits: bytemuck::cast_vec(self.gpu.read(&self.logits[which], self.v)?),
+            token: self.gpu.read(&self.tokens[which], 1)?[0],
+        })
+    }
+}
+
+/// Runs the int8 head on rows that int8 cannot tell apart, and compares its greedy tokens with
+/// those of the exact head on this adapter.
+///
+/// # Errors
+/// [`Error::SelfTest`] on the first difference.
+pub fn check_head(gpu: &Gpu) -> Result<()> {
+    let kernel = "head_int8";
+    let mut random = Random::new(0x5EF0);
+    let shape = MatShape::new(HEAD_SHAPE.0, HEAD_SHAPE.1)?;
+    let k = shape.k();
+    let (hidden, norm) = (random.floats(k, 3.0), random.floats(k, 1.0));
+    let mut w = random.floats(shape.len(), 0.1);
+    // Rows along the input, each a little longer than the one before; a pair of them is equal.
+    for (step, n) in HEAD_NEAR.into_iter().enumerate() {
+        for (at, w) in w[n * k..][..k].iter_mut().enumerate() {
+            *w = hidden[at] * norm[at] * 0.05 * (1.0 + step.min(6) as f32 * 1e-5);
+        }
+    }
+    let table = Table::new(shape, TableData::F32(w));
+    let heads = Heads::new(gpu, &table, Some((&norm, 1e-5)))?;
+    let negative: Vec<f32> = hidden.iter().map(|value| -value).collect();
+    let none = vec![0; shape.n().div_ceil(32)];
+    for hidden in [&hidden, &negative] {
+        let exact = heads.find_exact(hidden)?;
+        let (found, candidates) = heads.find_int8(hidden, &none, 1.0)?;
+        compare(gpu, kernel, &[found.token], &[exact.token])?;
+        if candidates < HEAD_NEAR.len() && exact.token as usize == HEAD_NEAR[6] {
+            let problem = format!("{candidates} candidates, expected {}", HEAD_NEAR.len());
+            return Err(differs(gpu, kernel, problem));
+        }
+    }
+    // Whoever leads is seen, and falls behind.
+    let exact = heads.find_exact(&hidden)?;
+    let mut seen = none;
+    seen[exact.token as usize / 32] |= 1 << (exact.token % 32);
+    let (found, _) = heads.find_int8(&hidden, &seen, 2.0)?;
+    let rest = |n: usize| if n == exact.token as usize { f32::MIN } else { exact.logits[n] };
+    let logits: Vec<f32> = (0..shape.n()).map(rest).collect();
+    let second = cpu_ref::argmax::argmax(&logits).map_or(u32::MAX, |token| token as u32);
+    compare(gpu, kernel, &[found.token], &[second])
+}
+
+/// Rows and columns of the check of the int8 head, and its rows that are nearly the same: the last
+/// two are equal.
+const HEAD_SHAPE: (usize, usize) = (300, 200);
+const HEAD_NEAR: [usize; 8] = [7, 290, 40, 255, 31, 32, 100, 256];
 
 fn compare<T: PartialEq + std::fmt::Display>(
     gpu: &Gpu,

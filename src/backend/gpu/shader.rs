@@ -44,18 +44,27 @@ kernels! {
     GATED_ACTIVATION = "gated_activation",
     RESIDUAL_ADD = "residual_add",
     LM_HEAD = "lm_head",
+    HEAD_INPUT = "head_input",
+    HEAD_INT8 = "head_int8",
+    HEAD_RERANK = "head_rerank",
+    HEAD_PICK = "head_pick",
     ARGMAX = "argmax",
 }
 
 /// The snippets of `shaders/shared/`.
 const SNIPPETS: &[(&str, &str)] = &[
+    ("best", include_str!("../../../shaders/shared/best.wgsl")),
     ("bitlinear", include_str!("../../../shaders/shared/bitlinear.wgsl")),
+    ("codes", include_str!("../../../shaders/shared/codes.wgsl")),
     ("dense", include_str!("../../../shaders/shared/dense.wgsl")),
+    ("dense_dot", include_str!("../../../shaders/shared/dense_dot.wgsl")),
     ("fused_gemv", include_str!("../../../shaders/shared/fused_gemv.wgsl")),
     ("exp", include_str!("../../../shaders/shared/exp.wgsl")),
     ("ordered", include_str!("../../../shaders/shared/ordered.wgsl")),
     ("pass", include_str!("../../../shaders/shared/pass.wgsl")),
+    ("penalty", include_str!("../../../shaders/shared/penalty.wgsl")),
     ("reduce_tree", include_str!("../../../shaders/shared/reduce_tree.wgsl")),
+    ("rms", include_str!("../../../shaders/shared/rms.wgsl")),
 ];
 
 impl Kernel {
