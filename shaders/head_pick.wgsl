@@ -1,11 +1,13 @@
 // head_pick: the greedy token of the best of each block of rows.
 //   tokens[token_out] = the row with the largest logit, the lowest of equals; 0xffffffff if one is NaN
 //   counts[token_out] = Σ candidates
+//   seen: the token's bit is set
 // | # | name   | type            | shape    | notes                 |
 // | 0 | pass   | uniform         | Pass     | token_out             |
 // | 1 | best   | read vec4<u32>  | [BLOCKS] | of head_rerank.wgsl   |
 // | 2 | tokens | read_write u32  | [any]    | at token_out          |
 // | 3 | counts | read_write u32  | [any]    | at token_out          |
+// | 4 | seen   | read_write u32  | [⌈V/32⌉] | one lane sets one bit |
 // Workgroup: WG lanes; grid (1, 1, 1).
 // Twin: cpu-ref/src/head_int8.rs. Exact.
 #import pass
@@ -20,6 +22,7 @@ override BLOCKS: u32 = 1u;
 @group(0) @binding(1) var<storage, read> best: array<vec4<u32>>;
 @group(0) @binding(2) var<storage, read_write> tokens: array<u32>;
 @group(0) @binding(3) var<storage, read_write> counts: array<u32>;
+@group(0) @binding(4) var<storage, read_write> seen: array<u32>;
 
 @compute @workgroup_size(WG)
 fn main(@builtin(local_invocation_index) lid: u32) {
@@ -36,7 +39,11 @@ fn main(@builtin(local_invocation_index) lid: u32) {
     let total = reduce_sum_i32(lid, i32(candidates));
     let winner = reduce_best(lid, mine);
     if lid == 0u {
-        tokens[pass_.token_out] = select(winner.index, 0xffffffffu, winner.bits == NAN_ORDERED);
         counts[pass_.token_out] = u32(total);
+        tokens[pass_.token_out] = select(winner.index, 0xffffffffu, winner.bits == NAN_ORDERED);
+        let word = winner.index >> 5u;
+        if winner.bits != NAN_ORDERED && word < arrayLength(&seen) {
+            seen[word] |= 1u << (winner.index & 31u);
+        }
     }
 }

@@ -319,6 +319,8 @@ pub struct DeviceInfo {
     pub description: String,
     /// The GEMV variant in use, by kernel name.
     pub gemv: String,
+    /// How tokens are chosen, by kernel name, and why not otherwise.
+    pub head: String,
 }
 
 /// A device as `--device` names it.

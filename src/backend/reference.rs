@@ -185,6 +185,7 @@ impl Reference {
                 name: "ref".to_owned(),
                 description: "scalar reference, 1 thread".to_owned(),
                 gemv: "gemv".to_owned(),
+                head: "lm_head".to_owned(),
             },
             max_batch: options.max_batch,
             embedding: source.embedding()?,

@@ -114,7 +114,7 @@ impl Int8Head {
         params: &wgpu::Buffer,
         step: &HeadStep<'_>,
     ) -> Result<HeadOps> {
-        let op = |call: &Call, buffers: &[&Slice]| gpu.op(pipelines, &call, params, buffers);
+        let op = |call: &Call, buffers: &[&Slice]| gpu.op(pipelines, call, params, buffers);
         let (n, k) = (self.shape.n(), self.shape.k());
         let input = match step.input {
             HeadInput::Hidden(hidden, norm, eps) => {
@@ -152,7 +152,7 @@ impl Int8Head {
                 [&self.x, &self.bounds, step.seen, tables[0], tables[1], tables[2], &best];
             greedy.push(op(&call, &buffers)?);
         }
-        let buffers = [&best, step.tokens, step.counts];
+        let buffers = [&best, step.tokens, step.counts, step.seen];
         greedy.push(op(&kernels::head_pick(blocks), &buffers)?);
         Ok(HeadOps { logits, greedy })
     }

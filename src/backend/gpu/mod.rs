@@ -29,7 +29,8 @@ use cpu_ref::rope;
 use std::time::Instant;
 
 use super::{
-    Backend, Batch, DeviceInfo, LoadOptions, OnProgress, Output, Progress, Tap, Tokens, Want,
+    Backend, Batch, DeviceInfo, HeadChoice, HeadWork, LoadOptions, OnProgress, Output, Progress,
+    Tap, Tokens, Want,
 };
 use crate::config::{Activations, ModelConfig};
 use crate::error::{Error, Result};
@@ -39,7 +40,7 @@ use crate::weights::{LayerWeights, Table, TernaryMatrix, WeightScale, WeightSour
 use kernels::{Fused, LinearRows, Rotate, RowOrder, TokensPerLane, padded_rows};
 use matrix::{GpuLinear, GpuMatrix, GpuRotation, GpuRun, GpuTable, GpuTableData, HostLinear, Kind};
 use pace::{MAX_STEPS, Pace};
-use readback::{Landing, Staging, TokenRing, run_time};
+use readback::{ChosenToken, Landing, Staging, TokenRing, run_time};
 use record::{PARAMS_SLOTS, PARAMS_STRIDE, Parameters, Recording};
 
 /// The greedy token of NaN logits, as `argmax.wgsl` writes it.
@@ -55,6 +56,9 @@ pub struct GpuBackend {
     embed: Vec<Op>,
     head: Head,
     argmax: Op,
+    /// The int8 head, where there is one.
+    int8_head: Option<HeadOps>,
+    head_work: HeadWork,
     buffers: Buffers,
     batch: Parameters,
     want: Want,
@@ -114,6 +118,10 @@ struct Buffers {
     attended: Slice,
     gated: Slice,
     logits: Slice,
+    /// Which tokens have occurred: bit n % 32 of word n / 32.
+    seen: Slice,
+    /// How many exact logits a chosen token took: at its place in `tokens`.
+    counts: Slice,
     logits_staging: Staging,
 }
 
@@ -218,12 +226,19 @@ impl GpuBackend {
         }
         progress(Progress { done: total, total });
         let gemv = builder.methods.names();
-        let embedding = builder.table("embedding", &source.embedding()?)?;
-        let lm_head = source.lm_head()?.map(|table| builder.table("lm_head", &table));
+        let (embedding_rows, head_rows) = (source.embedding()?, source.lm_head()?);
+        let embedding = builder.table("embedding", &embedding_rows)?;
+        let lm_head = head_rows.as_ref().map(|table| builder.table("lm_head", table));
         let lm_head = lm_head.transpose()?;
         let final_norm = gpu.upload("final norm", &source.final_norm()?)?;
         let embed = builder.embed(&embedding)?;
-        let head = builder.head(lm_head.as_ref().unwrap_or(&embedding), &final_norm)?;
+        let exact = lm_head.as_ref().unwrap_or(&embedding);
+        let head = builder.head(exact, &final_norm)?;
+        let rows = head_rows.as_ref().unwrap_or(&embedding_rows);
+        let (int8_head, head_name) = match options.head {
+            HeadChoice::Exact => (None, shader::LM_HEAD.name.to_owned()),
+            HeadChoice::Int8 => builder.int8_head(rows, exact, &final_norm)?,
+        };
         let b = &buffers;
         let argmax = builder.op(&kernels::argmax(config.vocab_size), &[&b.logits, &b.tokens])?;
         let weight_bytes = builder.weight_bytes;
@@ -235,6 +250,7 @@ impl GpuBackend {
             name: format!("gpu:{}", adapter.index),
             description: adapter.to_string(),
             gemv,
+            head: head_name,
         };
         Ok(Self {
             device,
@@ -244,6 +260,8 @@ impl GpuBackend {
             embed,
             head,
             argmax,
+            int8_head,
+            head_work: HeadWork::default(),
             buffers,
             batch: Parameters::default(),
             want: Want::Nothing,
@@ -305,8 +323,9 @@ impl GpuBackend {
         let places = (count - recorded..count).map(|count| self.place(count));
         let places: [usize; MAX_STEPS] = collect(places);
         let submission = self.submit(|encoder, b| {
-            for (to, &place) in places[..recorded].iter().enumerate() {
-                staging.copy_from(encoder, &b.tokens.words(place, 1), to, 1);
+            for (at, &place) in places[..recorded].iter().enumerate() {
+                staging.copy_from(encoder, &b.tokens.words(place, 1), 2 * at, 1);
+                staging.copy_from(encoder, &b.counts.words(place, 1), 2 * at + 1, 1);
             }
         });
         self.ring.launch(&self.gpu, staging, submission, (first_position, recorded));
@@ -418,6 +437,8 @@ impl Buffers {
             attended: f32s("attended", config.query_size())?,
             gated: f32s("gated", config.intermediate_size)?,
             logits: f32s("logits", config.vocab_size)?,
+            seen: gpu.storage("seen", config.vocab_size.div_ceil(32))?,
+            counts: gpu.storage("counts", max_batch + CHOSEN_SLOTS)?,
             logits_staging: gpu.staging(config.vocab_size),
         })
     }
@@ -465,17 +486,24 @@ impl Builder<'_> {
         Ok(ops)
     }
 
-    fn head(&self, table: &GpuTable, norm: &Slice) -> Result<Head> {
+    /// The final norm, and the rotation where the head's table has one; where the result is.
+    fn head_before(&self, table: &GpuTable, norm: &Slice) -> Result<(Vec<Op>, &Slice)> {
         let b = self.buffers;
-        let (k, vocab_size) = (self.config.hidden_size, self.config.vocab_size);
+        let k = self.config.hidden_size;
         let call = kernels::rmsnorm(k, self.config.rms_norm_eps, true);
         let mut before = vec![self.op(&call, &[&b.hidden[0], norm, &b.normed])?];
-        let mut x = &b.normed;
-        if let Some(GpuRotation { block, signs }) = &table.rotation {
-            let call = kernels::hadamard(k, *block, Rotate::HeadInput);
-            before.push(self.op(&call, &[x, signs, &b.rotated])?);
-            x = &b.rotated;
-        }
+        let Some(GpuRotation { block, signs }) = &table.rotation else {
+            return Ok((before, &b.normed));
+        };
+        let call = kernels::hadamard(k, *block, Rotate::HeadInput);
+        before.push(self.op(&call, &[&b.normed, signs, &b.rotated])?);
+        Ok((before, &b.rotated))
+    }
+
+    fn head(&self, table: &GpuTable, norm: &Slice) -> Result<Head> {
+        let b = self.buffers;
+        let vocab_size = self.config.vocab_size;
+        let (before, x) = self.head_before(table, norm)?;
         let mut logits = Matmul { gemv: Vec::new(), gemm: Vec::new() };
         match &table.data {
             GpuTableData::Dense(shards) => {
@@ -500,6 +528,46 @@ impl Builder<'_> {
             }
         }
         Ok(Head { before, table: logits })
+    }
+
+    /// The int8 head with its name; none where the table is quantised already, or its kernels are
+    /// wrong on this adapter.
+    fn int8_head(
+        &self,
+        rows: &Table,
+        exact: &GpuTable,
+        norm: &Slice,
+    ) -> Result<(Option<HeadOps>, String)> {
+        let exact_name = shader::LM_HEAD.name;
+        match self_test::check_head(self.gpu) {
+            Ok(()) => {}
+            Err(problem @ Error::SelfTest { .. }) => {
+                return Ok((None, format!("{exact_name} ({problem})")));
+            }
+            Err(error) => return Err(error),
+        }
+        let Some(int8) = Int8Head::upload(self.gpu, "int8 head", rows)? else {
+            return Ok((None, exact_name.to_owned()));
+        };
+        let b = self.buffers;
+        let eps = self.config.rms_norm_eps;
+        let step = HeadStep {
+            input: match &exact.rotation {
+                None => HeadInput::Hidden(&b.hidden[0], norm, eps),
+                Some(_) => HeadInput::Normed(&b.rotated),
+            },
+            table: exact,
+            logits: &b.logits,
+            seen: &b.seen,
+            tokens: &b.tokens,
+            counts: &b.counts,
+        };
+        let mut ops = int8.ops(self.gpu, &self.pipelines, &b.params, &step)?;
+        if exact.rotation.is_some() {
+            let before = self.head_before(exact, norm)?.0;
+            ops.logits.splice(..0, before);
+        }
+        Ok((Some(ops), shader::HEAD_INT8.name.to_owned()))
     }
 
     /// The runs of a linear layer on `x[M, K]`, into the accumulator.
@@ -793,6 +861,10 @@ impl Backend for GpuBackend {
         self.capacity
     }
 
+    fn head_work(&self) -> Option<HeadWork> {
+        self.int8_head.as_ref().map(|_| self.head_work)
+    }
+
     fn lead(&self) -> usize {
         // One submit runs while the next is recorded.
         2 * self.pace.steps()
@@ -871,6 +943,10 @@ impl Backend for GpuBackend {
     }
 
     fn head(&mut self) -> Result<()> {
+        if let (Want::Token, Some(int8)) = (self.want, &self.int8_head) {
+            record(&self.gpu, &mut self.recording, &self.batch, &int8.logits);
+            return Ok(());
+        }
         let Head { before, table } = &self.head;
         let ops = before.iter().chain(table.ops(self.batch.values.n_logit_rows));
         record(&self.gpu, &mut self.recording, &self.batch, ops);
@@ -878,7 +954,11 @@ impl Backend for GpuBackend {
     }
 
     fn choose(&mut self) -> Result<()> {
-        record(&self.gpu, &mut self.recording, &self.batch, [&self.argmax]);
+        let ops = match &self.int8_head {
+            Some(int8) => int8.greedy.as_slice(),
+            None => std::slice::from_ref(&self.argmax),
+        };
+        record(&self.gpu, &mut self.recording, &self.batch, ops);
         let PassParams { start, n_tokens, .. } = self.batch.values;
         let Chosen { count, recorded, first_position, is_fresh } = &mut self.chosen;
         if *recorded == 0 {
@@ -928,8 +1008,16 @@ impl Backend for GpuBackend {
     fn take(&mut self) -> Result<u32> {
         loop {
             match self.ring.next() {
-                Some((token, _)) if (token as usize) < self.config.vocab_size => return Ok(token),
-                Some((token, position)) => {
+                Some(ChosenToken { token, candidates, .. })
+                    if (token as usize) < self.config.vocab_size =>
+                {
+                    let work = &mut self.head_work;
+                    work.tokens += 1;
+                    work.candidates += u64::from(candidates);
+                    work.most = work.most.max(candidates.into());
+                    return Ok(token);
+                }
+                Some(ChosenToken { token, position, .. }) => {
                     self.forget();
                     return Err(match token {
                         NAN_TOKEN => Error::NanLogits { position },

@@ -48,13 +48,21 @@ impl Pace {
 
     /// A submit of `steps` tokens was complete after `time`.
     pub(super) fn measured_steps(&mut self, steps: usize, time: Duration) {
-        self.step = time / u32::try_from(steps.max(1)).unwrap_or(u32::MAX);
+        let step = time / u32::try_from(steps.max(1)).unwrap_or(u32::MAX);
+        self.step = follow(self.step, step);
     }
 
     /// A pass of `n_tokens` was complete after `time`.
     pub(super) fn measured_prompt(&mut self, n_tokens: usize, time: Duration) {
-        self.prompt_token = time / u32::try_from(n_tokens.max(1)).unwrap_or(u32::MAX);
+        let token = time / u32::try_from(n_tokens.max(1)).unwrap_or(u32::MAX);
+        self.prompt_token = follow(self.prompt_token, token);
     }
+}
+
+/// The shorter of two times, but nearer to a longer one with each: what else the machine does makes
+/// single submits long.
+fn follow(known: Duration, measured: Duration) -> Duration {
+    measured.min((3 * known + measured) / 4)
 }
 
 #[cfg(test)]
@@ -68,13 +76,23 @@ mod tests {
         assert_eq!((pace.steps(), pace.layers(1)), (1, 1));
         pace.measured_steps(1, Duration::from_millis(450));
         assert_eq!((pace.steps(), pace.layers(1)), (1, 10));
+        // One long step among short ones changes little.
+        pace.measured_steps(1, Duration::from_millis(50));
+        pace.measured_steps(1, Duration::from_millis(400));
+        assert_eq!((pace.steps(), pace.layers(1)), (1, 30));
+        for _ in 0..20 {
+            pace.measured_steps(1, Duration::from_millis(450));
+        }
+        assert_eq!((pace.steps(), pace.layers(1)), (1, 10));
         pace.measured_steps(1, Duration::from_millis(100));
         assert_eq!((pace.steps(), pace.layers(1)), (1, 30));
         pace.measured_steps(4, Duration::from_millis(40));
         assert_eq!((pace.steps(), pace.layers(1)), (4, 30));
         pace.measured_steps(16, Duration::from_micros(1));
         assert_eq!((pace.steps(), pace.layers(1)), (MAX_STEPS, 30));
-        pace.measured_prompt(64, Duration::from_secs(3));
+        for _ in 0..20 {
+            pace.measured_prompt(64, Duration::from_secs(9));
+        }
         assert_eq!(pace.layers(64), 1);
         pace.measured_prompt(64, Duration::from_millis(10));
         assert_eq!((pace.layers(64), pace.layers(6400)), (30, 4));
@@ -84,7 +102,9 @@ mod tests {
     fn a_submit_is_shorter_than_the_watchdog() {
         for step_us in [1u64, 100, 10_000, 100_000, 1_000_000, 4_000_000] {
             let mut pace = Pace::new(30, 1, false);
-            pace.measured_steps(1, Duration::from_micros(step_us));
+            for _ in 0..40 {
+                pace.measured_steps(1, Duration::from_micros(step_us));
+            }
             let layers = pace.layers(1);
             let steps = if layers == 30 { pace.steps() } else { 1 };
             let longest = step_us * steps as u64 * layers as u64 / 30;

@@ -116,8 +116,14 @@ pub(super) struct TokenRing {
     ready: VecDeque<ChosenToken>,
 }
 
-/// A token and the position of the logits that chose it.
-pub(super) type ChosenToken = (u32, usize);
+/// A token as the device chose it.
+pub(super) struct ChosenToken {
+    pub(super) token: u32,
+    /// Exact logits that it took the int8 head.
+    pub(super) candidates: u32,
+    /// Position of the logits.
+    pub(super) position: usize,
+}
 
 /// The tokens of one submit.
 struct Flight {
@@ -138,10 +144,10 @@ pub(super) struct Landing {
 }
 
 impl TokenRing {
-    /// Staging buffers, made at load, for up to `words` tokens a submit. Where more submits are on
-    /// their way, the oldest is waited for.
-    pub(super) fn new(gpu: &Gpu, submits: usize, words: usize) -> Self {
-        let free = (0..submits).map(|_| gpu.staging(words)).collect();
+    /// Staging buffers, made at load, for up to `tokens` a submit: a word each, followed by the number
+    /// of its candidates. Where more submits are on their way, the oldest is waited for.
+    pub(super) fn new(gpu: &Gpu, submits: usize, tokens: usize) -> Self {
+        let free = (0..submits).map(|_| gpu.staging(2 * tokens)).collect();
         Self { free, flights: VecDeque::new(), ready: VecDeque::new() }
     }
 
@@ -161,7 +167,7 @@ impl TokenRing {
         submission: wgpu::SubmissionIndex,
         (first_position, count): (usize, usize),
     ) {
-        let mapped = gpu.map(&staging, count);
+        let mapped = gpu.map(&staging, 2 * count);
         let submitted = Instant::now();
         let flight = Flight { staging, mapped, submission, submitted, first_position, count };
         self.flights.push_back(flight);
@@ -173,8 +179,13 @@ impl TokenRing {
         let Flight { staging, mapped, submission, submitted, first_position, count } = flight;
         gpu.wait_for(READ_BACK, submission)?;
         let ready = &mut self.ready;
-        gpu.use_mapped(&staging, &mapped, count, |words| {
-            ready.extend(words.iter().copied().zip(first_position..));
+        gpu.use_mapped(&staging, &mapped, 2 * count, |words| {
+            let tokens = words.chunks_exact(2).zip(first_position..);
+            ready.extend(tokens.map(|(words, position)| ChosenToken {
+                token: words[0],
+                candidates: words[1],
+                position,
+            }));
         })?;
         self.free.push(staging);
         Ok(Some(Landing { count, submitted }))

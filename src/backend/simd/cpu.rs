@@ -398,6 +398,7 @@ impl SimdBackend {
                 name: "cpu".to_owned(),
                 description: describe(level, pool.threads()),
                 gemv: format!("{} {}", gemv_name(&layers), level.name()),
+                head: "lm_head".to_owned(),
             },
             max_batch,
             embedding,
