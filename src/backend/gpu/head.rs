@@ -114,7 +114,7 @@ impl Int8Head {
         params: &wgpu::Buffer,
         step: &HeadStep<'_>,
     ) -> Result<HeadOps> {
-        let op = |call: &Call, buffers: &[&Slice]| gpu.op(pipelines, &call, params, buffers);
+        let op = |call: &Call, buffers: &[&Slice]| gpu.op(pipelines, call, params, buffers);
         let (n, k) = (self.shape.n(), self.shape.k());
         let input = match step.input {
             HeadInput::Hidden(hidden, norm, eps) => {
