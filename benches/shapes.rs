@@ -13,6 +13,9 @@ const BITNET_2B4T: [(usize, usize); 4] = [(3840, 2560), (2560, 2560), (13_824, 2
 /// Ternary and binary matrices `(N, K)` of Bonsai 8B (output, gate, down) and 1.7B.
 const BONSAI: [(usize, usize); 4] = [(4096, 4096), (12_288, 4096), (4096, 12_288), (2048, 6144)];
 
+/// A quarter of the head `(V, K)` of BitNet b1.58 2B4T.
+const HEADS: [(usize, usize); 1] = [(32_064, 2560)];
+
 /// Token counts of a matrix product: decode, a short prompt chunk, a long one.
 const TOKENS: [usize; 3] = [1, 32, 512];
 
@@ -31,6 +34,11 @@ pub fn matrices() -> Vec<(usize, usize)> {
 /// The shapes of matrices with scales of groups to measure; a small one in a test.
 pub fn group_matrices() -> Vec<(usize, usize)> {
     if is_test() { vec![(70, 256)] } else { BONSAI.to_vec() }
+}
+
+/// The heads to measure; a small one in a test.
+pub fn heads() -> Vec<(usize, usize)> {
+    if is_test() { vec![(70, 200)] } else { HEADS.to_vec() }
 }
 
 /// The token counts to measure; small ones in a test.

@@ -43,8 +43,9 @@ var<workgroup> hi_slices: array<i32, 256>;
 var<workgroup> lo_slices: array<i32, 256>;
 var<workgroup> lowers: array<u32, 32>;
 
-fn dot16(q: vec4<u32>, x: vec4<u32>) -> i32 {
-    return dot4I8Packed(q.x, x.x) + dot4I8Packed(q.y, x.y)
+// From the accumulator on, so that each product is added by the instruction that makes it.
+fn add_dot16(acc: i32, q: vec4<u32>, x: vec4<u32>) -> i32 {
+    return acc + dot4I8Packed(q.x, x.x) + dot4I8Packed(q.y, x.y)
         + dot4I8Packed(q.z, x.z) + dot4I8Packed(q.w, x.w);
 }
 
@@ -78,8 +79,8 @@ fn main(@builtin(workgroup_id) wg: vec3<u32>, @builtin(local_invocation_index) l
     for (var i = 0u; i < CHUNKS / SLICES; i++) {
         let chunk = i * SLICES + slice;
         let q = table[from_ + chunk * 32u];
-        hi += dot16(q, token[chunk]);
-        lo += dot16(q, token[CHUNKS + chunk]);
+        hi = add_dot16(hi, q, token[chunk]);
+        lo = add_dot16(lo, q, token[CHUNKS + chunk]);
     }
     hi_slices[lid] = hi;
     lo_slices[lid] = lo;

@@ -29,20 +29,16 @@ pub fn cases(capabilities: Capabilities) -> Vec<Case> {
         add(
             format!("head_rerank::shards::{name}"),
             Box::new(move |_| {
-                // 13 rows of the exact table, a tile of the int8 one.
-                let fit = |k: usize| 13 * k.div_ceil(8) * 16 * format.bytes() / 2;
-                let tile = |k| 4 * int8_rows::tile_words(k);
-                let gpu = |k| {
-                    let bytes = fit(k).max(tile(k)) as u64;
-                    Ok::<_, Failed>(Gpu::open(None, capabilities)?.with_max_binding(bytes))
-                };
-                near_rows(&gpu(200)?, format, (300, 200))?;
-                near_rows(&gpu(640)?, format, (1000, 640))
+                // A seventh of the exact table.
+                let (v, k) = (1000, 640);
+                let bytes = v / 7 * k * format.bytes();
+                let gpu = Gpu::open(None, capabilities)?.with_max_binding(bytes as u64);
+                near_rows(&gpu, format, (v, k), 2)
             }),
         );
         add(
             format!("head_rerank::near_rows::{name}"),
-            Box::new(move |gpu| near_rows(gpu, format, (700, 333))),
+            Box::new(move |gpu| near_rows(gpu, format, (700, 333), 6)),
         );
     }
     add("head_rerank::equal_rows".into(), Box::new(equal_rows));
@@ -444,12 +440,13 @@ fn random_tables(gpu: &Gpu, format: Format) -> Result<(), Failed> {
 fn make_near_rows(bits: &mut Bits, v: usize) -> (Vec<f32>, Vec<usize>) {
     let x: Vec<f32> = bits.row(v / 9).iter().map(|w| w * 40.0).collect();
     let rows: Vec<usize> = (0..9).map(|i| v / 9 + i * (v - 1 - v / 9) / 8).collect();
-    // The weight that moves is one of middling size, so that the scale stays.
-    let middling = |w: &f32| (0.07..0.1).contains(&w.abs());
-    let at: Vec<usize> = (0..bits.k).filter(|&k| middling(&bits.row(rows[0])[k])).collect();
+    // The weights that move are small, so that the scale stays and a unit in the last place is less
+    // than a step of int8.
+    let is_small = |w: &f32| (0.035..0.06).contains(&w.abs());
+    let at: Vec<usize> = (0..bits.k).filter(|&k| is_small(&bits.row(rows[0])[k])).collect();
     for (step, &n) in rows.iter().enumerate().skip(1) {
         bits.copy_row(rows[0], n);
-        let units = if matches!(bits.format, Format::F32) { 1 << 12 } else { 1 };
+        let units = if matches!(bits.format, Format::F32) { 1 << 15 } else { 1 };
         for &k in &at[..step.min(at.len())] {
             bits.row_mut(n)[k] += units;
         }
@@ -457,10 +454,15 @@ fn make_near_rows(bits: &mut Bits, v: usize) -> (Vec<f32>, Vec<usize>) {
     (x, rows)
 }
 
-fn near_rows(gpu: &Gpu, format: Format, (v, k): (usize, usize)) -> Result<(), Failed> {
+fn near_rows(
+    gpu: &Gpu,
+    format: Format,
+    (v, k): (usize, usize),
+    tables: usize,
+) -> Result<(), Failed> {
     let mut random = Random::new(65);
     let mut wrong = 0;
-    for seed in 0..6 {
+    for seed in 0..tables {
         let mut bits = Bits::random(format, &mut random, v, k);
         let (x, rows) = make_near_rows(&mut bits, v);
         let heads = Heads::new(gpu, &bits.table()?, None)?;
@@ -477,9 +479,9 @@ fn near_rows(gpu: &Gpu, format: Format, (v, k): (usize, usize)) -> Result<(), Fa
             check_choice(&what, &heads, &x)?;
         }
     }
-    // Without the exact rows the choice is a wrong one: the judge has something to judge.
-    if wrong < 5 {
-        return Err(format!("{format:?}: int8 alone is wrong in {wrong} of 6 tables").into());
+    // Without the exact rows the choice is often a wrong one: the judge has something to judge.
+    if 2 * wrong < tables {
+        return Err(format!("{format:?}: int8 alone is wrong in {wrong} of {tables}").into());
     }
     Ok(())
 }
@@ -607,7 +609,7 @@ fn few_candidates(gpu: &Gpu) -> Result<(), Failed> {
     for seed in 0..4 {
         let hidden: Vec<f32> = (0..k).map(|_| gaussian(&mut random)).collect();
         let found = check_choice(&format!("Gaussian {seed}"), &heads, &hidden)?;
-        if found.candidates > 40 {
+        if found.candidates > 100 {
             return Err(format!("{} candidates of {v}", found.candidates).into());
         }
     }
