@@ -45,6 +45,9 @@ kernels! {
     RESIDUAL_ADD = "residual_add",
     LM_HEAD = "lm_head",
     ARGMAX = "argmax",
+    SAMPLE_BLOCKS = "sample_blocks",
+    SAMPLE_WEIGHTS = "sample_weights",
+    SAMPLE = "sample",
 }
 
 /// The snippets of `shaders/shared/`.
@@ -53,6 +56,8 @@ const SNIPPETS: &[(&str, &str)] = &[
     ("dense", include_str!("../../../shaders/shared/dense.wgsl")),
     ("fused_gemv", include_str!("../../../shaders/shared/fused_gemv.wgsl")),
     ("exp", include_str!("../../../shaders/shared/exp.wgsl")),
+    ("levels", include_str!("../../../shaders/shared/levels.wgsl")),
+    ("mass", include_str!("../../../shaders/shared/mass.wgsl")),
     ("ordered", include_str!("../../../shaders/shared/ordered.wgsl")),
     ("pass", include_str!("../../../shaders/shared/pass.wgsl")),
     ("reduce_tree", include_str!("../../../shaders/shared/reduce_tree.wgsl")),
