@@ -418,6 +418,47 @@ mod tests {
         assert_eq!(sampler.sample(&mut [0.0, 4.0, 0.0, 3.0], 0).unwrap(), 3);
     }
 
+    /// The twin of the GPU's kernels chooses what this sampler does, of the same random numbers.
+    #[test]
+    fn the_twin_of_the_kernels_agrees() {
+        let mut rng = Xoshiro256PlusPlus::from_seed(13);
+        for case in 0..600u64 {
+            let mut pick = |of: &[f32]| of[(rng.next_u64() % of.len() as u64) as usize];
+            let temperature = pick(&[0.01, 0.5, 1.0, 1.0, 3.0]);
+            let top_k = [None, None, Some(1), Some(3), Some(40), Some(999)]
+                [pick(&[0.0, 1.0, 2.0, 3.0, 4.0, 5.0]) as usize];
+            let (top_p, min_p) = (pick(&[1.0, 1.0, 0.3, 0.9, 1e-6]), pick(&[0.0, 0.0, 0.05, 1.0]));
+            let penalty = pick(&[1.1, 1.3, 0.8]);
+            let (step, magnitude) = (pick(&[0.0, 0.0, 0.5]), pick(&[0.0, 0.01, 4.0, 30.0]));
+            let n = 1 + (rng.next_u64() % 700) as usize;
+            let sampling = random(temperature, top_k, top_p, min_p, case);
+            let mut sampler = Sampler::new(sampling, penalty).unwrap();
+            let how = cpu_ref::sample::Sampling {
+                temperature,
+                penalty,
+                top_k: top_k.unwrap_or(0),
+                top_p: f64::from(top_p),
+                min_p: f64::from(min_p),
+            };
+            for _ in 0..4 {
+                let mut logit = || {
+                    let value = (rng.next_f64() as f32 - 0.5) * magnitude;
+                    if step > 0.0 { (value / step).round() * step } else { value }
+                };
+                let mut logits: Vec<f32> = (0..n).map(|_| logit()).collect();
+                logits[n / 2] = if n > 2 { f32::NEG_INFINITY } else { 0.0 };
+                let mut seen = vec![0u32; n.div_ceil(32)];
+                for &token in &sampler.seen {
+                    seen[token as usize / 32] |= 1 << (token % 32);
+                }
+                let uniform = sampler.rng.clone().next_f64();
+                let expected = cpu_ref::sample::sample(&logits, &seen, &how, uniform);
+                let found = sampler.sample(&mut logits, 0).unwrap();
+                assert_eq!(Some(found as usize), expected, "case {case}, V {n}, {how:?}");
+            }
+        }
+    }
+
     #[test]
     fn a_seed_fixes_the_tokens() {
         let draw = |seed| {

@@ -35,4 +35,5 @@ pub mod reduce;
 pub mod residual;
 pub mod rmsnorm;
 pub mod rope;
+pub mod sample;
 pub mod ternarize_absmean;

@@ -12,6 +12,7 @@ mod golden;
 mod head;
 mod kernels;
 mod model;
+mod sample;
 mod util;
 
 use std::process::ExitCode;
@@ -41,7 +42,7 @@ fn main() -> ExitCode {
             }
         }
         let cases = kernels::cases().into_iter().chain(head::cases(capabilities));
-        let cases = cases.chain(model::cases(capabilities));
+        let cases = cases.chain(sample::cases()).chain(model::cases(capabilities));
         trials.extend(cases.map(|(name, case)| {
             let name = format!("{label}::{name}");
             match &gpu {

@@ -4,10 +4,11 @@ use std::sync::Arc;
 
 use libtest_mimic::Failed;
 use sterna::backend::gpu::{Capabilities, Gpu, GpuBackend, Variant, WorkDone, self_test};
-use sterna::backend::{Backend, Batch, Device, LoadOptions, Output, Tap, Tokens, Want};
+use sterna::backend::{Backend, Batch, Device, HeadChoice, LoadOptions, Output, Tap, Tokens, Want};
 use sterna::config::{Activations, ModelConfig};
 use sterna::layout::Packed;
 use sterna::random::Random;
+use sterna::sampler::{Sampler, Sampling};
 use sterna::synthetic::{SyntheticModel, tiny_bitnet, tiny_bonsai, tiny_llama, tiny_normed};
 use sterna::weights::{
     Codes, Input, LayerWeights, Rotation, Table, TableData, TernaryMatrix, WeightScale,
@@ -104,6 +105,7 @@ pub fn cases(capabilities: Capabilities) -> Vec<Case> {
     add("a_batch_past_the_limits_is_refused", refusals);
     add("a_decode_step_is_one_submit_and_allocates_nothing", decode_step);
     add("tokens_that_the_device_feeds_itself", token_loop);
+    add("texts_that_the_device_chooses", sampled_texts);
     cases
 }
 
@@ -410,6 +412,53 @@ fn built_in_model(capabilities: Capabilities) -> Result<(), Failed> {
     for variant in Variant::ALL {
         let found = greedy(load(capabilities, &checkpoint, variant)?)?;
         same(variant.gemv().name, &found, &expected)?;
+    }
+    Ok(())
+}
+
+/// Texts that the device chooses by itself are the reference's: drawn by the same seeds, and the best
+/// under a penalty. With the int8 head, whose draws follow its own logits, they are reproducible.
+fn sampled_texts(capabilities: Capabilities) -> Result<(), Failed> {
+    let checkpoint = sterna::built_in::checkpoint()?;
+    let prompt: Vec<u32> = sterna::Model::encode(&checkpoint, "Once upon a time")?;
+    let random = |temperature, top_k, top_p, min_p, seed| Sampling::Random {
+        temperature,
+        top_k,
+        top_p,
+        min_p,
+        seed,
+    };
+    let text = |model: &mut Transformer, sampling, penalty| -> Result<Vec<u32>, Error> {
+        let mut sampler = Sampler::new(sampling, penalty)?;
+        sampler.observe(&prompt);
+        model.reset();
+        model.choose_with(sampler)?;
+        model.prompt(&prompt)?;
+        (0..40).map(|index| model.next_token(40 - index)).collect()
+    };
+    let on_gpu = |head| {
+        let options = LoadOptions { head, ..LoadOptions::default() };
+        transformer(open(capabilities)?, &checkpoint, Variant::BitSerial, &options)
+            .map_err(Failed::from)
+    };
+    let options = LoadOptions::default();
+    let mut reference = Transformer::load(&checkpoint, Device::Cpu, &options, &mut |_| {})?;
+    let mut exact = on_gpu(HeadChoice::Exact)?;
+    let mut int8 = on_gpu(HeadChoice::Int8)?;
+    for (sampling, penalty) in [
+        (random(0.7, None, 1.0, 0.0, 3), 1.0),
+        (random(1.0, Some(40), 0.95, 0.0, 4), 1.0),
+        (random(1.2, None, 0.9, 0.05, 5), 1.3),
+        (Sampling::Greedy, 1.3),
+    ] {
+        let expected = text(&mut reference, sampling, penalty)?;
+        let what = format!("{sampling:?}, penalty {penalty}");
+        same(&what, &text(&mut exact, sampling, penalty)?, &expected)?;
+        let found = text(&mut int8, sampling, penalty)?;
+        match sampling {
+            Sampling::Greedy => same(&what, &found, &expected)?,
+            Sampling::Random { .. } => same(&what, &text(&mut int8, sampling, penalty)?, &found)?,
+        }
     }
     Ok(())
 }

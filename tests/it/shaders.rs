@@ -235,7 +235,9 @@ fn no_kernel_reads_what_it_writes() {
                 let writable = matches!(module.global_variables[global].space,
                     AddressSpace::Storage { access } if access.contains(StorageAccess::STORE));
                 let variable = &module.global_variables[global].name;
-                assert!(!writable, "{}: reads its output {variable:?}", kernel.name);
+                // One lane of one workgroup sets a bit of a word.
+                let sets_a_bit = kernel == shader::SAMPLE && variable.as_deref() == Some("seen");
+                assert!(!writable || sets_a_bit, "{}: reads its output {variable:?}", kernel.name);
             }
         }
     }

@@ -630,3 +630,63 @@ pub fn head_rerank(vocab_size: usize, shards: &[DenseShard], block_base: usize) 
 pub fn head_pick(blocks: usize) -> Call {
     call(shader::HEAD_PICK, [("BLOCKS", blocks)], 1, Rows::One)
 }
+
+/// Largest vocabulary of [`sample`]: the sums of weights have room for it.
+pub const MAX_SAMPLE_VOCAB: usize = 1 << 19;
+
+/// Tokens of which [`sample_blocks`] notes the maximum.
+const SAMPLE_BLOCK: usize = 256;
+/// Tokens of a workgroup of [`sample_weights`].
+const SAMPLE_CHUNK: usize = 1024;
+
+/// Words of the buffers between the kernels that choose a token.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct SampleLens {
+    /// Of `bits` and of `weights`.
+    pub vocab: usize,
+    /// Of `block_max`.
+    pub block_max: usize,
+    /// Of `levels`.
+    pub levels: usize,
+    /// Of `seen`: a bit a token.
+    pub seen: usize,
+}
+
+impl SampleLens {
+    /// Those of a vocabulary.
+    pub fn new(vocab_size: usize) -> Self {
+        Self {
+            vocab: vocab_size,
+            block_max: vocab_size.div_ceil(SAMPLE_BLOCK),
+            levels: 18 + 50 * vocab_size.div_ceil(SAMPLE_CHUNK),
+            seen: vocab_size.div_ceil(32),
+        }
+    }
+}
+
+/// logits, seen, bits, block_max.
+pub fn sample_blocks(vocab_size: usize) -> Call {
+    let x = vocab_size.div_ceil(SAMPLE_BLOCK);
+    call(shader::SAMPLE_BLOCKS, [("V", vocab_size)], x, Rows::One)
+}
+
+/// bits, block_max, weights, levels.
+pub fn sample_weights(vocab_size: usize) -> Call {
+    let x = vocab_size.div_ceil(SAMPLE_CHUNK);
+    call(shader::SAMPLE_WEIGHTS, [("V", vocab_size)], x, Rows::One)
+}
+
+/// bits, block_max, weights, levels, uniforms, seen, token; one draw, by the random number of the
+/// pass: `uniforms` is not read.
+pub fn sample(vocab_size: usize) -> Call {
+    assert!(vocab_size <= MAX_SAMPLE_VOCAB, "{vocab_size} tokens");
+    call(shader::SAMPLE, [("V", vocab_size)], 1, Rows::One)
+}
+
+/// The same with one draw for each of `n_tokens`, by the numbers of `uniforms`: how distributions
+/// are tested.
+pub fn sample_draws(vocab_size: usize) -> Call {
+    let mut call = sample(vocab_size);
+    call.constants.push(("UNIFORMS", 1.0));
+    Call { y: Rows::Tokens, ..call }
+}

@@ -34,10 +34,12 @@ use super::{
 };
 use crate::config::{Activations, ModelConfig};
 use crate::error::{Error, Result};
-use crate::sampler::Sampler;
+use crate::sampler::{Sampler, Sampling};
 use crate::shape::MatShape;
 use crate::weights::{LayerWeights, Table, TernaryMatrix, WeightScale, WeightSource};
-use kernels::{Fused, LinearRows, Rotate, RowOrder, TokensPerLane, padded_rows};
+use kernels::{
+    Fused, LinearRows, MAX_SAMPLE_VOCAB, Rotate, RowOrder, SampleLens, TokensPerLane, padded_rows,
+};
 use matrix::{GpuLinear, GpuMatrix, GpuRotation, GpuRun, GpuTable, GpuTableData, HostLinear, Kind};
 use pace::{MAX_STEPS, Pace};
 use readback::{ChosenToken, Landing, Staging, TokenRing, run_time};
@@ -59,6 +61,8 @@ pub struct GpuBackend {
     /// The int8 head, where there is one.
     int8_head: Option<HeadOps>,
     head_work: HeadWork,
+    /// Draws a token from logits, or takes the best with a penalty.
+    sample: Vec<Op>,
     buffers: Buffers,
     batch: Parameters,
     want: Want,
@@ -120,6 +124,11 @@ struct Buffers {
     logits: Slice,
     /// Which tokens have occurred: bit n % 32 of word n / 32.
     seen: Slice,
+    /// Between the kernels that sample: see `sample.wgsl`.
+    bits: Slice,
+    block_max: Slice,
+    weights: Slice,
+    levels: Slice,
     /// How many exact logits a chosen token took: at its place in `tokens`.
     counts: Slice,
     logits_staging: Staging,
@@ -241,6 +250,7 @@ impl GpuBackend {
         };
         let b = &buffers;
         let argmax = builder.op(&kernels::argmax(config.vocab_size), &[&b.logits, &b.tokens])?;
+        let sample = builder.sample()?;
         let weight_bytes = builder.weight_bytes;
         // Frees the staging memory of what was uploaded last.
         gpu.queue.submit([]);
@@ -262,6 +272,7 @@ impl GpuBackend {
             argmax,
             int8_head,
             head_work: HeadWork::default(),
+            sample,
             buffers,
             batch: Parameters::default(),
             want: Want::Nothing,
@@ -417,6 +428,7 @@ impl Buffers {
         let gate_up = 2 * padded_rows(config.intermediate_size);
         let widest_out = padded_rows(hidden).max(heads).max(gate_up);
         let f32s = |what, per_token: usize| gpu.storage(what, per_token * max_batch);
+        let sample = SampleLens::new(config.vocab_size);
         Ok(Self {
             params: gpu.params_buffer(),
             tokens: gpu.storage("tokens", max_batch + CHOSEN_SLOTS)?,
@@ -438,6 +450,10 @@ impl Buffers {
             gated: f32s("gated", config.intermediate_size)?,
             logits: f32s("logits", config.vocab_size)?,
             seen: gpu.storage("seen", config.vocab_size.div_ceil(32))?,
+            bits: gpu.storage("ordered logits", sample.vocab)?,
+            block_max: gpu.storage("best of blocks", sample.block_max)?,
+            weights: gpu.storage("weights", sample.vocab)?,
+            levels: gpu.storage("levels", sample.levels)?,
             counts: gpu.storage("counts", max_batch + CHOSEN_SLOTS)?,
             logits_staging: gpu.staging(config.vocab_size),
         })
@@ -528,6 +544,26 @@ impl Builder<'_> {
             }
         }
         Ok(Head { before, table: logits })
+    }
+
+    /// The kernels that sample a token.
+    fn sample(&self) -> Result<Vec<Op>> {
+        let (b, vocab_size) = (self.buffers, self.config.vocab_size);
+        if vocab_size > MAX_SAMPLE_VOCAB {
+            let (name, max) = ("tokens of the vocabulary on a GPU", MAX_SAMPLE_VOCAB);
+            return Err(Error::Dimension { name, found: vocab_size, max });
+        }
+        self_test::check_sample(self.gpu)?;
+        let blocks = [&b.logits, &b.seen, &b.bits, &b.block_max];
+        let weights = [&b.bits, &b.block_max, &b.weights, &b.levels];
+        // The random number comes with the pass: the buffer of several is not read.
+        let [bits, block_max, weights_in, levels] = weights;
+        let draw = [bits, block_max, weights_in, levels, bits, &b.seen, &b.tokens];
+        Ok(vec![
+            self.op(&kernels::sample_blocks(vocab_size), &blocks)?,
+            self.op(&kernels::sample_weights(vocab_size), &weights)?,
+            self.op(&kernels::sample(vocab_size), &draw)?,
+        ])
     }
 
     /// The int8 head with its name; none where the table is quantised already, or its kernels are
@@ -872,6 +908,14 @@ impl Backend for GpuBackend {
 
     fn choose_with(&mut self, sampler: Sampler) -> Result<()> {
         self.forget();
+        let mut seen = vec![0u32; self.config.vocab_size.div_ceil(32)];
+        for token in sampler.seen() {
+            // A prompt's tokens are checked when they are fed.
+            if let Some(word) = seen.get_mut(token as usize / 32) {
+                *word |= 1 << (token % 32);
+            }
+        }
+        self.gpu.queue.write_buffer(&self.buffers.seen.buffer, 0, bytemuck::cast_slice(&seen));
         self.sampler = sampler;
         Ok(())
     }
@@ -898,8 +942,12 @@ impl Backend for GpuBackend {
             n_logit_rows: n_logit_rows as u32,
             token_in: token_in as u32,
             token_out: self.place(self.chosen.count) as u32,
+            penalty: self.sampler.repetition_penalty(),
             ..PassParams::default()
         };
+        if batch.want == Want::Token {
+            self.batch.values.sample(&mut self.sampler);
+        }
         self.batch.slot = (self.batch.slot + 1) % PARAMS_SLOTS;
         let offset = u64::from(self.batch.slot * PARAMS_STRIDE);
         let bytes = bytemuck::bytes_of(&self.batch.values);
@@ -954,9 +1002,11 @@ impl Backend for GpuBackend {
     }
 
     fn choose(&mut self) -> Result<()> {
+        let is_greedy = self.sampler.sampling() == Sampling::Greedy;
         let ops = match &self.int8_head {
-            Some(int8) => int8.greedy.as_slice(),
-            None => std::slice::from_ref(&self.argmax),
+            Some(int8) if is_greedy => int8.greedy.as_slice(),
+            None if self.sampler.is_argmax() => std::slice::from_ref(&self.argmax),
+            _ => self.sample.as_slice(),
         };
         record(&self.gpu, &mut self.recording, &self.batch, ops);
         let PassParams { start, n_tokens, .. } = self.batch.values;
@@ -1011,10 +1061,12 @@ impl Backend for GpuBackend {
                 Some(ChosenToken { token, candidates, .. })
                     if (token as usize) < self.config.vocab_size =>
                 {
-                    let work = &mut self.head_work;
-                    work.tokens += 1;
-                    work.candidates += u64::from(candidates);
-                    work.most = work.most.max(candidates.into());
+                    if self.sampler.sampling() == Sampling::Greedy {
+                        let work = &mut self.head_work;
+                        work.tokens += 1;
+                        work.candidates += u64::from(candidates);
+                        work.most = work.most.max(candidates.into());
+                    }
                     return Ok(token);
                 }
                 Some(ChosenToken { token, position, .. }) => {

@@ -8,6 +8,7 @@ use super::buffer::Slice;
 use super::device::Gpu;
 use super::shader::{Access, Kernel};
 use crate::error::{Error, Result};
+use crate::sampler::{Sampler, Sampling};
 
 /// What distinguishes pipelines: source, constants.
 type PipelineKey = (Kernel, Vec<(&'static str, u64)>);
@@ -89,6 +90,19 @@ impl Default for PassParams {
     /// No token; a greedy choice.
     fn default() -> Self {
         Self { penalty: 1.0, top_p: 1.0, ..bytemuck::Zeroable::zeroed() }
+    }
+}
+
+impl PassParams {
+    /// How the sampler's next token is chosen.
+    pub(super) fn sample(&mut self, sampler: &mut Sampler) {
+        let Sampling::Random { temperature, top_k, top_p, min_p, .. } = sampler.sampling() else {
+            return;
+        };
+        // Rounding may not reach 1.
+        self.uniform = (sampler.next_uniform() as f32).min(1.0 - f32::EPSILON / 2.0);
+        let top_k = top_k.map_or(0, |k| u32::try_from(k).unwrap_or(u32::MAX));
+        (self.temperature, self.top_k, self.top_p, self.min_p) = (temperature, top_k, top_p, min_p);
     }
 }
 

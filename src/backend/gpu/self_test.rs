@@ -4,6 +4,7 @@ use std::ops::Range;
 
 use cpu_ref::group_gemv::{group_dot, group_dot_int8};
 use cpu_ref::layout::{CHUNK_K, k_chunks};
+use cpu_ref::sample::Sampling;
 
 use super::head::{HeadInput, HeadOps, HeadStep, Int8Head};
 use super::kernels::{Fused, GemvPlan, RowOrder, TokensPerLane};
@@ -433,6 +434,56 @@ pub fn check_head(gpu: &Gpu) -> Result<()> {
 const HEAD_SHAPE: (usize, usize) = (300, 200);
 const HEAD_NEAR: [usize; 8] = [7, 290, 40, 255, 31, 32, 100, 256];
 
+/// Draws tokens of fixed pseudo-random logits by every kind of cut, with random numbers in the middle
+/// of what belongs to a token, where no rounding leads to another.
+///
+/// # Errors
+/// [`Error::SelfTest`] on the first difference.
+pub fn check_sample(gpu: &Gpu) -> Result<()> {
+    let mut random = Random::new(0x5EED);
+    let pipelines = Pipelines::default();
+    let mut logits = random.floats(1500, 6.0);
+    // Ties.
+    logits.iter_mut().for_each(|logit| *logit = (*logit * 4.0).round() / 4.0);
+    let seen: Vec<u32> = (0..1500usize.div_ceil(32)).map(|_| random.bits() as u32).collect();
+    let plain = Sampling { temperature: 1.5, penalty: 1.0, top_k: 0, top_p: 1.0, min_p: 0.0 };
+    for how in [
+        plain,
+        Sampling { top_k: 40, penalty: 2.0, ..plain },
+        Sampling { top_p: 0.875, ..plain },
+        Sampling { top_k: 600, top_p: 0.9375, min_p: 0.25, ..plain },
+        Sampling { temperature: 0.0, penalty: 2.0, ..plain },
+    ] {
+        let candidates =
+            cpu_ref::sample::candidates(&logits, &seen, &how).expect("the logits are finite");
+        let total = cpu_ref::sample::total_weight(&candidates);
+        let (mut uniforms, mut expected, mut before) = (Vec::new(), Vec::new(), 0.0);
+        for candidate in candidates {
+            let share = candidate.weight / total;
+            if share > 1e-4 {
+                uniforms.push((before + share / 2.0) as f32);
+                expected.push(candidate.token as u32);
+            }
+            before += share;
+        }
+        let params = PassParams {
+            n_logit_rows: 1,
+            temperature: how.temperature,
+            penalty: how.penalty,
+            top_k: how.top_k as u32,
+            top_p: how.top_p as f32,
+            min_p: how.min_p as f32,
+            ..PassParams::default()
+        };
+        let found = draw_tokens(gpu, &pipelines, &logits, &seen, params, &uniforms)?;
+        compare(gpu, "sample", &found.tokens, &expected)?;
+    }
+    logits[700] = f32::NAN;
+    let params = PassParams { n_logit_rows: 1, temperature: 1.0, ..PassParams::default() };
+    let found = draw_tokens(gpu, &pipelines, &logits, &seen, params, &[0.5])?;
+    compare(gpu, "sample", &found.tokens, &[u32::MAX])
+}
+
 fn compare<T: PartialEq + std::fmt::Display>(
     gpu: &Gpu,
     kernel: &str,
@@ -488,6 +539,54 @@ pub fn decode_codes(variant: Variant, words: &[u32], k: usize) -> Vec<i8> {
         }
     };
     (0..k).map(code).collect()
+}
+
+/// Tokens that were drawn, and the bits of tokens seen after that.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Drawn {
+    /// One a draw; `u32::MAX` if the logits allow none.
+    pub tokens: Vec<u32>,
+    /// `[⌈V/32⌉]`.
+    pub seen: Vec<u32>,
+}
+
+/// Draws tokens of logits `[V]`, one for each random number; a single one as decoding does, by the
+/// number in the pass.
+///
+/// # Errors
+/// [`Error::Gpu`] if the driver refuses or fails.
+pub fn draw_tokens(
+    gpu: &Gpu,
+    pipelines: &Pipelines,
+    logits: &[f32],
+    seen: &[u32],
+    params: PassParams,
+    uniforms: &[f32],
+) -> Result<Drawn> {
+    let (vocab_size, draws) = (logits.len(), uniforms.len());
+    let lens = kernels::SampleLens::new(vocab_size);
+    let (logits, seen) = (gpu.upload("logits", logits)?, gpu.upload("seen", seen)?);
+    let all_uniforms = gpu.upload("uniforms", uniforms)?;
+    let (bits, weights) = (gpu.storage("bits", lens.vocab)?, gpu.storage("weights", lens.vocab)?);
+    let block_max = gpu.storage("block_max", lens.block_max)?;
+    let levels = gpu.storage("levels", lens.levels)?;
+    let tokens = gpu.storage("tokens", draws)?;
+    let uniform = gpu.params_buffer();
+    let draw = match draws {
+        1 => kernels::sample(vocab_size),
+        _ => kernels::sample_draws(vocab_size),
+    };
+    let buffers = [&bits, &block_max, &weights, &levels, &all_uniforms, &seen, &tokens];
+    let ops = [
+        (kernels::sample_blocks(vocab_size), &[&logits, &seen, &bits, &block_max][..]),
+        (kernels::sample_weights(vocab_size), &[&bits, &block_max, &weights, &levels]),
+        (draw, &buffers),
+    ];
+    let ops = ops.map(|(call, buffers)| gpu.op(pipelines, &call, &uniform, buffers));
+    let ops = ops.into_iter().collect::<Result<Vec<_>>>()?;
+    let params = PassParams { n_tokens: draws as u32, uniform: uniforms[0], ..params };
+    gpu.run_all(&uniform, params, &ops)?;
+    Ok(Drawn { tokens: gpu.read(&tokens, draws)?, seen: gpu.read(&seen, lens.seen)? })
 }
 
 /// Runs one kernel and waits for it.

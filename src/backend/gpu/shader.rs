@@ -49,6 +49,9 @@ kernels! {
     HEAD_RERANK = "head_rerank",
     HEAD_PICK = "head_pick",
     ARGMAX = "argmax",
+    SAMPLE_BLOCKS = "sample_blocks",
+    SAMPLE_WEIGHTS = "sample_weights",
+    SAMPLE = "sample",
 }
 
 /// The snippets of `shaders/shared/`.
@@ -60,6 +63,8 @@ const SNIPPETS: &[(&str, &str)] = &[
     ("dense_dot", include_str!("../../../shaders/shared/dense_dot.wgsl")),
     ("fused_gemv", include_str!("../../../shaders/shared/fused_gemv.wgsl")),
     ("exp", include_str!("../../../shaders/shared/exp.wgsl")),
+    ("levels", include_str!("../../../shaders/shared/levels.wgsl")),
+    ("mass", include_str!("../../../shaders/shared/mass.wgsl")),
     ("ordered", include_str!("../../../shaders/shared/ordered.wgsl")),
     ("pass", include_str!("../../../shaders/shared/pass.wgsl")),
     ("penalty", include_str!("../../../shaders/shared/penalty.wgsl")),
