@@ -42,6 +42,7 @@ pub fn cases(capabilities: Capabilities) -> Vec<Case> {
         );
     }
     add("head_rerank::equal_rows".into(), Box::new(equal_rows));
+    add("head_rerank::rounding".into(), Box::new(rounding));
     add("head_rerank::outliers".into(), Box::new(outliers));
     add("head_rerank::non_finite".into(), Box::new(non_finite));
     add("head_rerank::penalty".into(), Box::new(penalty));
@@ -502,6 +503,34 @@ fn equal_rows(gpu: &Gpu) -> Result<(), Failed> {
         // All rows, all logits 0.
         let found = check_choice(&format!("{format:?} zeros"), &heads, &vec![0.0; k])?;
         same(&what, &[found.token as usize, found.candidates], &[0, v])?;
+    }
+    Ok(())
+}
+
+/// Rows whose logits differ by less than their own rounding: the best is the exact head's only if its
+/// sums have the same bits.
+fn rounding(gpu: &Gpu) -> Result<(), Failed> {
+    let mut random = Random::new(71);
+    let mut found = Vec::new();
+    for (v, k) in [(300, 200), (300, 333), (400, 1024)] {
+        let mut bits = Bits::random(Format::F32, &mut random, v, k);
+        for n in 1..v {
+            bits.copy_row(0, n);
+            bits.row_mut(n).iter_mut().for_each(|w| *w ^= random.bits() as u32 & 1);
+        }
+        let norm = random.floats(k, 2.0);
+        let heads = Heads::new(gpu, &bits.table()?, Some((&norm, 1e-5)))?;
+        for seed in 0..8 {
+            let what = format!("rounding {v}×{k} hidden {seed}");
+            let choice = check_choice(&what, &heads, &random.floats(k, 3.0))?;
+            same(&what, &[choice.candidates], &[v])?;
+            found.push(choice.token);
+        }
+    }
+    found.sort_unstable();
+    found.dedup();
+    if found.len() < 12 {
+        return Err(format!("only {} different tokens: nothing was decided", found.len()).into());
     }
     Ok(())
 }

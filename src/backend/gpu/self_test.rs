@@ -3,6 +3,7 @@
 use std::ops::Range;
 
 use cpu_ref::group_gemv::{group_dot, group_dot_int8};
+use cpu_ref::head_int8;
 use cpu_ref::layout::{CHUNK_K, k_chunks};
 use cpu_ref::sample::Sampling;
 
@@ -426,7 +427,39 @@ pub fn check_head(gpu: &Gpu) -> Result<()> {
     let rest = |n: usize| if n == exact.token as usize { f32::MIN } else { exact.logits[n] };
     let logits: Vec<f32> = (0..shape.n()).map(rest).collect();
     let second = cpu_ref::argmax::argmax(&logits).map_or(u32::MAX, |token| token as u32);
-    compare(gpu, kernel, &[found.token], &[second])
+    compare(gpu, kernel, &[found.token], &[second])?;
+    check_head_bits(gpu, shape, &mut random)
+}
+
+/// Rows that differ in the last bits alone, so that rounding decides which is the best; and their
+/// approximate logits, which are integers times two scales.
+fn check_head_bits(gpu: &Gpu, shape: MatShape, random: &mut Random) -> Result<()> {
+    let kernel = "head_int8";
+    let first = random.floats(shape.k(), 0.1);
+    let mut last_bit = |w: &f32| f32::from_bits(w.to_bits() ^ random.bits() as u32 & 1);
+    let w: Vec<f32> =
+        (0..shape.n()).flat_map(|_| first.iter().map(&mut last_bit).collect::<Vec<_>>()).collect();
+    let heads = Heads::new(gpu, &Table::new(shape, TableData::F32(w.clone())), None)?;
+    let none = vec![0; shape.n().div_ceil(32)];
+    for _ in 0..4 {
+        let hidden = random.floats(shape.k(), 3.0);
+        let exact = heads.find_exact(&hidden)?;
+        let (found, _) = heads.find_int8(&hidden, &none, 1.0)?;
+        compare(gpu, kernel, &[found.token], &[exact.token])?;
+        let x = head_int8::quantize_input(&hidden);
+        let mut codes = vec![0; shape.k()];
+        for (n, (w, found)) in w.chunks_exact(shape.k()).zip(found.logits).enumerate() {
+            let row = head_int8::quantize_row(w, 0.0, &mut codes);
+            let expected = head_int8::logit(row, &x, head_int8::sums(&codes, &x));
+            // A few roundings, in any mode.
+            let is_close = (found - expected).abs() <= 1e-6 * expected.abs();
+            if !is_close {
+                let problem = format!("[{n}]: expected {expected}, found {found}");
+                return Err(differs(gpu, kernel, problem));
+            }
+        }
+    }
+    Ok(())
 }
 
 /// Rows and columns of the check of the int8 head, and its rows that are nearly the same: the last
