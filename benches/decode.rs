@@ -1,15 +1,18 @@
 //! `decode` and `prefill` of a whole model of random weights, in tokens per second.
 //!
 //! The shape is BitNet b1.58 2B4T's; as a test it is a tiny one. All threads of the machine.
+//! `sample`: the choice of a token on the GPU, one submit each.
 
 mod shapes;
 
 use criterion::{
     BenchmarkId, Criterion, SamplingMode, Throughput, criterion_group, criterion_main,
 };
-use sterna::backend::gpu::AdapterKind;
+use sterna::backend::gpu::kernels::{self, SampleLens};
+use sterna::backend::gpu::{AdapterKind, PassParams, Pipelines};
 use sterna::backend::{Device, LoadOptions, Output, Want};
 use sterna::model::Transformer;
+use sterna::random::Random;
 use sterna::synthetic::{SyntheticModel, bitnet_2b4t, tiny_bitnet};
 
 use shapes::{gpu, is_test};
@@ -69,5 +72,59 @@ fn decode(criterion: &mut Criterion) {
     }
 }
 
-criterion_group!(benches, decode);
+/// The three kernels that choose a token of 2B4T's vocabulary, with bell-shaped logits.
+fn sample(criterion: &mut Criterion) {
+    let Some(gpu) = gpu::open() else { return };
+    let vocab_size = if is_test() { 300 } else { 128_256 };
+    let lens = SampleLens::new(vocab_size);
+    let mut random = Random::new(1);
+    let logits: Vec<f32> = (0..vocab_size).map(|_| random.floats(6, 3.0).iter().sum()).collect();
+    let seen = vec![0; lens.seen];
+    let storage = |len| gpu.storage("sample", len).expect("device memory");
+    let (logits_in, seen_in) = (gpu.upload("logits", &logits), gpu.upload("seen", &seen));
+    let (logits_in, seen_in) = (logits_in.expect("device memory"), seen_in.expect("device memory"));
+    let [bits, weights] = [lens.vocab; 2].map(storage);
+    let [block_max, levels, uniforms, token] = [lens.block_max, lens.levels, 1, 1].map(storage);
+    let (uniform, pipelines) = (gpu.params_buffer(), Pipelines::default());
+    let op = |call, buffers: &[_]| gpu.op(&pipelines, &call, &uniform, buffers).expect("a kernel");
+    let ops = [
+        op(kernels::sample_blocks(vocab_size), &[&logits_in, &seen_in, &bits, &block_max]),
+        op(kernels::sample_weights(vocab_size), &[&bits, &block_max, &weights, &levels]),
+        op(
+            kernels::sample(vocab_size),
+            &[&bits, &block_max, &weights, &levels, &uniforms, &seen_in, &token],
+        ),
+    ];
+    let mut group = criterion.benchmark_group("sample");
+    group.sample_size(10);
+    for (name, top_k, top_p) in
+        [("no_cut", 0, 1.0), ("top_k_40", 40, 1.0), ("top_p_0.95", 0, 0.95f32)]
+    {
+        let params = PassParams {
+            n_logit_rows: 1,
+            uniform: 0.6,
+            temperature: 1.0,
+            top_k,
+            top_p,
+            ..PassParams::default()
+        };
+        let run = || gpu.run_all(&uniform, params, &ops).expect("the device runs");
+        run();
+        let how = cpu_ref::sample::Sampling {
+            temperature: 1.0,
+            penalty: 1.0,
+            top_k: top_k as usize,
+            top_p: f64::from(top_p),
+            min_p: 0.0,
+        };
+        let expected = cpu_ref::sample::sample(&logits, &seen, &how, f64::from(params.uniform));
+        let found = gpu.read(&token, 1).expect("the device runs")[0] as usize;
+        assert_eq!(Some(found), expected, "{name}");
+        let id = BenchmarkId::new(format!("{vocab_size}/{name}"), "gpu");
+        group.bench_function(id, |bencher| bencher.iter(run));
+    }
+    group.finish();
+}
+
+criterion_group!(benches, decode, sample);
 criterion_main!(benches);

@@ -152,6 +152,27 @@ fn reached_level(lid: u32, outer: Span, goal: Goal, first: u32) -> Span {
     return workgroupUniformLoad(&told_span);
 }
 
+fn largest_of(block: u32) -> u32 {
+    if block * BLOCK >= V {
+        return 0u;
+    }
+    return block_max[block];
+}
+
+struct Token {
+    bits: u32,
+    weight: f32,
+    counts: bool,
+}
+
+fn token_at(id: u32, span: Span) -> Token {
+    if id >= V {
+        return Token(0u, 0.0, false);
+    }
+    let value = bits[id];
+    return Token(value, weights[id], value >= span.lo && value <= span.hi);
+}
+
 // Divides a span of many tokens by its bits.
 fn narrower(lid: u32, span: Span, goal: Goal) -> Span {
     let width = span.hi - span.lo;
@@ -164,27 +185,25 @@ fn narrower(lid: u32, span: Span, goal: Goal) -> Span {
     workgroupBarrier();
     var own = NO_TALLY;
     for (var chunk = 0u; chunk < (V + CHUNK - 1u) / CHUNK; chunk += 1u) {
-        var largest = 0u;
-        for (var block = 4u * chunk; block < min(4u * chunk + 4u, (V + BLOCK - 1u) / BLOCK); block += 1u) {
-            largest = max(largest, block_max[block]);
-        }
+        let block = 4u * chunk;
+        let largest = max(
+            max(largest_of(block), largest_of(block + 1u)),
+            max(largest_of(block + 2u), largest_of(block + 3u)),
+        );
+        // Of the same value in all lanes, so that all reach the barriers.
         if largest < span.lo {
             continue;
         }
-        var token_bits: array<u32, 4>;
-        var weight: array<f32, 4>;
-        for (var part = 0u; part < 4u; part += 1u) {
-            let id = chunk * CHUNK + part * WG + lid;
-            if id < V {
-                token_bits[part] = bits[id];
-                weight[part] = weights[id];
-            }
-        }
-        for (var part = 0u; part < 4u; part += 1u) {
-            let value = token_bits[part];
-            let counts = value >= span.lo && value <= span.hi;
-            own = add_round(lid, counts, value, weight[part], own);
-        }
+        let id = chunk * CHUNK + lid;
+        // All loads before the first barrier.
+        let a = token_at(id, span);
+        let b = token_at(id + WG, span);
+        let c = token_at(id + 2u * WG, span);
+        let d = token_at(id + 3u * WG, span);
+        own = add_round(lid, a.counts, a.bits, a.weight, own);
+        own = add_round(lid, b.counts, b.bits, b.weight, own);
+        own = add_round(lid, c.counts, c.bits, c.weight, own);
+        own = add_round(lid, d.counts, d.bits, d.weight, own);
     }
     let level = sum_lanes(lid, own, LEVELS);
     if lid < LEVELS {

