@@ -49,6 +49,7 @@ fn a_decode_step_allocates_nothing() {
                     max_batch: 8,
                     threads: Some(threads),
                     int8_activations,
+                    ..LoadOptions::default()
                 };
                 let backend =
                     SimdBackend::load_on(level, &model, &options, &mut |_| {}).expect("loads");

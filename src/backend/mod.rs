@@ -177,11 +177,30 @@ pub struct LoadOptions {
     /// Quantises the activations of a model that is defined with f32 ones: faster, and not the
     /// model's own numbers. See [`Activations::Int8Group`].
     pub int8_activations: bool,
+    /// Whether kernels are chosen by measuring them; only GPUs have a choice.
+    pub tune: Tune,
+}
+
+/// How a GPU's kernels are chosen; every one of them is checked before it runs.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Tune {
+    /// By the adapter's vendor and name.
+    #[default]
+    Off,
+    /// By speed: as an earlier measurement that was kept says, else as a new one of less than two
+    /// seconds does. See [`gpu::tune`].
+    Auto,
 }
 
 impl Default for LoadOptions {
     fn default() -> Self {
-        Self { context: None, max_batch: 64, threads: None, int8_activations: false }
+        Self {
+            context: None,
+            max_batch: 64,
+            threads: None,
+            int8_activations: false,
+            tune: Tune::Off,
+        }
     }
 }
 
@@ -239,8 +258,10 @@ pub struct DeviceInfo {
     pub name: String,
     /// Adapter and driver, or CPU level and threads.
     pub description: String,
-    /// The GEMV variant in use, by kernel name.
+    /// The GEMV variants in use, by kernel name.
     pub gemv: String,
+    /// What happened while the model was loaded, one line each.
+    pub notes: Vec<String>,
 }
 
 /// A device as `--device` names it.
@@ -376,7 +397,7 @@ mod tests {
 
     fn adapter(index: usize, kind: AdapterKind, api: &str) -> AdapterDescription {
         let (name, driver) = ("a".to_owned(), "d".to_owned());
-        AdapterDescription { index, name, kind, api: api.to_owned(), driver }
+        AdapterDescription { index, name, kind, api: api.to_owned(), driver, vendor: 0 }
     }
 
     #[test]

@@ -182,6 +182,7 @@ impl Reference {
                 name: "ref".to_owned(),
                 description: "scalar reference, 1 thread".to_owned(),
                 gemv: "gemv".to_owned(),
+                notes: Vec::new(),
             },
             max_batch: options.max_batch,
             embedding: source.embedding()?,

@@ -7,6 +7,7 @@ mod logits;
 mod progress;
 mod pull;
 mod run;
+mod tune;
 mod verify;
 
 use std::io::{self, Write};
@@ -16,7 +17,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use anyhow::{Context, Result};
 use clap::{Args, Parser, Subcommand};
-use sterna::backend::{Device, LoadOptions};
+use sterna::backend::{Device, DeviceInfo, LoadOptions, Tune};
 use sterna::{Checkpoint, I2sLayout, OpenOptions};
 
 /// Runs ternary language models (BitNet b1.58 and relatives) on any GPU, and on the CPU.
@@ -43,6 +44,7 @@ enum Command {
     Inspect(inspect::Arguments),
     Pull(pull::Arguments),
     Logits(logits::Arguments),
+    Tune(tune::Arguments),
     Verify(verify::Arguments),
 }
 
@@ -55,6 +57,7 @@ pub(crate) fn run(arguments: Arguments) -> Result<()> {
         Command::Inspect(arguments) => inspect::run(&arguments),
         Command::Pull(arguments) => pull::run(&arguments),
         Command::Logits(arguments) => logits::run(&arguments),
+        Command::Tune(arguments) => tune::run(&arguments),
         Command::Verify(arguments) => verify::run(&arguments),
     }
 }
@@ -94,6 +97,24 @@ struct ModelArguments {
     /// activations by definition and take no choice.
     #[arg(long, value_enum, value_name = "KIND", default_value = "model")]
     activations: ActivationChoice,
+
+    /// How a GPU's kernels are chosen
+    ///
+    /// "auto" takes the fastest that an earlier run on this adapter found, or looks for them now,
+    /// which takes less than two seconds and is kept (see "sterna tune --help"). "off" goes by the
+    /// adapter's vendor. Either way, a kernel that is not exact here does not run. Software
+    /// rasterisers and other devices have nothing to tune.
+    #[arg(long, value_enum, value_name = "HOW", default_value = "auto")]
+    tune: TuneChoice,
+}
+
+/// `--tune`.
+#[derive(Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+enum TuneChoice {
+    /// By speed.
+    Auto,
+    /// By vendor.
+    Off,
 }
 
 /// `--activations`.
@@ -156,7 +177,12 @@ impl ModelArguments {
 
     fn load_options(&self, context: Option<usize>) -> LoadOptions {
         let int8_activations = self.activations == ActivationChoice::Int8;
-        LoadOptions { context, threads: self.threads, int8_activations, ..LoadOptions::default() }
+        let tune = match self.tune {
+            TuneChoice::Auto => Tune::Auto,
+            TuneChoice::Off => Tune::Off,
+        };
+        let threads = self.threads;
+        LoadOptions { context, threads, int8_activations, tune, ..LoadOptions::default() }
     }
 }
 
@@ -167,6 +193,11 @@ fn open(model: Option<&Path>, files: FileArguments) -> Result<Checkpoint> {
         }
         None => sterna::built_in::checkpoint()?,
     })
+}
+
+/// Says on standard error what happened while a model was loaded.
+fn say_notes(device: &DeviceInfo) {
+    device.notes.iter().for_each(|note| say(note));
 }
 
 /// Says something about the model on standard error; a closed one is no failure.

@@ -18,6 +18,8 @@ pub struct AdapterDescription {
     pub api: String,
     /// Driver name and version.
     pub driver: String,
+    /// The vendor's PCI number; 0 where the API does not say.
+    pub vendor: u32,
 }
 
 /// Kinds of adapters, best first.
@@ -86,6 +88,7 @@ fn describe(index: usize, info: &wgpu::AdapterInfo) -> AdapterDescription {
         kind,
         api: info.backend.to_string(),
         driver,
+        vendor: info.vendor,
     }
 }
 
@@ -111,6 +114,8 @@ pub struct ResourceCounts {
 pub struct Gpu {
     /// The adapter it was opened on.
     pub adapter: AdapterDescription,
+    /// What it was asked for.
+    pub capabilities: Capabilities,
     pub(crate) device: wgpu::Device,
     pub(crate) queue: wgpu::Queue,
     max_binding: u64,
@@ -150,13 +155,17 @@ impl Gpu {
         description: AdapterDescription,
         capabilities: Capabilities,
     ) -> Result<Self> {
-        let required_limits = match capabilities {
-            Capabilities::WebGpuDefault => wgpu::Limits::default(),
-            Capabilities::Adapter => adapter.limits(),
+        let (required_limits, required_features) = match capabilities {
+            Capabilities::WebGpuDefault => (wgpu::Limits::default(), wgpu::Features::empty()),
+            // Timestamps make measuring better; nothing needs them.
+            Capabilities::Adapter => {
+                (adapter.limits(), adapter.features() & wgpu::Features::TIMESTAMP_QUERY)
+            }
         };
         let descriptor = wgpu::DeviceDescriptor {
             label: Some("sterna"),
             required_limits,
+            required_features,
             memory_hints: wgpu::MemoryHints::Performance,
             ..Default::default()
         };
@@ -187,7 +196,7 @@ impl Gpu {
         let limits = device.limits();
         let max_binding = limits.max_storage_buffer_binding_size.min(limits.max_buffer_size);
         let work = Work::default();
-        Ok(Self { adapter: description, device, queue, max_binding, work, failure })
+        Ok(Self { adapter: description, capabilities, device, queue, max_binding, work, failure })
     }
 
     /// The error of this device for a failed operation.
@@ -207,6 +216,17 @@ impl Gpu {
             .poll(wgpu::PollType::wait_indefinitely())
             .map_err(|source| self.error(operation, source.to_string()))?;
         self.check(operation)
+    }
+
+    /// Whether passes can be timed on the device itself.
+    pub(crate) fn has_timestamps(&self) -> bool {
+        self.device.features().contains(wgpu::Features::TIMESTAMP_QUERY)
+    }
+
+    /// Most lanes of a workgroup.
+    pub(crate) fn lanes(&self) -> u32 {
+        let limits = self.device.limits();
+        limits.max_compute_invocations_per_workgroup.min(limits.max_compute_workgroup_size_x)
     }
 
     /// Bytes of the largest storage binding; larger matrices are sharded by rows.

@@ -21,7 +21,8 @@ const GROUP_QUANTIZE_LANES: usize = 64;
 const HEAD_ROWS: usize = 8;
 
 /// How the ternary matrices are multiplied: a packed layout and the kernels that read it.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, serde::Serialize, serde::Deserialize)]
+#[serde(rename_all = "snake_case")]
 pub enum Variant {
     /// `gemv_planes`, `gemm_planes`: xor, and, popcount, add. The addition-only baseline.
     BitSerial,
@@ -64,7 +65,8 @@ impl Variant {
 }
 
 /// How a matrix with one scale is multiplied: chosen for each by name of adapter, or by measuring.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, serde::Serialize, serde::Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct GemvPlan {
     /// Layout and arithmetic, for one token and for many.
     pub variant: Variant,
@@ -79,6 +81,17 @@ impl From<Variant> for GemvPlan {
     /// The variant as it runs within WebGPU's default limits.
     fn from(variant: Variant) -> Self {
         Self { variant, slices: SLICES, fused: true }
+    }
+}
+
+impl std::fmt::Display for GemvPlan {
+    /// The kernel, and whether it runs within a fused step or by itself.
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let kernel = self.variant.gemv().name;
+        match self.fused {
+            true => write!(f, "{kernel} (fused)"),
+            false => write!(f, "{kernel} ({} slices)", self.slices),
+        }
     }
 }
 

@@ -12,6 +12,7 @@ mod readback;
 mod record;
 pub mod self_test;
 pub mod shader;
+pub mod tune;
 
 pub use buffer::Slice;
 pub use device::{AdapterDescription, AdapterKind, Capabilities, Gpu, ResourceCounts, adapters};
@@ -26,11 +27,12 @@ use super::{Backend, Batch, DeviceInfo, LoadOptions, OnProgress, Output, Progres
 use crate::config::{Activations, ModelConfig};
 use crate::error::{Error, Result};
 use crate::shape::MatShape;
-use crate::weights::{LayerWeights, Table, TernaryMatrix, WeightScale, WeightSource};
+use crate::weights::{Input, LayerWeights, Table, TernaryMatrix, WeightScale, WeightSource};
 use kernels::{Fused, LinearRows, Rotate, RowOrder, TokensPerLane, padded_rows};
 use matrix::{GpuLinear, GpuMatrix, GpuRotation, GpuRun, GpuTable, GpuTableData, HostLinear, Kind};
 use readback::Staging;
 use record::Recording;
+use tune::{Plans, Step as MatrixStep};
 
 /// The greedy token of NaN logits, as `argmax.wgsl` writes it.
 const NAN_TOKEN: u32 = u32::MAX;
@@ -124,8 +126,9 @@ struct Builder<'a> {
 }
 
 impl GpuBackend {
-    /// Loads a model on an open device with the best plan that passes its exactness check there, or
-    /// with the given one. Matrices with scales of groups have one kernel, which is checked too.
+    /// Loads a model on an open device with the plans that [`LoadOptions::tune`] asks for and that pass
+    /// their exactness check there, or with the given one. Matrices with scales of groups have one
+    /// kernel, which is checked too.
     ///
     /// # Errors
     /// If a tensor is malformed, the adapter's limits are too small, the kernels are wrong on this
@@ -148,6 +151,10 @@ impl GpuBackend {
             });
         }
         let int8 = options.activations(&config)? == Activations::Int8Group;
+        let (plans, mut notes) = match plan {
+            Some(plan) => (Plans::Asked(plan), Vec::new()),
+            None => tune::choose(&gpu, &config, options.tune)?,
+        };
         let max_batch = options.max_batch;
         let buffers = Buffers::new(&gpu, &config, max_batch)?;
         let mut builder = Builder {
@@ -156,7 +163,7 @@ impl GpuBackend {
             config: &config,
             max_batch,
             int8,
-            methods: self_test::Methods::new(&gpu, plan),
+            methods: self_test::Methods::new(&gpu, plans),
             buffers: &buffers,
         };
         let inv_freq = source.frequencies()?;
@@ -178,6 +185,7 @@ impl GpuBackend {
         }
         progress(Progress { done: total, total });
         let gemv = builder.methods.names();
+        notes.extend(builder.methods.refusals());
         let embedding = builder.table("embedding", &source.embedding()?)?;
         let lm_head = source.lm_head()?.map(|table| builder.table("lm_head", &table));
         let lm_head = lm_head.transpose()?;
@@ -194,6 +202,7 @@ impl GpuBackend {
             name: format!("gpu:{}", adapter.index),
             description: adapter.to_string(),
             gemv,
+            notes,
         };
         Ok(Self {
             device,
@@ -561,10 +570,19 @@ impl Builder<'_> {
         Ok(vec![norm, rope])
     }
 
-    fn linear(&mut self, parts: &[&TernaryMatrix], order: RowOrder) -> Result<HostLinear> {
+    fn linear(
+        &mut self,
+        step: MatrixStep,
+        parts: &[&TernaryMatrix],
+        order: RowOrder,
+    ) -> Result<HostLinear> {
         let (int8, methods) = (self.int8, &mut self.methods);
+        let is_plain = parts.iter().all(|part| *part.input() == Input::default());
+        // RoPE's pairs have to meet in a workgroup.
+        let is_paired = step != MatrixStep::Qkv || order != RowOrder::Natural;
+        let can_fuse = is_plain && is_paired && parts[0].shape().k() <= Fused::MAX_K;
         HostLinear::pack(parts, act_stride(self.max_batch), order, |scale| match scale {
-            WeightScale::Tensor(_) => methods.sums(),
+            WeightScale::Tensor(_) => methods.sums(step, can_fuse),
             WeightScale::Groups { .. } => methods.groups(int8),
         })
     }
@@ -589,10 +607,14 @@ impl Builder<'_> {
         };
         let gate_up = RowOrder::GateUp(self.config.intermediate_size);
         let host = [
-            self.linear(&[&weights.q_proj, &weights.k_proj, &weights.v_proj], pairs)?,
-            self.linear(&[&weights.o_proj], RowOrder::Natural)?,
-            self.linear(&[&weights.gate_proj, &weights.up_proj], gate_up)?,
-            self.linear(&[&weights.down_proj], RowOrder::Natural)?,
+            self.linear(
+                MatrixStep::Qkv,
+                &[&weights.q_proj, &weights.k_proj, &weights.v_proj],
+                pairs,
+            )?,
+            self.linear(MatrixStep::O, &[&weights.o_proj], RowOrder::Natural)?,
+            self.linear(MatrixStep::GateUp, &[&weights.gate_proj, &weights.up_proj], gate_up)?,
+            self.linear(MatrixStep::Down, &[&weights.down_proj], RowOrder::Natural)?,
         ];
         let norms = [
             Some(&weights.input_layernorm),

@@ -1,22 +1,23 @@
 //! Operations: a pipeline, its bind group and its grid, made at load and recorded at decode.
 
 use std::collections::HashMap;
-use std::sync::Mutex;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex};
 
 use super::buffer::Slice;
 use super::device::Gpu;
-use super::shader::{Access, Kernel};
+use super::shader::{Access, Binding, Kernel};
 use crate::error::{Error, Result};
 
 /// What distinguishes pipelines: source, constants.
 type PipelineKey = (Kernel, Vec<(&'static str, u64)>);
 
-/// A compiled pipeline with the layout of its bind group.
+/// A compiled pipeline with the layout of its bind group, and what that was reflected from.
 #[derive(Clone)]
 struct Pipeline {
     pipeline: wgpu::ComputePipeline,
     layout: wgpu::BindGroupLayout,
+    bindings: Arc<[Binding]>,
 }
 
 /// Compiles each pipeline once.
@@ -129,12 +130,20 @@ impl Recording {
         gpu.work.dispatches.fetch_add(1, Ordering::Relaxed);
     }
 
-    /// Ends the pass, lets `copies` add to the encoder, and submits.
-    pub(super) fn submit(self, gpu: &Gpu, copies: impl FnOnce(&mut wgpu::CommandEncoder)) {
+    /// Ends the pass and lets `copies` add to the encoder.
+    pub(super) fn finish(
+        self,
+        copies: impl FnOnce(&mut wgpu::CommandEncoder),
+    ) -> wgpu::CommandBuffer {
         let Self { pass, mut encoder } = self;
         drop(pass);
         copies(&mut encoder);
-        gpu.queue.submit([encoder.finish()]);
+        encoder.finish()
+    }
+
+    /// Ends the pass, lets `copies` add to the encoder, and submits.
+    pub(super) fn submit(self, gpu: &Gpu, copies: impl FnOnce(&mut wgpu::CommandEncoder)) {
+        gpu.queue.submit([self.finish(copies)]);
         gpu.work.submits.fetch_add(1, Ordering::Relaxed);
     }
 }
@@ -207,8 +216,7 @@ impl Gpu {
                 limit: u64::from(limit),
             });
         }
-        let Pipeline { pipeline, layout } = self.pipeline(pipelines, call)?;
-        let bindings = call.kernel.bindings();
+        let Pipeline { pipeline, layout, bindings } = self.pipeline(pipelines, call)?;
         assert_eq!(bindings.len(), buffers.len() + 1, "buffers of {}", call.kernel.name);
         let mut storage = buffers.iter();
         let entries: Vec<_> = bindings
@@ -259,9 +267,8 @@ impl Gpu {
 
     fn compile(&self, call: &Call) -> Result<Pipeline> {
         let name = call.kernel.name;
-        let entries: Vec<_> = call
-            .kernel
-            .bindings()
+        let bindings: Arc<[Binding]> = call.kernel.bindings().into();
+        let entries: Vec<_> = bindings
             .iter()
             .map(|binding| wgpu::BindGroupLayoutEntry {
                 binding: binding.number,
@@ -305,7 +312,7 @@ impl Gpu {
         });
         self.pop(scope, name)?;
         self.check("make a pipeline")?;
-        Ok(Pipeline { pipeline, layout })
+        Ok(Pipeline { pipeline, layout, bindings })
     }
 
     /// Runs operations in one pass of one submit, and waits for them.
@@ -329,8 +336,17 @@ impl Gpu {
 
     /// Opens a command encoder with its one compute pass.
     pub(super) fn begin_recording(&self) -> Recording {
+        self.begin_timed_recording(None)
+    }
+
+    /// [`Self::begin_recording`] with the times at which the pass begins and ends.
+    pub(super) fn begin_timed_recording(
+        &self,
+        timestamp_writes: Option<wgpu::ComputePassTimestampWrites<'_>>,
+    ) -> Recording {
         let mut encoder = self.device.create_command_encoder(&Default::default());
-        let pass = encoder.begin_compute_pass(&Default::default()).forget_lifetime();
+        let descriptor = wgpu::ComputePassDescriptor { label: None, timestamp_writes };
+        let pass = encoder.begin_compute_pass(&descriptor).forget_lifetime();
         self.work.passes.fetch_add(1, Ordering::Relaxed);
         Recording { pass, encoder }
     }

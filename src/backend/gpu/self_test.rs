@@ -7,6 +7,7 @@ use cpu_ref::layout::{CHUNK_K, k_chunks};
 
 use super::kernels::{Fused, GemvPlan, RowOrder, TokensPerLane};
 use super::matrix::{GpuLinear, GpuMatrix, HostLinear, HostMatrix, Kind, Method};
+use super::tune::{Plans, Step};
 use super::{Gpu, PassParams, Pipelines, Slice, Variant, kernels, row_offsets};
 use crate::backend::gpu::record::Call;
 use crate::error::{Error, Result};
@@ -16,46 +17,118 @@ use crate::random::Random;
 use crate::shape::MatShape;
 use crate::weights::{Alphabet, TernaryMatrix};
 
-/// The variants in the order in which they are tried on this adapter.
-///
-/// A packed dot that the driver emulates is slower than the bit-serial kernel; wgpu does not say
-/// which it is. Software rasterisers and Apple GPUs are known to emulate it.
-fn preference(gpu: &Gpu) -> [Variant; 2] {
-    let emulated = gpu.adapter.kind == super::AdapterKind::Software || gpu.adapter.api == "metal";
-    if emulated {
-        [Variant::BitSerial, Variant::PackedDot]
-    } else {
-        [Variant::PackedDot, Variant::BitSerial]
-    }
-}
-
 /// The methods in use on an adapter: each is checked when the first matrix that needs it is met.
 pub(super) struct Methods<'a> {
     gpu: &'a Gpu,
-    asked: Option<GemvPlan>,
-    /// The plan that passed, and why an earlier one did not.
-    plan: Option<(GemvPlan, Option<Error>)>,
+    sums: Sums,
     /// Whether the group kernels with f32 and with int8 activations have passed.
     groups: [bool; 2],
 }
 
-impl<'a> Methods<'a> {
-    /// None yet; `plan` is the only one to be considered, if there is one.
-    pub fn new(gpu: &'a Gpu, plan: Option<GemvPlan>) -> Self {
-        Self { gpu, asked: plan, plan: None, groups: [false; 2] }
+/// Which plan each step's matrices get.
+struct Sums {
+    plans: Plans,
+    passed: Vec<GemvPlan>,
+    /// The plans that are wrong here, and how.
+    refused: Vec<(GemvPlan, Error)>,
+    /// By step: what passed for it, and that as it is used.
+    chosen: [Option<GemvPlan>; 4],
+    used: [Option<GemvPlan>; 4],
+}
+
+impl Sums {
+    fn new(plans: Plans) -> Self {
+        let (passed, refused) = (Vec::new(), Vec::new());
+        Self { plans, passed, refused, chosen: [None; 4], used: [None; 4] }
     }
 
-    /// The method of matrices with one scale.
+    /// The plan of a step's matrix that is exact here, as `check` says.
+    fn plan(
+        &mut self,
+        step: Step,
+        can_fuse: bool,
+        check: impl FnMut(GemvPlan) -> Result<()>,
+    ) -> Result<GemvPlan> {
+        let at = step as usize;
+        let plan = match self.chosen[at] {
+            Some(plan) => plan,
+            None => self.choose(at, check)?,
+        };
+        self.chosen[at] = Some(plan);
+        let plan = GemvPlan { fused: plan.fused && can_fuse, ..plan };
+        Ok(*self.used[at].insert(plan))
+    }
+
+    fn choose(
+        &mut self,
+        at: usize,
+        mut check: impl FnMut(GemvPlan) -> Result<()>,
+    ) -> Result<GemvPlan> {
+        let plans = match &self.plans {
+            Plans::Asked(plan) => vec![*plan],
+            Plans::Preferred(plans, variants) => {
+                let others = variants.iter().copied().map(GemvPlan::from);
+                [plans[at]].into_iter().chain(others).collect()
+            }
+        };
+        for &plan in &plans {
+            // The check runs a plan's fused kernels and the others.
+            let checked = GemvPlan { fused: true, ..plan };
+            if self.passed.contains(&checked) {
+                return Ok(plan);
+            }
+            if self.refused.iter().any(|(refused, _)| *refused == checked) {
+                continue;
+            }
+            match check(plan) {
+                Ok(()) => {
+                    self.passed.push(checked);
+                    return Ok(plan);
+                }
+                Err(problem @ Error::SelfTest { .. }) => self.refused.push((checked, problem)),
+                Err(error) => return Err(error),
+            }
+        }
+        let (_, problem) = self.refused.pop().expect("there is a plan, and it was refused");
+        Err(problem)
+    }
+
+    /// The plans in use, for people: with their steps where these differ.
+    fn names(&self) -> Option<String> {
+        let used = |step: &Step| self.used[*step as usize];
+        let mut plans: Vec<GemvPlan> = Vec::new();
+        for plan in Step::ALL.iter().filter_map(used) {
+            if !plans.contains(&plan) {
+                plans.push(plan);
+            }
+        }
+        let name = |plan: &GemvPlan| {
+            let steps = Step::ALL.into_iter().filter(|step| used(step) == Some(*plan));
+            let steps = steps.map(Step::name).collect::<Vec<_>>().join(", ");
+            format!("{plan}: {steps}")
+        };
+        match plans.as_slice() {
+            [] => None,
+            [plan] => Some(plan.to_string()),
+            plans => Some(plans.iter().map(name).collect::<Vec<_>>().join("; ")),
+        }
+    }
+}
+
+impl<'a> Methods<'a> {
+    /// None yet.
+    pub fn new(gpu: &'a Gpu, plans: Plans) -> Self {
+        Self { gpu, sums: Sums::new(plans), groups: [false; 2] }
+    }
+
+    /// The method of a step's matrices with one scale; `can_fuse` is whether there is a fused kernel
+    /// for them.
     ///
     /// # Errors
-    /// [`Error::SelfTest`] if the variant, or every one of them, is wrong on this adapter.
-    pub fn sums(&mut self) -> Result<Method> {
-        let chosen = match (self.plan.take(), self.asked) {
-            (Some(chosen), _) => chosen,
-            (None, Some(plan)) => check(self.gpu, plan).map(|()| (plan, None))?,
-            (None, None) => choose(self.gpu)?,
-        };
-        Ok(Method::Sums(self.plan.insert(chosen).0))
+    /// [`Error::SelfTest`] if the plan, or every one of them, is wrong on this adapter.
+    pub fn sums(&mut self, step: Step, can_fuse: bool) -> Result<Method> {
+        let gpu = self.gpu;
+        self.sums.plan(step, can_fuse, |plan| check(gpu, plan)).map(Method::Sums)
     }
 
     /// The method of matrices with scales of groups.
@@ -73,29 +146,14 @@ impl<'a> Methods<'a> {
 
     /// The kernels of the methods so far, for people.
     pub fn names(&self) -> String {
-        let sums = self.plan.iter().map(|(plan, refused)| match refused {
-            None => plan.variant.gemv().name.to_owned(),
-            Some(problem) => format!("{} ({problem})", plan.variant.gemv().name),
-        });
         let groups = [false, true].into_iter().filter(|&int8| self.groups[usize::from(int8)]);
         let groups = groups.map(|int8| Method::Groups { int8 }.gemv().name.to_owned());
-        sums.chain(groups).collect::<Vec<_>>().join(", ")
+        self.sums.names().into_iter().chain(groups).collect::<Vec<_>>().join(", ")
     }
-}
 
-/// The first plan in order of preference that is exact on this adapter, and why an earlier one
-/// is not used.
-///
-/// # Errors
-/// The last plan's error if none is exact.
-pub fn choose(gpu: &Gpu) -> Result<(GemvPlan, Option<Error>)> {
-    let [first, second] = preference(gpu).map(GemvPlan::from);
-    match check(gpu, first) {
-        Ok(()) => Ok((first, None)),
-        Err(problem @ Error::SelfTest { .. }) => {
-            check(gpu, second).map(|()| (second, Some(problem)))
-        }
-        Err(error) => Err(error),
+    /// The plans that were wrong on this adapter, one line each.
+    pub fn refusals(&self) -> Vec<String> {
+        self.sums.refused.iter().map(|(_, problem)| problem.to_string()).collect()
     }
 }
 

@@ -395,6 +395,7 @@ impl SimdBackend {
                 name: "cpu".to_owned(),
                 description: describe(level, pool.threads()),
                 gemv: format!("{} {}", gemv_name(&layers), level.name()),
+                notes: Vec::new(),
             },
             max_batch,
             embedding,

@@ -1,0 +1,116 @@
+//! The variant that is likely to be fastest on an adapter that was not measured.
+
+use super::super::device::{AdapterDescription, AdapterKind};
+use super::super::kernels::Variant;
+
+/// A class of adapters and its variant; the first that matches decides.
+struct Class {
+    matches: fn(&AdapterDescription) -> bool,
+    variant: Variant,
+}
+
+const AMD: u32 = 0x1002;
+const INTEL: u32 = 0x8086;
+
+const CLASSES: &[Class] = &[
+    // LLVM takes a packed dot apart, one lane after another.
+    Class { matches: |adapter| adapter.kind == AdapterKind::Software, variant: Variant::BitSerial },
+    // Apple's GPUs have no packed dot; MSL multiplies four chars one by one.
+    Class { matches: |adapter| adapter.api == "metal", variant: Variant::BitSerial },
+    // GCN and the first RDNA have no v_dot4.
+    Class {
+        matches: |adapter| adapter.vendor == AMD && is_one_of(adapter, AMD_WITHOUT_DOT),
+        variant: Variant::BitSerial,
+    },
+    // Intel's dp4a came with Xe.
+    Class {
+        matches: |adapter| adapter.vendor == INTEL && is_one_of(adapter, INTEL_WITHOUT_DOT),
+        variant: Variant::BitSerial,
+    },
+    // NVIDIA since Pascal, AMD since RDNA 2, Intel since Xe, Mali since Valhall, recent Adrenos.
+    Class { matches: |_| true, variant: Variant::PackedDot },
+];
+
+/// Parts of names, as Mesa and as the vendor's drivers write them.
+const AMD_WITHOUT_DOT: &[&str] = &[
+    "TAHITI", "PITCAIRN", "VERDE", "OLAND", "HAINAN", "BONAIRE", "HAWAII", "KAVERI", "KABINI",
+    "TONGA", "ICELAND", "CARRIZO", "FIJI", "STONEY", "POLARIS", "VEGA10", "RAVEN", "RENOIR",
+    "NAVI10", "R7 ", "R9 ", "RX 4", "RX 550", "RX 560", "RX 570", "RX 580", "RX 590", "RX 5600",
+    "RX 5700", "Vega 3 ", "Vega 6 ", "Vega 8 ", "Vega 10 ", "Vega 11 ", "RX Vega",
+];
+const INTEL_WITHOUT_DOT: &[&str] = &[
+    "HD Graphics 4",
+    "HD Graphics 5",
+    "HD Graphics 6",
+    "HD Graphics P",
+    "Iris(R) Plus",
+    "Iris Plus",
+    "Iris(R) Pro",
+    "Iris Pro",
+    "(ICL",
+    "(SKL",
+    "(KBL",
+    "(CFL",
+    "(CML",
+    "(BDW",
+    "(GLK",
+    "(BXT",
+    "(JSL",
+    "(EHL",
+];
+
+fn is_one_of(adapter: &AdapterDescription, names: &[&str]) -> bool {
+    names.iter().any(|name| adapter.name.contains(name))
+}
+
+/// The variant that is likely to be fastest.
+pub(super) fn variant(adapter: &AdapterDescription) -> Variant {
+    let class = CLASSES.iter().find(|class| (class.matches)(adapter));
+    class.expect("the last class takes every adapter").variant
+}
+
+/// Every variant, the likely fastest first; the baseline, which asks least of a driver, second.
+pub(super) fn order(adapter: &AdapterDescription) -> Vec<Variant> {
+    let first = variant(adapter);
+    [first].into_iter().chain(Variant::ALL.into_iter().filter(|&other| other != first)).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn by_vendor_and_name() {
+        use Variant::{BitSerial, PackedDot};
+        for (name, vendor, api, variant) in [
+            ("NVIDIA GeForce RTX 4090", 0x10de, "vulkan", PackedDot),
+            ("NVIDIA H200", 0x10de, "vulkan", PackedDot),
+            ("AMD Radeon RX 7900 XTX (RADV NAVI31)", AMD, "vulkan", PackedDot),
+            ("AMD Radeon Graphics (RADV PHOENIX)", AMD, "vulkan", PackedDot),
+            ("AMD Radeon RX 5500 XT (RADV NAVI14)", AMD, "vulkan", PackedDot),
+            ("AMD Radeon RX 5700 XT (RADV NAVI10)", AMD, "vulkan", BitSerial),
+            ("AMD Radeon RX 580 Series (RADV POLARIS10)", AMD, "vulkan", BitSerial),
+            ("Radeon RX 580 Series", AMD, "dx12", BitSerial),
+            ("Intel(R) Iris(R) Xe Graphics (TGL GT2)", INTEL, "vulkan", PackedDot),
+            ("Intel(R) Arc(TM) A770 Graphics (DG2)", INTEL, "vulkan", PackedDot),
+            ("Intel(R) UHD Graphics 770 (ADL-S GT1)", INTEL, "vulkan", PackedDot),
+            ("Intel(R) UHD Graphics 630 (CFL GT2)", INTEL, "vulkan", BitSerial),
+            ("Intel(R) HD Graphics 520", INTEL, "dx12", BitSerial),
+            ("Apple M4 Pro", 0, "metal", BitSerial),
+            ("something new", 0x4711, "vulkan", PackedDot),
+        ] {
+            let adapter = AdapterDescription {
+                index: 0,
+                name: name.to_owned(),
+                kind: AdapterKind::Other,
+                api: api.to_owned(),
+                driver: String::new(),
+                vendor,
+            };
+            assert_eq!(super::variant(&adapter), variant, "{name}");
+            let software = AdapterDescription { kind: AdapterKind::Software, ..adapter };
+            assert_eq!(super::variant(&software), BitSerial);
+            assert_eq!(order(&software).len(), Variant::ALL.len());
+        }
+    }
+}
