@@ -51,7 +51,7 @@ pub(super) struct Arguments {
     synthetic: String,
 
     /// When to stop; what was not measured by then is not chosen
-    #[arg(long, value_name = "SECONDS", default_value = "20", value_parser = seconds)]
+    #[arg(long, value_name = "SECONDS", default_value = "20", allow_negative_numbers = true, value_parser = seconds)]
     budget: Duration,
 
     /// Write one JSON object
@@ -69,6 +69,9 @@ Examples:
   sterna tune                              the shapes of BitNet b1.58 2B4T, on the best GPU
   sterna tune -m MODEL --device gpu:1      a model's shapes, on another adapter
   sterna tune --synthetic llama3-8b --json | jq '.shapes[] | {step, winner}'";
+
+/// There was no time for it.
+const NOT_REACHED: &str = "not reached";
 
 /// N of `gpu:N`.
 #[derive(Clone, Copy)]
@@ -129,9 +132,12 @@ fn table(name: &str, report: &Report) -> Result<String> {
     writeln!(text, "{device}: {adapter} ({kind}, {api}, {driver}), wgpu {wgpu}")?;
     let (clock, bytes) = (report.clock, report.rotated_bytes >> 20);
     writeln!(text, "{name}, kernels {kernels}, clock {clock}, {bytes} MiB of weights take turns")?;
-    let known = |value: Option<f64>| value.map_or("not reached".to_owned(), |v| format!("{v:.2}"));
-    writeln!(text, "copy      {} GB/s", known(report.copy_gb_s))?;
-    writeln!(text, "dispatch  {} µs", known(report.dispatch_us))?;
+    let known = |value: Option<f64>, unit| match value {
+        Some(value) => format!("{value:.2} {unit}"),
+        None => NOT_REACHED.to_owned(),
+    };
+    writeln!(text, "copy      {}", known(report.copy_gb_s, "GB/s"))?;
+    writeln!(text, "dispatch  {}", known(report.dispatch_us, "µs"))?;
     for shape in &report.shapes {
         writeln!(text, "{} {}x{}", shape.step.name(), shape.n, shape.k)?;
         for candidate in &shape.candidates {
@@ -152,6 +158,6 @@ fn measured(candidate: &CandidateReport) -> String {
             format!("{us:10.2} µs {gb_s:9.2} GB/s {share}")
         }
         (_, _, Some(problem)) => format!("refused: {problem}"),
-        _ => "not reached".to_owned(),
+        _ => NOT_REACHED.to_owned(),
     }
 }

@@ -11,6 +11,7 @@ mod formats;
 mod golden;
 mod kernels;
 mod model;
+mod tune;
 mod util;
 
 use std::process::ExitCode;
@@ -39,7 +40,8 @@ fn main() -> ExitCode {
                 Err(error) => eprintln!("no adapter: {error}"),
             }
         }
-        let cases = kernels::cases().into_iter().chain(model::cases(capabilities));
+        let cases =
+            kernels::cases().into_iter().chain(model::cases(capabilities)).chain(tune::cases());
         trials.extend(cases.map(|(name, case)| {
             let name = format!("{label}::{name}");
             match &gpu {

@@ -337,7 +337,8 @@ fn names(capabilities: Capabilities) -> Result<(), Failed> {
     for (source, int8_activations, expected) in [
         (SyntheticModel::new(tiny_bonsai(1, 128), 1), false, "group_gemv"),
         (SyntheticModel::new(tiny_bonsai(1, 128), 1), true, "group_gemv_int8"),
-        (SyntheticModel::new(tiny_normed(), 1), false, "gemv_planes"),
+        (SyntheticModel::new(tiny_normed(), 1), false, "gemv_planes (8 slices)"),
+        (SyntheticModel::new(tiny_llama(), 1), false, "gemv_planes (fused)"),
     ] {
         let options = LoadOptions { int8_activations, ..LoadOptions::default() };
         let model = transformer(open(capabilities)?, &source, Variant::BitSerial, &options)?;

@@ -526,3 +526,67 @@ pub fn quantize(gpu: &Gpu, variant: Variant, x: &[f32], n_tokens: usize) -> Resu
         code_sum: bytemuck::cast_vec(gpu.read(&code_sum, n_tokens)?),
     })
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn wrong() -> Error {
+        let [device, kernel, problem] = ["gpu:0", "gemv", "wrong"].map(str::to_owned);
+        Error::SelfTest { device, kernel, problem }
+    }
+
+    fn plan(variant: Variant) -> GemvPlan {
+        variant.into()
+    }
+
+    #[test]
+    fn a_preferred_plan_that_is_wrong_is_replaced_and_named() {
+        let tuned = GemvPlan { slices: 4, fused: false, ..plan(Variant::PackedDot) };
+        let other = plan(Variant::BitSerial);
+        let order = vec![Variant::PackedDot, Variant::BitSerial];
+        let mut sums = Sums::new(Plans::Preferred([other, tuned, other, tuned], order));
+        let mut checks = Vec::new();
+        for _layer in 0..2 {
+            for (step, expected) in Step::ALL.into_iter().zip([Variant::BitSerial; 4]) {
+                let found = sums.plan(step, true, |plan| {
+                    checks.push(plan);
+                    if plan.variant == Variant::PackedDot { Err(wrong()) } else { Ok(()) }
+                });
+                assert_eq!(found.unwrap(), plan(expected));
+            }
+        }
+        // Each plan is checked once: what was kept, the default, what took their place.
+        assert_eq!(checks, [other, tuned, plan(Variant::PackedDot)]);
+        assert_eq!(sums.refused.len(), 2);
+        assert_eq!(sums.names().as_deref(), Some("gemv_planes (fused)"));
+    }
+
+    #[test]
+    fn plans_are_named_with_their_steps() {
+        let split = GemvPlan { slices: 4, fused: false, ..plan(Variant::PackedDot) };
+        let fused = plan(Variant::PackedDot);
+        let mut sums = Sums::new(Plans::Preferred([fused, split, fused, fused], Vec::new()));
+        assert_eq!(sums.names(), None);
+        for step in Step::ALL {
+            // There is no fused kernel for one of them.
+            sums.plan(step, step != Step::Down, |_| Ok(())).unwrap();
+        }
+        let names =
+            "gemv_i2 (fused): qkv, gate_up; gemv_i2 (4 slices): o; gemv_i2 (8 slices): down";
+        assert_eq!(sums.names().as_deref(), Some(names));
+    }
+
+    #[test]
+    fn a_plan_that_is_asked_for_has_no_substitute() {
+        let mut sums = Sums::new(Plans::Asked(plan(Variant::BitSerial)));
+        let found = sums.plan(Step::O, true, |_| Err(wrong()));
+        assert!(matches!(found, Err(Error::SelfTest { .. })));
+        let order = Variant::ALL.to_vec();
+        let mut sums = Sums::new(Plans::Preferred([plan(Variant::BitSerial); 4], order));
+        assert!(sums.plan(Step::O, true, |_| Err(wrong())).is_err());
+        // A driver's failure is no wrong result.
+        let lost = |_| Err(Error::EmptyPrompt);
+        assert!(matches!(sums.plan(Step::Qkv, true, lost), Err(Error::EmptyPrompt)));
+    }
+}

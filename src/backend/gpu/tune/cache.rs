@@ -7,6 +7,7 @@
 //! ```
 
 use std::collections::BTreeMap;
+use std::ffi::OsString;
 use std::fs::{self, File};
 use std::io::{self, Read, Write};
 use std::path::{Path, PathBuf};
@@ -31,7 +32,11 @@ const MAX_PLANS: usize = 4096;
 /// directory (`XDG_CACHE_HOME` or `~/.cache`; `~/Library/Caches`; `%LOCALAPPDATA%`). `None` if there
 /// is no home directory.
 pub fn directory() -> Option<PathBuf> {
-    if let Some(directory) = std::env::var_os("STERNA_CACHE").filter(|value| !value.is_empty()) {
+    directory_of(std::env::var_os("STERNA_CACHE"))
+}
+
+fn directory_of(variable: Option<OsString>) -> Option<PathBuf> {
+    if let Some(directory) = variable.filter(|value| !value.is_empty()) {
         return Some(PathBuf::from(directory));
     }
     let strategy = etcetera::base_strategy::choose_native_strategy().ok()?;
@@ -173,4 +178,131 @@ fn read_bounded(path: &Path) -> io::Result<Vec<u8>> {
         return Err(io::Error::new(io::ErrorKind::InvalidData, "larger than 1 MiB"));
     }
     Ok(bytes)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::backend::gpu::Variant;
+
+    fn key() -> Key {
+        let [adapter, driver, api, kernels] = ["A", "d 1", "vulkan", "0123"].map(str::to_owned);
+        let (wgpu, capabilities) = (WGPU.to_owned(), "Adapter".to_owned());
+        Key { adapter, driver, api, wgpu, kernels, capabilities }
+    }
+
+    fn kept(key: &Key) -> Kept {
+        let mut kept = Kept::new(key);
+        let plan = GemvPlan { slices: 4, fused: false, ..GemvPlan::from(Variant::PackedDot) };
+        kept.add(&[("qkv 1x2".to_owned(), plan), ("o 3x4".to_owned(), Variant::BitSerial.into())]);
+        kept
+    }
+
+    #[test]
+    fn what_is_written_is_read_back() {
+        let directory = tempfile::tempdir().unwrap();
+        let below = directory.path().join("not/there/yet");
+        assert_eq!(Kept::read(&below, &key()), (Kept::new(&key()), None));
+        let path = kept(&key()).write(&below).unwrap();
+        assert_eq!(path, key().file(&below));
+        assert_eq!(Kept::read(&below, &key()), (kept(&key()), None));
+        // Nothing else is left behind.
+        assert_eq!(fs::read_dir(path.parent().unwrap()).unwrap().count(), 1);
+    }
+
+    #[test]
+    fn another_key_is_not_used() {
+        let directory = tempfile::tempdir().unwrap();
+        kept(&key()).write(directory.path()).unwrap();
+        let other = || "other".to_owned();
+        for (what, key) in [
+            ("driver", Key { driver: other(), ..key() }),
+            ("wgpu", Key { wgpu: other(), ..key() }),
+            ("kernels", Key { kernels: other(), ..key() }),
+        ] {
+            let (found, note) = Kept::read(directory.path(), &key);
+            assert_eq!(found, Kept::new(&key));
+            let note = note.unwrap();
+            assert!(
+                note.contains(what) && note.contains("other") && note.contains(".json"),
+                "{note}"
+            );
+        }
+        // These have files of their own.
+        for key in [
+            Key { adapter: other(), ..key() },
+            Key { api: other(), ..key() },
+            Key { capabilities: other(), ..key() },
+        ] {
+            assert_eq!(Kept::read(directory.path(), &key), (Kept::new(&key), None));
+        }
+        // What is copied to another adapter's file is found out.
+        let stranger = Key { adapter: other(), ..key() };
+        fs::copy(key().file(directory.path()), stranger.file(directory.path())).unwrap();
+        let note = Kept::read(directory.path(), &stranger).1.unwrap();
+        assert!(note.contains("adapter"), "{note}");
+    }
+
+    #[test]
+    fn a_damaged_file_is_not_used_and_is_replaced() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = kept(&key()).write(directory.path()).unwrap();
+        let good = fs::read(&path).unwrap();
+        let text = String::from_utf8(good.clone()).unwrap();
+        let many: Vec<String> = (0..=MAX_PLANS)
+            .map(|i| {
+                format!("\"{i}\": {{\"variant\": \"packed_dot\", \"slices\": 8, \"fused\": true}}")
+            })
+            .collect();
+        let key_json = serde_json::to_string(&key()).unwrap();
+        for bad in [
+            Vec::new(),
+            good[..good.len() / 2].to_vec(),
+            b"\xff\xfe".to_vec(),
+            b"[]".to_vec(),
+            text.replace("packed_dot", "packed_cat").into_bytes(),
+            text.replace("\"slices\": 4", "\"slices\": -4").into_bytes(),
+            text.replace("\"slices\"", "\"splices\"").into_bytes(),
+            vec![b' '; MAX_FILE_BYTES as usize + 1],
+            format!("{{\"key\": {key_json}, \"plans\": {{{}}}}}", many.join(",")).into_bytes(),
+        ] {
+            fs::write(&path, &bad).unwrap();
+            let (found, note) = Kept::read(directory.path(), &key());
+            let note = note.expect("a note");
+            assert_eq!(found, Kept::new(&key()), "{note}");
+            assert!(note.contains("not used") && note.lines().count() == 1, "{note}");
+            kept(&key()).write(directory.path()).unwrap();
+            assert_eq!(fs::read(&path).unwrap(), good);
+        }
+        // A directory in its place is no file.
+        fs::remove_file(&path).unwrap();
+        fs::create_dir(&path).unwrap();
+        assert!(Kept::read(directory.path(), &key()).1.is_some());
+        assert!(kept(&key()).write(directory.path()).is_err());
+    }
+
+    #[test]
+    fn a_full_file_begins_anew() {
+        let mut kept = kept(&key());
+        let plans: Vec<_> =
+            (0..MAX_PLANS).map(|i| (i.to_string(), Variant::BitSerial.into())).collect();
+        kept.add(&plans);
+        assert_eq!(kept.plans.len(), MAX_PLANS);
+        assert_eq!(kept.plan("o 3x4"), None);
+    }
+
+    #[test]
+    fn where_the_cache_is() {
+        assert_eq!(directory_of(Some("/a/b".into())), Some(PathBuf::from("/a/b")));
+        for none in [None, Some(OsString::new())] {
+            // Where there is a home.
+            assert!(directory_of(none).is_none_or(|directory| directory.ends_with("sterna")));
+        }
+    }
+
+    #[test]
+    fn the_version_of_wgpu_is_the_one_in_use() {
+        let lock = include_str!("../../../../Cargo.lock");
+        assert!(lock.contains(&format!("name = \"wgpu\"\nversion = \"{WGPU}\"")), "{WGPU}");
+    }
 }

@@ -1,77 +1,75 @@
-//! The variant that is likely to be fastest on an adapter that was not measured.
+//! The plan that is likely to be fastest on an adapter that was not measured.
 
 use super::super::device::{AdapterDescription, AdapterKind};
-use super::super::kernels::Variant;
+use super::super::kernels::{GemvPlan, Variant};
 
-/// A class of adapters and its variant; the first that matches decides.
+/// A class of adapters and its plan; the first that matches decides.
 struct Class {
     matches: fn(&AdapterDescription) -> bool,
     variant: Variant,
+    /// Whether a dispatch costs more than that every workgroup quantises the token for itself.
+    fused: bool,
 }
 
 const AMD: u32 = 0x1002;
 const INTEL: u32 = 0x8086;
 
 const CLASSES: &[Class] = &[
-    // LLVM takes a packed dot apart, one lane after another.
-    Class { matches: |adapter| adapter.kind == AdapterKind::Software, variant: Variant::BitSerial },
+    // LLVM takes a packed dot apart, one lane after another. A few cores quantise for hundreds of
+    // workgroups one after another: a fused step of BitNet b1.58 2B4T takes llvmpipe 2 to 3 times as
+    // long as a split one.
+    Class {
+        matches: |adapter| adapter.kind == AdapterKind::Software,
+        variant: Variant::BitSerial,
+        fused: false,
+    },
     // Apple's GPUs have no packed dot; MSL multiplies four chars one by one.
-    Class { matches: |adapter| adapter.api == "metal", variant: Variant::BitSerial },
+    Class { matches: |adapter| adapter.api == "metal", variant: Variant::BitSerial, fused: true },
     // GCN and the first RDNA have no v_dot4.
     Class {
         matches: |adapter| adapter.vendor == AMD && is_one_of(adapter, AMD_WITHOUT_DOT),
         variant: Variant::BitSerial,
+        fused: true,
     },
     // Intel's dp4a came with Xe.
     Class {
         matches: |adapter| adapter.vendor == INTEL && is_one_of(adapter, INTEL_WITHOUT_DOT),
         variant: Variant::BitSerial,
+        fused: true,
     },
     // NVIDIA since Pascal, AMD since RDNA 2, Intel since Xe, Mali since Valhall, recent Adrenos.
-    Class { matches: |_| true, variant: Variant::PackedDot },
+    Class { matches: |_| true, variant: Variant::PackedDot, fused: true },
 ];
 
 /// Parts of names, as Mesa and as the vendor's drivers write them.
+#[rustfmt::skip]
 const AMD_WITHOUT_DOT: &[&str] = &[
     "TAHITI", "PITCAIRN", "VERDE", "OLAND", "HAINAN", "BONAIRE", "HAWAII", "KAVERI", "KABINI",
     "TONGA", "ICELAND", "CARRIZO", "FIJI", "STONEY", "POLARIS", "VEGA10", "RAVEN", "RENOIR",
-    "NAVI10", "R7 ", "R9 ", "RX 4", "RX 550", "RX 560", "RX 570", "RX 580", "RX 590", "RX 5600",
-    "RX 5700", "Vega 3 ", "Vega 6 ", "Vega 8 ", "Vega 10 ", "Vega 11 ", "RX Vega",
+    "NAVI10", "R7 ", "R9 ", "RX 4", "RX 550 ", "RX 560", "RX 570", "RX 580", "RX 590", "RX 5600",
+    "RX 5700", "Vega 3", "Vega 6", "Vega 8", "Vega 1", "RX Vega",
 ];
+#[rustfmt::skip]
 const INTEL_WITHOUT_DOT: &[&str] = &[
-    "HD Graphics 4",
-    "HD Graphics 5",
-    "HD Graphics 6",
-    "HD Graphics P",
-    "Iris(R) Plus",
-    "Iris Plus",
-    "Iris(R) Pro",
-    "Iris Pro",
-    "(ICL",
-    "(SKL",
-    "(KBL",
-    "(CFL",
-    "(CML",
-    "(BDW",
-    "(GLK",
-    "(BXT",
-    "(JSL",
-    "(EHL",
+    "HD Graphics 4", "HD Graphics 5", "HD Graphics 6", "HD Graphics P", "Iris(R) Plus",
+    "Iris Plus", "Iris(R) Pro", "Iris Pro", "(ICL", "(SKL", "(KBL", "(CFL", "(CML", "(BDW", "(GLK",
+    "(BXT", "(JSL", "(EHL",
 ];
 
 fn is_one_of(adapter: &AdapterDescription, names: &[&str]) -> bool {
     names.iter().any(|name| adapter.name.contains(name))
 }
 
-/// The variant that is likely to be fastest.
-pub(super) fn variant(adapter: &AdapterDescription) -> Variant {
+/// The plan that is likely to be fastest, for a step that has a fused kernel.
+pub(super) fn plan(adapter: &AdapterDescription) -> GemvPlan {
     let class = CLASSES.iter().find(|class| (class.matches)(adapter));
-    class.expect("the last class takes every adapter").variant
+    let Class { variant, fused, .. } = class.expect("the last class takes every adapter");
+    GemvPlan { fused: *fused, ..GemvPlan::from(*variant) }
 }
 
-/// Every variant, the likely fastest first; the baseline, which asks least of a driver, second.
+/// Every variant, the likely fastest first.
 pub(super) fn order(adapter: &AdapterDescription) -> Vec<Variant> {
-    let first = variant(adapter);
+    let first = plan(adapter).variant;
     [first].into_iter().chain(Variant::ALL.into_iter().filter(|&other| other != first)).collect()
 }
 
@@ -90,6 +88,8 @@ mod tests {
             ("AMD Radeon RX 5500 XT (RADV NAVI14)", AMD, "vulkan", PackedDot),
             ("AMD Radeon RX 5700 XT (RADV NAVI10)", AMD, "vulkan", BitSerial),
             ("AMD Radeon RX 580 Series (RADV POLARIS10)", AMD, "vulkan", BitSerial),
+            ("AMD Radeon(TM) Vega 8 Graphics", AMD, "vulkan", BitSerial),
+            ("AMD Radeon VII (RADV VEGA20)", AMD, "vulkan", PackedDot),
             ("Radeon RX 580 Series", AMD, "dx12", BitSerial),
             ("Intel(R) Iris(R) Xe Graphics (TGL GT2)", INTEL, "vulkan", PackedDot),
             ("Intel(R) Arc(TM) A770 Graphics (DG2)", INTEL, "vulkan", PackedDot),
@@ -107,9 +107,9 @@ mod tests {
                 driver: String::new(),
                 vendor,
             };
-            assert_eq!(super::variant(&adapter), variant, "{name}");
+            assert_eq!(plan(&adapter), GemvPlan::from(variant), "{name}");
             let software = AdapterDescription { kind: AdapterKind::Software, ..adapter };
-            assert_eq!(super::variant(&software), BitSerial);
+            assert_eq!(plan(&software), GemvPlan { fused: false, ..GemvPlan::from(BitSerial) });
             assert_eq!(order(&software).len(), Variant::ALL.len());
         }
     }

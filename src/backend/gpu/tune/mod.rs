@@ -160,18 +160,17 @@ impl StepShape {
         id
     }
 
-    /// What runs where nothing was measured.
-    fn default_plan(&self, variant: Variant) -> GemvPlan {
-        let plan = GemvPlan::from(variant);
+    /// What runs where nothing was measured: the adapter's default, if this step can be fused.
+    fn default_plan(&self, plan: GemvPlan) -> GemvPlan {
         GemvPlan { fused: plan.fused && self.can_fuse, ..plan }
     }
 
     /// The plans that may run this step, best expected first: the default, then those of its variant,
     /// then the other variants.
-    fn candidates(&self, default: Variant, lanes: u32) -> Vec<GemvPlan> {
-        let others = VARIANTS.into_iter().filter(|&variant| variant != default);
+    fn candidates(&self, default: GemvPlan, lanes: u32) -> Vec<GemvPlan> {
+        let others = VARIANTS.into_iter().filter(|&variant| variant != default.variant);
         let mut plans = vec![self.default_plan(default)];
-        for variant in [default].into_iter().chain(others) {
+        for variant in [default.variant].into_iter().chain(others) {
             for fused in FUSED {
                 for slices in SLICES {
                     let plan = GemvPlan { variant, slices, fused };
@@ -258,7 +257,7 @@ trait Track {
 /// A candidate that fails is refused, not the race: the driver may reject one kernel only.
 fn race(
     steps: &[StepShape],
-    default: Variant,
+    default: GemvPlan,
     lanes: u32,
     budget: Duration,
     track: &mut impl Track,
@@ -419,7 +418,7 @@ pub fn tune(
     let start = Instant::now();
     let mut bench = measure::Bench::new(gpu, steps, start)?;
     // The races come first: they are what the budget is for.
-    let races = race(steps, defaults::variant(&gpu.adapter), gpu.lanes(), budget, &mut bench);
+    let races = race(steps, defaults::plan(&gpu.adapter), gpu.lanes(), budget, &mut bench);
     let copy_gb_s = bench.copy_gb_s(budget)?;
     let dispatch_us = bench.dispatch_us(budget)?;
     let key = Key::of(gpu);
@@ -486,11 +485,11 @@ pub(super) enum Plans {
 /// # Errors
 /// [`Error::Dimension`] if a matrix is too large.
 pub(super) fn choose(gpu: &Gpu, config: &ModelConfig, tune: Tune) -> Result<(Plans, Vec<String>)> {
-    let order = defaults::order(&gpu.adapter);
+    let (default, order) = (defaults::plan(&gpu.adapter), defaults::order(&gpu.adapter));
     let Some(steps) = StepShape::of(config)? else {
-        return Ok((Plans::Preferred([GemvPlan::from(order[0]); 4], order), Vec::new()));
+        return Ok((Plans::Preferred([default; 4], order), Vec::new()));
     };
-    let defaults = steps.map(|step| step.default_plan(order[0]));
+    let defaults = steps.map(|step| step.default_plan(default));
     if tune == Tune::Off || gpu.adapter.kind == AdapterKind::Software {
         return Ok((Plans::Preferred(defaults, order), Vec::new()));
     }
@@ -498,12 +497,12 @@ pub(super) fn choose(gpu: &Gpu, config: &ModelConfig, tune: Tune) -> Result<(Pla
         let start = Instant::now();
         let gpu = Gpu::open(Some(gpu.adapter.index), gpu.capabilities)?;
         let mut bench = measure::Bench::new(&gpu, missing, start)?;
-        Ok(race(missing, order[0], gpu.lanes(), AUTO_BUDGET, &mut bench))
+        Ok(race(missing, default, gpu.lanes(), AUTO_BUDGET, &mut bench))
     };
     let directory = cache::directory();
     let lanes = gpu.lanes();
     let (plans, notes) =
-        kept_or_measured(&steps, order[0], lanes, &Key::of(gpu), directory.as_deref(), measure);
+        kept_or_measured(&steps, default, lanes, &Key::of(gpu), directory.as_deref(), measure);
     Ok((Plans::Preferred(plans, order), notes))
 }
 
@@ -511,7 +510,7 @@ pub(super) fn choose(gpu: &Gpu, config: &ModelConfig, tune: Tune) -> Result<(Pla
 /// reached. Nothing here is worth failing for: what goes wrong is a note.
 fn kept_or_measured(
     steps: &[StepShape; 4],
-    default: Variant,
+    default: GemvPlan,
     lanes: u32,
     key: &Key,
     directory: Option<&Path>,
