@@ -165,8 +165,7 @@ impl StepShape {
         GemvPlan { fused: plan.fused && self.can_fuse, ..plan }
     }
 
-    /// The plans that may run this step, best expected first: the default, then those of its variant,
-    /// then the other variants.
+    /// The plans that may run this step, the default first.
     fn candidates(&self, default: GemvPlan, lanes: u32) -> Vec<GemvPlan> {
         let others = VARIANTS.into_iter().filter(|&variant| variant != default.variant);
         let mut plans = vec![self.default_plan(default)];
@@ -199,7 +198,9 @@ enum Outcome {
     Time(Duration),
     /// Why it is not used: wrong results, or the driver's refusal.
     Refused(String),
-    /// The time was up.
+    /// It has not had its turn.
+    Waiting,
+    /// It had its turn, and too little time.
     NotReached,
 }
 
@@ -219,7 +220,7 @@ impl Race {
         let bar = match outcome {
             Outcome::Time(time) => time.as_secs_f64() / MARGIN,
             Outcome::Refused(_) => f64::INFINITY,
-            Outcome::NotReached => return *default,
+            Outcome::Waiting | Outcome::NotReached => return *default,
         };
         let timed = self.candidates.iter().filter_map(|(plan, outcome)| match outcome {
             Outcome::Time(time) if time.as_secs_f64() < bar => Some((time, *plan)),
@@ -228,12 +229,31 @@ impl Race {
         timed.min_by_key(|(time, _)| **time).map_or(*default, |(_, plan)| plan)
     }
 
+    /// Whose turn it is: the default's; then each variant's as it runs by default, fused and split; then
+    /// of the others the one that has most in common with the fastest so far.
+    fn next(&self) -> Option<usize> {
+        let fastest = self.winner();
+        let merit = |plan: GemvPlan| {
+            let is_tuned = differences(plan, plan.variant.into()) > usize::from(!plan.fused);
+            if is_tuned { (true, differences(plan, fastest)) } else { (false, 0) }
+        };
+        let waiting = self.candidates.iter().enumerate();
+        let waiting = waiting.filter(|(_, (_, outcome))| *outcome == Outcome::Waiting);
+        waiting.min_by_key(|(at, (plan, _))| (merit(*plan), *at)).map(|(at, _)| at)
+    }
+
     /// Whether a second race would find nothing new.
     fn is_settled(&self) -> bool {
         let mut outcomes = self.candidates.iter().map(|(_, outcome)| outcome);
         outcomes.clone().any(|outcome| matches!(outcome, Outcome::Time(_)))
             || outcomes.all(|outcome| matches!(outcome, Outcome::Refused(_)))
     }
+}
+
+/// In how many of its values a plan is another.
+fn differences(a: GemvPlan, b: GemvPlan) -> usize {
+    let differ = [a.variant != b.variant, a.slices != b.slices, a.fused != b.fused];
+    differ.into_iter().filter(|&differ| differ).count()
 }
 
 /// Where a race is run: an adapter, or a test's idea of one.
@@ -251,8 +271,8 @@ trait Track {
     ) -> Result<Option<Duration>>;
 }
 
-/// Races the candidates of all steps until the budget ends: first the default of each step, then
-/// the second candidate of each, and so on; those who beat the default do it once more.
+/// Races the candidates of all steps until the budget ends: one of each step, then another of each,
+/// and so on, in the order of [`Race::next`]; those who beat the default do it once more.
 ///
 /// A candidate that fails is refused, not the race: the driver may reject one kernel only.
 fn race(
@@ -264,20 +284,23 @@ fn race(
 ) -> Vec<Race> {
     let start = |step: &StepShape| {
         let plans = step.candidates(default, lanes).into_iter();
-        Race { step: *step, candidates: plans.map(|plan| (plan, Outcome::NotReached)).collect() }
+        Race { step: *step, candidates: plans.map(|plan| (plan, Outcome::Waiting)).collect() }
     };
     let mut races: Vec<Race> = steps.iter().map(start).collect();
-    let rounds = races.iter().map(|race| race.candidates.len()).max().unwrap_or_default();
     let mut longest = Duration::ZERO;
-    for round in 0..rounds {
+    let mut is_over = false;
+    while !is_over {
+        is_over = true;
         for race in &mut races {
-            let Some((plan, outcome)) = race.candidates.get_mut(round) else { continue };
+            let Some(at) = race.next() else { continue };
             let begin = track.elapsed();
             // What took so long before may take as long again.
             if begin + longest >= budget {
                 return races;
             }
-            *outcome = run(&race.step, *plan, budget, track);
+            is_over = false;
+            let plan = race.candidates[at].0;
+            race.candidates[at].1 = run(&race.step, plan, budget, track);
             longest = longest.max(track.elapsed().saturating_sub(begin));
         }
     }
@@ -389,7 +412,7 @@ impl ShapeReport {
             let (exact, refused) = match outcome {
                 Outcome::Time(_) => (Some(true), None),
                 Outcome::Refused(problem) => (Some(false), Some(problem.clone())),
-                Outcome::NotReached => (None, None),
+                Outcome::Waiting | Outcome::NotReached => (None, None),
             };
             let share = gb_s.zip(copy_gb_s).map(|(gb_s, copy)| gb_s / copy);
             CandidateReport { plan: *plan, us: time.map(|s| s * 1e6), gb_s, share, exact, refused }

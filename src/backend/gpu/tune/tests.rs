@@ -141,6 +141,19 @@ fn the_fastest_wins_if_it_is_faster_by_more_than_noise() {
 }
 
 #[test]
+fn what_resembles_the_fastest_comes_before_the_rest() {
+    let split = GemvPlan { fused: false, ..Variant::BitSerial.into() };
+    let mut track = Fake::new(|_, plan| if plan == split { 500 } else { 1000 });
+    race(&steps()[..1], default(), LANES, 100 * 1000 * MS, &mut track);
+    let order: Vec<GemvPlan> = track.measured.iter().map(|(_, plan)| *plan).collect();
+    let is_default = |plan: &GemvPlan| GemvPlan { fused: true, ..*plan } == plan.variant.into();
+    // Every variant as it is, then the winner's relatives.
+    assert!(order[..4].iter().all(is_default), "{order:?}");
+    assert_eq!(order[0], default());
+    assert_eq!(order[4], GemvPlan { slices: 4, ..split });
+}
+
+#[test]
 fn a_win_that_does_not_repeat_is_none() {
     let fast = GemvPlan { fused: false, ..default() };
     // The default is slow the first time only.
