@@ -2,8 +2,8 @@
 //   absmax = max(max_k |x[m,k]|, 1e-5);  q = clamp(round_half_even(x · 127/absmax), −128, 127)
 //   act_scale[m] = absmax / 127;  code_sum[m] = Σ_k q
 // The codes are written as the GEMV variant reads them, K padded with 0 to whole chunks of 64:
-//   PLANES = 0: byte k of the token is q + 128 (unsigned), natural order
-//   PLANES = 1: bit planes; word 16c + 8h + j of the token holds bit j of q[64c + 32h ..][..32]
+//   ENCODING = 0: byte k of the token is q + 128 (unsigned), natural order
+//   ENCODING = 1: bit planes; word 16c + 8h + j of the token holds bit j of q[64c + 32h ..][..32]
 // | # | name      | type           | shape        | notes                                      |
 // | 0 | pass      | uniform        | Pass         | n_tokens                                   |
 // | 1 | x         | read f32       | [M, K]       |                                            |
@@ -19,7 +19,7 @@
 override WG: u32 = 256u;
 override K: u32 = 64u;
 override KC: u32 = 1u;
-override PLANES: u32 = 0u;
+override ENCODING: u32 = 0u;
 
 @group(0) @binding(0) var<uniform> pass_: Pass;
 @group(0) @binding(1) var<storage, read> x: array<f32>;
@@ -47,7 +47,7 @@ fn main(@builtin(workgroup_id) wg: vec3<u32>, @builtin(local_invocation_index) l
     let absmax = bitcast<f32>(absmax_bits);
     let inv_act_scale = 127.0 / absmax;
     var sum = 0;
-    if PLANES == 1u {
+    if ENCODING == 1u {
         for (var group = lid; group < 2u * KC; group += WG) {
             var low = vec4<u32>(0u);
             var high = vec4<u32>(0u);

@@ -147,8 +147,9 @@ fn bitlinear(
 ) -> Result<Vec<f32>, String> {
     let say = |error: Error| error.to_string();
     let packed = Packed::try_pack(variant.layout(), matrix.shape(), |n, out| matrix.row(n, out));
-    let quantized = self_test::quantize(gpu, variant, x, 1).map_err(say)?;
-    let codes = self_test::decode_codes(variant, &quantized.codes, x.len());
+    let encoding = variant.gemv_encoding();
+    let quantized = self_test::quantize(gpu, encoding, x, 1).map_err(say)?;
+    let codes = self_test::decode_codes(encoding, &quantized.codes, x.len());
     let acc =
         self_test::multiply(gpu, variant.into(), &packed.map_err(say)?, &codes, 1).map_err(say)?;
     let WeightScale::Tensor(scale) = matrix.scale() else { panic!("one scale") };

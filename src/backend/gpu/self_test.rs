@@ -5,7 +5,7 @@ use std::ops::Range;
 use cpu_ref::group_gemv::{group_dot, group_dot_int8};
 use cpu_ref::layout::{CHUNK_K, k_chunks};
 
-use super::kernels::{Fused, GemvPlan, RowOrder, TokensPerLane};
+use super::kernels::{Encoding, Fused, GemvPlan, RowOrder, SumInputs, TokensPerLane};
 use super::matrix::{GpuLinear, GpuMatrix, HostLinear, HostMatrix, Kind, Method};
 use super::{Gpu, PassParams, Pipelines, Slice, Variant, kernels, row_offsets};
 use crate::backend::gpu::record::Call;
@@ -110,6 +110,7 @@ const TOKENS: usize = 5;
 pub fn check(gpu: &Gpu, plan: GemvPlan) -> Result<()> {
     let variant = plan.variant;
     let shape = MatShape::new(SHAPE.0, SHAPE.1)?;
+    plan.validate(gpu, shape.k())?;
     let mut random = Random::new(0x5EED);
     let (trits, codes) = (random.trits(shape.len()), random.codes(TOKENS * shape.k()));
     let packed = Packed::pack(variant.layout(), shape, &trits);
@@ -123,11 +124,17 @@ pub fn check(gpu: &Gpu, plan: GemvPlan) -> Result<()> {
         .map(|k| if k == 7 { -127.0 } else { random.below(253) as f32 - 125.75 })
         .collect();
     let expected = cpu_ref::quantize_absmax::quantize_absmax(&x).codes;
-    let found = quantize(gpu, variant, &x, 1)?;
-    let encoded = encode_codes(variant, &expected, shape.k());
-    let as_i32 = |words: &[u32]| words.iter().map(|&word| word as i32).collect::<Vec<_>>();
-    compare(gpu, "quantize_absmax", &as_i32(&found.codes), &as_i32(&encoded))?;
-    check_fused(gpu, plan)
+    for encoding in [variant.gemv_encoding(), variant.gemm_encoding()] {
+        let found = quantize(gpu, encoding, &x, 1)?;
+        compare(
+            gpu,
+            "quantize_absmax",
+            &found.codes,
+            &encode_codes(encoding, &expected, shape.k()),
+        )?;
+        compare(gpu, "quantize_absmax", &found.code_sum, &[code_sum(encoding, &expected)])?;
+    }
+    if plan.fused { check_fused(gpu, plan) } else { Ok(()) }
 }
 
 /// Runs a fused step on a fixed pseudo-random matrix. A root or division that is off in the last bit
@@ -272,18 +279,18 @@ fn differs(gpu: &Gpu, kernel: &str, problem: String) -> Error {
     Error::SelfTest { device, kernel: kernel.to_owned(), problem }
 }
 
-/// Activation codes `[M, K]` as `quantize_absmax.wgsl` writes them for a variant.
-pub fn encode_codes(variant: Variant, codes: &[i8], k: usize) -> Vec<u32> {
+/// Activation codes `[M, K]` as `quantize_absmax.wgsl` writes them.
+pub fn encode_codes(encoding: Encoding, codes: &[i8], k: usize) -> Vec<u32> {
     let chunks = k_chunks(k);
-    let mut words = Vec::with_capacity(codes.len() / k * chunks * 16);
+    let mut words = Vec::with_capacity(codes.len() / k * chunks * encoding.chunk_words());
     for token in codes.chunks_exact(k) {
         let mut padded = vec![0i8; chunks * CHUNK_K];
         padded[..k].copy_from_slice(token);
-        match variant {
-            Variant::PackedDot => words.extend(padded.chunks_exact(4).map(|bytes| {
+        match encoding {
+            Encoding::Biased => words.extend(padded.chunks_exact(4).map(|bytes| {
                 u32::from_le_bytes(std::array::from_fn(|b| (i32::from(bytes[b]) + 128) as u8))
             })),
-            Variant::BitSerial => {
+            Encoding::Planes => {
                 for group in padded.chunks_exact(32) {
                     for plane in 0..8 {
                         let bit = |&code: &i8| u32::from(code as u8 >> plane & 1);
@@ -297,16 +304,23 @@ pub fn encode_codes(variant: Variant, codes: &[i8], k: usize) -> Vec<u32> {
 }
 
 /// The inverse of [`encode_codes`] for the words of one token.
-pub fn decode_codes(variant: Variant, words: &[u32], k: usize) -> Vec<i8> {
-    let code = |k: usize| match variant {
-        Variant::PackedDot => ((words[k / 4] >> (8 * (k % 4)) & 0xff) as i32 - 128) as i8,
-        Variant::BitSerial => {
+pub fn decode_codes(encoding: Encoding, words: &[u32], k: usize) -> Vec<i8> {
+    let code = |k: usize| match encoding {
+        Encoding::Biased => ((words[k / 4] >> (8 * (k % 4)) & 0xff) as i32 - 128) as i8,
+        Encoding::Planes => {
             let planes = &words[k / 32 * 8..][..8];
             let bit = |j: usize| (planes[j] >> (k % 32) & 1) << j;
             (0..8).map(bit).sum::<u32>() as u8 as i8
         }
     };
     (0..k).map(code).collect()
+}
+
+/// What `quantize_absmax.wgsl` makes the sum of a token's codes: what the encoding's kernel subtracts.
+pub fn code_sum(encoding: Encoding, codes: &[i8]) -> i32 {
+    match encoding {
+        Encoding::Biased | Encoding::Planes => codes.iter().map(|&code| i32::from(code)).sum(),
+    }
 }
 
 /// Runs one kernel and waits for it.
@@ -332,27 +346,25 @@ pub fn multiply(
     n_tokens: usize,
 ) -> Result<Vec<i32>> {
     let shape = packed.shape();
+    plan.validate(gpu, shape.k())?;
     let n_pad = kernels::padded_rows(shape.n());
     let tiles = n_pad / cpu_ref::layout::TILE_ROWS;
-    let w = gpu.upload("w", packed.words())?;
-    let x = gpu.upload("x", &encode_codes(plan.variant, codes, shape.k()))?;
+    let variant = plan.variant;
+    let encoding = if n_tokens == 1 { variant.gemv_encoding() } else { variant.gemm_encoding() };
+    let words = gpu.upload("w", packed.words())?;
+    let x = gpu.upload("x", &encode_codes(encoding, codes, shape.k()))?;
     let offset = gpu.upload("offset", &row_offsets(packed))?;
-    let sums: Vec<i32> = codes
-        .chunks_exact(shape.k())
-        .map(|token| token.iter().map(|&code| i32::from(code)).sum())
-        .collect();
-    let code_sum = gpu.upload("code_sum", &sums)?;
+    let tokens = codes.chunks_exact(shape.k());
+    let sums: Vec<i32> = tokens.map(|token| code_sum(encoding, token)).collect();
+    let sums = gpu.upload("code_sum", &sums)?;
     let acc = gpu.storage("acc", n_tokens * n_pad)?;
-    let mut buffers = vec![&w, &x, &offset];
-    if plan.variant.needs_code_sum() {
-        buffers.push(&code_sum);
-    }
-    buffers.push(&acc);
-    let call = if n_tokens == 1 {
-        kernels::gemv(plan, shape, 0, tiles)
+    let inputs = SumInputs { words: &words, codes: &x, offset: &offset, code_sum: &sums };
+    let (call, mut buffers) = if n_tokens == 1 {
+        (kernels::gemv(plan, shape, 0, tiles), variant.gemv_inputs(inputs))
     } else {
-        kernels::gemm(plan.variant, shape, 0, tiles)
+        (kernels::gemm(variant, shape, 0, tiles), variant.gemm_inputs(inputs))
     };
+    buffers.push(&acc);
     let params = PassParams { n_tokens: n_tokens as u32, ..PassParams::default() };
     run(gpu, &call, params, &buffers)?;
     let words = gpu.read(&acc, n_tokens * n_pad)?;
@@ -401,7 +413,7 @@ pub fn multiply_groups(
             }
             GroupInput::Int8 { codes, act_scales } => {
                 let call = kernels::group_gemv_int8(shape, out, tokens);
-                let codes = gpu.upload("x", &encode_codes(Variant::BitSerial, codes, k))?;
+                let codes = gpu.upload("x", &encode_codes(Encoding::Planes, codes, k))?;
                 let act_scales = gpu.upload("act_scale", act_scales)?;
                 run(gpu, &call, params, &[words, scales, &codes, &act_scales, &y])?;
             }
@@ -432,7 +444,7 @@ pub fn embed_groups(gpu: &Gpu, table: &TernaryMatrix, token: u32) -> Result<Vec<
 /// What `quantize_absmax.wgsl` writes.
 #[derive(Debug, Clone, PartialEq)]
 pub struct QuantizedWords {
-    /// `[M, 16·KC]`, encoded for the variant.
+    /// `[M, KC]` chunks, encoded.
     pub codes: Vec<u32>,
     /// `[M]`.
     pub act_scale: Vec<f32>,
@@ -452,15 +464,20 @@ impl QuantizedWords {
 ///
 /// # Errors
 /// [`Error::Gpu`] if the driver refuses or fails.
-pub fn quantize(gpu: &Gpu, variant: Variant, x: &[f32], n_tokens: usize) -> Result<QuantizedWords> {
+pub fn quantize(
+    gpu: &Gpu,
+    encoding: Encoding,
+    x: &[f32],
+    n_tokens: usize,
+) -> Result<QuantizedWords> {
     let k = x.len() / n_tokens;
-    let len_words = n_tokens * k_chunks(k) * 16;
+    let len_words = n_tokens * k_chunks(k) * encoding.chunk_words();
     let x = gpu.upload("x", x)?;
     let codes = gpu.storage("codes", len_words)?;
     let act_scale = gpu.storage("act_scale", n_tokens)?;
     let code_sum = gpu.storage("code_sum", n_tokens)?;
     let params = PassParams { n_tokens: n_tokens as u32, ..PassParams::default() };
-    let call = kernels::quantize_absmax(k, variant);
+    let call = kernels::quantize_absmax(k, encoding);
     run(gpu, &call, params, &[&x, &codes, &act_scale, &code_sum])?;
     Ok(QuantizedWords {
         codes: gpu.read(&codes, len_words)?,
