@@ -19,6 +19,9 @@
 #import gemv_shape
 #import planes_sum
 #import i2_sum
+#import signed_sum
+#import half_pairs
+#import half_sum
 #import fused_gemv
 
 override HEADS: u32 = 1u;

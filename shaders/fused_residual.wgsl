@@ -16,6 +16,9 @@
 #import gemv_shape
 #import planes_sum
 #import i2_sum
+#import signed_sum
+#import half_pairs
+#import half_sum
 #import fused_gemv
 
 override N: u32 = 32u;

@@ -1,10 +1,10 @@
 // A linear layer's decode step in one dispatch: RMSNorm and absmax quantisation of the token by every
 // workgroup for itself, in the order of rmsnorm.wgsl and quantize_absmax.wgsl, then rows of a tile as
 // the GEMV of the encoding multiplies them.
-// Expects: gemv_shape, planes_sum, i2_sum, w: array<vec4<u32>> [tiles, KC, 32], x: array<f32> [K],
+// Expects: gemv_shape, planes_sum, i2_sum, signed_sum, half_pairs, half_sum, w: array<vec4<u32>> [tiles, KC, 32], x: array<f32> [K],
 // norm: array<f32> [K] (NORM = 0: unused), rows: array<vec2<u32>> [32·tiles] of (offset, scale).
 override K: u32 = 64u;
-override UNITS: u32 = 4u;     // 16 bytes each: 4·KC
+override UNITS: u32 = 4u;     // 16 bytes each: 4·KC, of f16 pairs 8·KC
 override EPS: f32 = 1e-5;
 override NORM: u32 = 1u;
 override ENCODING: u32 = 1u;  // as in quantize_absmax.wgsl
@@ -18,7 +18,7 @@ var<workgroup> codes: array<vec4<u32>, UNITS>;
 // Of reductions, then the sums of the slices.
 var<workgroup> scratch: array<u32, SCRATCH>;
 
-// What multiplies the row's scale, and what is subtracted from the sums of some encodings.
+// What multiplies the row's scale, and code_sum of quantize_absmax.wgsl.
 struct Token {
     act_scale: f32,
     code_sum: i32,
@@ -107,17 +107,25 @@ fn quantize(lid: u32) -> Token {
     let absmax = bitcast<f32>(max(max_of_lanes(lid, max_bits), 0x3727c5acu));
     let inv_act_scale = 127.0 / absmax;
     var sum = 0;
-    // Four words of four codes each.
     for (var at = lid; at < UNITS; at += LANES) {
         var words = vec4<u32>(0u);
         for (var i = 0u; i < 4u; i++) {
-            var bytes = 0u;
-            for (var b = 0u; b < 4u; b++) {
-                let q = code(16u * at + 4u * i + b, r, inv_act_scale);
-                sum += q;
-                bytes |= (u32(q + 128) & 0xffu) << (8u * b);
+            let word = 4u * at + i;
+            if ENCODING == 3u {
+                let k = half_k(word);
+                let pair = vec2(code(k, r, inv_act_scale), code(k + 2u, r, inv_act_scale));
+                sum += (pair.x + pair.y) * half_weight(word);
+                words[i] = pack2x16float(vec2<f32>(pair));
+            } else {
+                let bias = select(128, 0, ENCODING == 2u);
+                var bytes = 0u;
+                for (var b = 0u; b < 4u; b++) {
+                    let q = code(4u * word + b, r, inv_act_scale);
+                    sum += q;
+                    bytes |= (u32(q + bias) & 0xffu) << (8u * b);
+                }
+                words[i] = bytes;
             }
-            words[i] = bytes;
         }
         codes[at] = words;
     }
@@ -146,10 +154,14 @@ fn quantize(lid: u32) -> Token {
 fn tile_rows(tile: u32, row: u32, lid: u32, token: Token) -> f32 {
     let first = tile * KC * 32u + row;
     let slice = lid / ROWS;
-    if ENCODING == 1u {
-        scratch[lid] = bitcast<u32>(planes_sum(first, slice));
-    } else {
+    if ENCODING == 0u {
         scratch[lid] = bitcast<u32>(i2_sum(first, slice));
+    } else if ENCODING == 1u {
+        scratch[lid] = bitcast<u32>(planes_sum(first, slice));
+    } else if ENCODING == 2u {
+        scratch[lid] = bitcast<u32>(signed_sum(first, slice));
+    } else {
+        scratch[lid] = bitcast<u32>(half_sum(first, slice));
     }
     workgroupBarrier();
     var y = 0.0;
@@ -159,7 +171,9 @@ fn tile_rows(tile: u32, row: u32, lid: u32, token: Token) -> f32 {
             sum += bitcast<i32>(scratch[s * ROWS + lid]);
         }
         let constant = rows[tile * 32u + row];
-        sum += bitcast<i32>(constant.x);
+        if ENCODING < 2u {
+            sum += bitcast<i32>(constant.x);
+        }
         if ENCODING != 1u {
             sum -= token.code_sum;
         }

@@ -10,7 +10,8 @@ use sterna::backend::gpu::kernels::{
     RowOrder, RowsOut, SumInputs, TokensPerLane, Variant, padded_rows,
 };
 use sterna::backend::gpu::self_test::GroupInput;
-use sterna::backend::gpu::{Gpu, PassParams, row_offsets, self_test};
+use sterna::backend::gpu::shader::UNCHECKED;
+use sterna::backend::gpu::{Capabilities, Gpu, PassParams, Pipelines, row_offsets, self_test};
 use sterna::format::float::f16_to_f32;
 use sterna::layout::{Layout, Packed, Signs, group_scales};
 use sterna::random::Random;
@@ -23,7 +24,7 @@ use crate::{Body, Case};
 /// f32 machine epsilon: the relative error of one correctly rounded operation is half of it.
 const EPS: f32 = f32::EPSILON;
 
-pub fn cases() -> Vec<Case> {
+pub fn cases(capabilities: Capabilities) -> Vec<Case> {
     let mut cases: Vec<Case> = Vec::new();
     let mut add = |name: String, case: Body| {
         cases.push((name, case));
@@ -31,6 +32,7 @@ pub fn cases() -> Vec<Case> {
     for variant in Variant::ALL {
         let (gemv, gemm) = (variant.gemv().name, variant.gemm().name);
         add(format!("{gemv}::shapes"), Box::new(move |gpu| gemv_shapes(gpu, variant)));
+        add(format!("{gemv}::longest"), Box::new(move |gpu| gemv_longest(gpu, variant)));
         add(format!("{gemv}::extremes"), Box::new(move |gpu| gemv_extremes(gpu, variant)));
         add(
             format!("{gemv}::a_corrupted_weight_is_caught"),
@@ -38,20 +40,22 @@ pub fn cases() -> Vec<Case> {
         );
         add(format!("{gemm}::shapes"), Box::new(move |gpu| gemm_shapes(gpu, variant)));
         add(format!("{gemm}::shards_and_guards"), Box::new(move |gpu| shards(gpu, variant)));
-        add(
-            format!("self_test::{gemv}"),
-            Box::new(move |gpu| self_test::check(gpu, variant.into()).map_err(Failed::from)),
-        );
+        add(format!("self_test::{gemv}"), Box::new(move |gpu| self_tests(gpu, variant)));
     }
     for variant in Variant::ALL {
         let gemv = variant.gemv().name;
         add(format!("fused_residual::{gemv}"), Box::new(move |gpu| fused_residual(gpu, variant)));
         add(format!("fused_gated::{gemv}"), Box::new(move |gpu| fused_gated(gpu, variant)));
         add(format!("fused_qkv::{gemv}"), Box::new(move |gpu| fused_qkv(gpu, variant)));
+        add(
+            format!("unchecked::{gemv}"),
+            Box::new(move |gpu| unchecked(gpu, capabilities, variant)),
+        );
     }
     for encoding in Encoding::ALL {
         add(format!("quantize_absmax::{encoding:?}"), Box::new(move |gpu| quantize(gpu, encoding)));
     }
+    add("a_short_buffer_is_refused".into(), Box::new(short_buffer));
     add("plans_are_checked".into(), Box::new(plans_are_checked));
     add("rmsnorm".into(), Box::new(rmsnorm));
     add("rope".into(), Box::new(rope));
@@ -103,6 +107,14 @@ fn plans(gpu: &Gpu, variant: Variant) -> Vec<GemvPlan> {
 fn label(plan: GemvPlan) -> String {
     let GemvPlan { variant, slices, rows, unroll, .. } = plan;
     format!("{} S {slices} ROWS {rows} UNROLL {unroll}", variant.gemv().name)
+}
+
+/// Every plan passes the check that it would have to pass before it runs a model.
+fn self_tests(gpu: &Gpu, variant: Variant) -> Result<(), Failed> {
+    for plan in plans(gpu, variant) {
+        self_test::check(gpu, plan)?;
+    }
+    Ok(self_test::check(gpu, GemvPlan { fused: false, ..variant.into() })?)
 }
 
 fn plans_are_checked(gpu: &Gpu) -> Result<(), Failed> {
@@ -159,8 +171,9 @@ fn gemv_shapes(gpu: &Gpu, variant: Variant) -> Result<(), Failed> {
         let packed = Packed::pack(variant.layout(), shape, &w);
         let expected = cpu_ref::gemv::gemv(&w, &x);
         for (at, &plan) in plans.iter().enumerate() {
-            // Large matrices take their turns.
-            if shape.len() > 70_000 && at % 4 != seed % 4 {
+            // The plans take turns: each driver compiles each of them for each K.
+            let turns = if shape.len() > 70_000 { 5 } else { 2 };
+            if at % turns != seed % turns {
                 continue;
             }
             seen[at] += 1;
@@ -175,12 +188,31 @@ fn gemv_shapes(gpu: &Gpu, variant: Variant) -> Result<(), Failed> {
         let (w, x) = (random.trits(shape.len()), random.codes(shape.k()));
         let packed = Packed::pack(variant.layout(), shape, &w);
         let expected = cpu_ref::gemv::gemv(&w, &x);
-        for &plan in plans.iter().filter(|plan| plan.slices == 4) {
+        // Slices of a workgroup have one chunk more or less: in four turns a plan meets every rest.
+        let mut plans = plans.iter().filter(|plan| plan.slices == 4).cycle();
+        let &plan = plans.nth(chunks % 6).expect("a cycle");
+        let found = self_test::multiply(gpu, plan, &packed, &x, 1)?;
+        same(&format!("{} {shape}", label(plan)), &found, &expected)?;
+    }
+    same("every plan has had its turns", &[seen.iter().all(|&n| n >= 4)], &[true])
+}
+
+/// The longest rows that a plan takes, at the largest sums.
+fn gemv_longest(gpu: &Gpu, variant: Variant) -> Result<(), Failed> {
+    for slices in GemvPlan::SLICES {
+        let plan = GemvPlan { slices, rows: 16, unroll: 2, ..variant.into() };
+        let shape = MatShape::new(3, variant.max_k(slices))?;
+        let mut w = vec![1i8; shape.len()];
+        w[shape.k()..2 * shape.k()].fill(-1);
+        w[2 * shape.k()..].iter_mut().step_by(2).for_each(|trit| *trit = -1);
+        for code in [-128i8, 127] {
+            let x = vec![code; shape.k()];
+            let packed = Packed::pack(variant.layout(), shape, &w);
             let found = self_test::multiply(gpu, plan, &packed, &x, 1)?;
-            same(&format!("{} {shape}", label(plan)), &found, &expected)?;
+            same(&format!("{} {shape}", label(plan)), &found, &cpu_ref::gemv::gemv(&w, &x))?;
         }
     }
-    same("plans that met every small shape", &[seen.iter().all(|&n| n >= 8)], &[true])
+    Ok(())
 }
 
 fn gemv_extremes(gpu: &Gpu, variant: Variant) -> Result<(), Failed> {
@@ -193,7 +225,7 @@ fn gemv_extremes(gpu: &Gpu, variant: Variant) -> Result<(), Failed> {
                 let (w, x) = (vec![weight; shape.len()], vec![code; shape.k()]);
                 let packed = Packed::pack(variant.layout(), shape, &w);
                 let expected = cpu_ref::gemv::gemv(&w, &x);
-                for &plan in turn.by_ref().take(if k == 2600 { plans.len() } else { 2 }) {
+                for &plan in turn.by_ref().take(if k == 2600 { 4 } else { 2 }) {
                     let found = self_test::multiply(gpu, plan, &packed, &x, 1)?;
                     let what = format!("{} K {k}, all {weight} × all {code}", label(plan));
                     same(&what, &found, &expected)?;
@@ -1461,6 +1493,105 @@ fn fused_qkv(gpu: &Gpu, variant: Variant) -> Result<(), Failed> {
         let lens = [query_size, capacity * kv_size, capacity * kv_size];
         let out = run_guarded(gpu, &call, params, &inputs, &lens)?;
         same("past the cache", &out.concat(), &vec![0xDEAD_BEEF; lens.iter().sum()])?;
+    }
+    Ok(())
+}
+
+/// The kernels that run unchecked give the same bits with every check.
+fn unchecked(gpu: &Gpu, capabilities: Capabilities, variant: Variant) -> Result<(), Failed> {
+    let checked = Gpu::open(None, capabilities)?.with_runtime_checks();
+    let all = plans(gpu, variant);
+    for plan in [0, all.len() / 2, all.len() - 1].map(|at| all[at]) {
+        let (found, expected) = (decode_outputs(gpu, plan)?, decode_outputs(&checked, plan)?);
+        let listed = UNCHECKED.iter().filter(|kernel| {
+            // Of the GEMVs, this variant's.
+            !kernel.name.starts_with("gemv") || **kernel == variant.gemv()
+        });
+        same("kernels", &names(&found), &listed.map(|kernel| kernel.name).collect::<Vec<_>>())?;
+        for ((name, found), (_, expected)) in found.iter().zip(&expected) {
+            same(&format!("{name} {} unchecked", label(plan)), found, expected)?;
+        }
+    }
+    Ok(())
+}
+
+fn names(outputs: &[(&'static str, Vec<u32>)]) -> Vec<&'static str> {
+    outputs.iter().map(|&(name, _)| name).collect()
+}
+
+/// What every kernel for one token writes with this plan, in the order of the list, parts of tiles and
+/// chunks included.
+fn decode_outputs(gpu: &Gpu, plan: GemvPlan) -> Result<Vec<(&'static str, Vec<u32>)>, Failed> {
+    let mut random = Random::new(91);
+    let (heads, k, f) = (Heads { query: 3, kv: 1, dim: 96 }, 1001, 70);
+    let variant = plan.variant;
+    let shape = MatShape::new(f, k)?;
+    let packed = Packed::pack(variant.layout(), shape, &random.trits(shape.len()));
+    let sums = self_test::multiply(gpu, plan, &packed, &random.codes(k), 1)?;
+    let mut outputs = vec![(variant.gemv().name, bytemuck::cast_vec(sums))];
+    let case = FusedCase::new(&mut random, (f, k), true);
+    let x = gpu.upload("x", &case.x)?;
+    let norm = gpu.upload("norm", &case.norm_weight())?;
+    let pack = |parts: &[&TernaryMatrix], order| {
+        self_test::fused_matrix(gpu, plan, parts, order).map(|mut shards| shards.remove(0))
+    };
+    let qkv = TernaryMatrix::from_trits(MatShape::new(480, k)?, random.trits(480 * k), 0.5);
+    let (tiles, words, rows) = pack(&[&qkv], RowOrder::Pairs(heads.dim))?;
+    let angles = gpu.upload("angles", &random.floats(4 * heads.dim, 1.0))?;
+    let call = case.fused(plan, tiles).qkv(heads, 4);
+    let params = PassParams { start: 2, ..tokens(1) };
+    let lens = [288, 4 * 96, 4 * 96];
+    let out = run_guarded(gpu, &call, params, &[&words, &x, &norm, &rows, &angles], &lens)?;
+    outputs.push((call.kernel.name, out.concat()));
+    let (tiles, words, rows) = pack(&[&case.matrix, &case.matrix], RowOrder::GateUp(f))?;
+    let call = case.fused(plan, tiles).gated(f, Activation::Silu);
+    let out = run_guarded(gpu, &call, tokens(1), &[&words, &x, &norm, &rows], &[f])?;
+    outputs.push((call.kernel.name, out.concat()));
+    let (tiles, words, rows) = pack(&[&case.matrix], RowOrder::Natural)?;
+    let hidden = gpu.upload("hidden", &random.floats(f, 1.0))?;
+    let call = case.fused(plan, tiles).residual(f);
+    let out = run_guarded(gpu, &call, tokens(1), &[&words, &x, &norm, &rows, &hidden], &[f])?;
+    outputs.push((call.kernel.name, out.concat()));
+    Ok(outputs)
+}
+
+/// An operation whose buffers an unchecked kernel would leave is not made.
+fn short_buffer(gpu: &Gpu) -> Result<(), Failed> {
+    let shape = MatShape::new(32, 128)?;
+    for variant in Variant::ALL {
+        let call = kernels::gemv(variant.into(), shape, 0, 1);
+        let inputs = call.kernel.bindings().len() - 1;
+        let long = gpu.storage("long", 4096)?;
+        let uniform = gpu.params_buffer();
+        let make = |short: Option<(usize, usize)>| {
+            let mut buffers = vec![long.clone(); inputs];
+            // What a kernel writes is a buffer of its own.
+            buffers[inputs - 1] = gpu.storage("acc", 4096)?;
+            if let Some((at, words)) = short {
+                buffers[at] = gpu.storage("short", words)?;
+            }
+            let pipelines = Pipelines::default();
+            gpu.op(&pipelines, &call, &uniform, &buffers.iter().collect::<Vec<_>>()).map(|_| ())
+        };
+        make(None)?;
+        let needed = call.words().to_vec();
+        for (at, words) in needed.into_iter().enumerate() {
+            make(Some((at, words)))?;
+            if words == 1 {
+                continue;
+            }
+            let refused = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
+                make(Some((at, words - 1))).map_err(|error| error.to_string())
+            }));
+            if refused.is_ok() {
+                return Err(format!(
+                    "{}: binding {at} of {} words",
+                    variant.gemv().name,
+                    words - 1
+                )
+                .into());
+            }
+        }
     }
     Ok(())
 }

@@ -39,7 +39,7 @@ fn main() -> ExitCode {
                 Err(error) => eprintln!("no adapter: {error}"),
             }
         }
-        let cases = kernels::cases().into_iter().chain(model::cases(capabilities));
+        let cases = kernels::cases(capabilities).into_iter().chain(model::cases(capabilities));
         trials.extend(cases.map(|(name, case)| {
             let name = format!("{label}::{name}");
             match &gpu {

@@ -32,17 +32,22 @@ pub enum Variant {
     BitSerial,
     /// `gemv_i2`, `gemm_i2`: four products an instruction where the GPU has a packed dot.
     PackedDot,
+    /// `gemv_i2_signed`: the same with signed codes. Many tokens as [`Self::PackedDot`].
+    SignedDot,
+    /// `gemv_i2_half`: exact f32 products, for GPUs that emulate the packed dot. Many tokens as
+    /// [`Self::PackedDot`].
+    HalfMagic,
 }
 
 impl Variant {
     /// Every variant.
-    pub const ALL: [Self; 2] = [Self::BitSerial, Self::PackedDot];
+    pub const ALL: [Self; 4] = [Self::BitSerial, Self::PackedDot, Self::SignedDot, Self::HalfMagic];
 
     /// The layout of its weights.
     pub fn layout(self) -> Layout {
         match self {
             Self::BitSerial => Layout::Planes,
-            Self::PackedDot => Layout::I2,
+            Self::PackedDot | Self::SignedDot | Self::HalfMagic => Layout::I2,
         }
     }
 
@@ -51,14 +56,16 @@ impl Variant {
         match self {
             Self::BitSerial => shader::GEMV_PLANES,
             Self::PackedDot => shader::GEMV_I2,
+            Self::SignedDot => shader::GEMV_I2_SIGNED,
+            Self::HalfMagic => shader::GEMV_I2_HALF,
         }
     }
 
     /// Its kernel for many tokens.
     pub fn gemm(self) -> Kernel {
-        match self {
-            Self::BitSerial => shader::GEMM_PLANES,
-            Self::PackedDot => shader::GEMM_I2,
+        match self.layout() {
+            Layout::Planes => shader::GEMM_PLANES,
+            Layout::I2 => shader::GEMM_I2,
         }
     }
 
@@ -67,6 +74,8 @@ impl Variant {
         match self {
             Self::BitSerial => Encoding::Planes,
             Self::PackedDot => Encoding::Biased,
+            Self::SignedDot => Encoding::Signed,
+            Self::HalfMagic => Encoding::Halves,
         }
     }
 
@@ -84,6 +93,7 @@ impl Variant {
         match self {
             Self::BitSerial => vec![words, codes, offset],
             Self::PackedDot => vec![words, codes, offset, code_sum],
+            Self::SignedDot | Self::HalfMagic => vec![words, codes, code_sum],
         }
     }
 
@@ -97,10 +107,14 @@ impl Variant {
     }
 
     /// Most columns for which the sums are exact when a row is split into so many slices.
-    pub fn max_k(self, _slices: usize) -> usize {
+    pub fn max_k(self, slices: usize) -> usize {
+        // No lane's sum, and no row's, passes 32 bits.
+        const MAX_K: usize = 131_072;
         match self {
-            // No lane's sum, and no row's, passes 32 bits.
-            Self::BitSerial | Self::PackedDot => 131_072,
+            Self::BitSerial | Self::PackedDot | Self::SignedDot => MAX_K,
+            // The sum of 16 of a chunk's terms, each at most 128·(1 + 2/64), stays below 2^24 steps
+            // of 1/64.
+            Self::HalfMagic => MAX_K.min((1 << 24) / (16 * 128 * 66) * slices * CHUNK_K),
         }
     }
 }
@@ -125,16 +139,21 @@ pub enum Encoding {
     Biased,
     /// Bit planes.
     Planes,
+    /// Bytes q.
+    Signed,
+    /// Pairs of f16 in the order of `shared/half_pairs.wgsl`.
+    Halves,
 }
 
 impl Encoding {
     /// Every encoding.
-    pub const ALL: [Self; 2] = [Self::Biased, Self::Planes];
+    pub const ALL: [Self; 4] = [Self::Biased, Self::Planes, Self::Signed, Self::Halves];
 
     /// 32-bit words of a chunk of 64 codes.
     pub fn chunk_words(self) -> usize {
         match self {
-            Self::Biased | Self::Planes => 16,
+            Self::Biased | Self::Planes | Self::Signed => 16,
+            Self::Halves => 32,
         }
     }
 
@@ -143,6 +162,8 @@ impl Encoding {
         match self {
             Self::Biased => 0,
             Self::Planes => 1,
+            Self::Signed => 2,
+            Self::Halves => 3,
         }
     }
 }
@@ -559,6 +580,7 @@ pub fn gemv(plan: GemvPlan, shape: MatShape, tile_base: usize, tiles: usize) -> 
     call.words = match plan.variant {
         Variant::BitSerial => vec![weight_words(k, tiles), codes, rows, acc],
         Variant::PackedDot => vec![weight_words(k, tiles), codes, rows, 1, acc],
+        Variant::SignedDot | Variant::HalfMagic => vec![weight_words(k, tiles), codes, 1, acc],
     };
     call
 }

@@ -284,7 +284,11 @@ impl Buffers {
             normed: f32s("normed", widest_in)?,
             inner: f32s("normed", widest_in)?,
             rotated: f32s("rotated", widest_in)?,
-            codes: f32s("codes", widest_in.next_multiple_of(64) / 4)?,
+            codes: {
+                // Bytes or bit planes of every token, or f16 pairs of one.
+                let bytes_of = |tokens: usize| widest_in.next_multiple_of(64) / 4 * tokens;
+                gpu.storage("codes", bytes_of(max_batch.max(2)))?
+            },
             act_scale: {
                 let of_runs = LinearRows::MAX_RUNS * act_stride(max_batch);
                 let of_groups = widest_in.div_ceil(64) * max_batch;

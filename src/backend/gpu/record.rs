@@ -41,6 +41,11 @@ pub struct Call {
 }
 
 impl Call {
+    /// The least length in words of each storage binding that a kernel of [`UNCHECKED`] is given.
+    pub fn words(&self) -> &[usize] {
+        &self.words
+    }
+
     /// Fails if an unchecked kernel could touch what is not its own.
     fn check_lengths(&self, buffers: &[&Slice]) {
         let name = self.kernel.name;

@@ -10,7 +10,7 @@ use super::matrix::{GpuLinear, GpuMatrix, HostLinear, HostMatrix, Kind, Method};
 use super::{Gpu, PassParams, Pipelines, Slice, Variant, kernels, row_offsets};
 use crate::backend::gpu::record::Call;
 use crate::error::{Error, Result};
-use crate::format::float::f16_to_f32;
+use crate::format::float::{f16_to_f32, f32_to_f16};
 use crate::layout::Packed;
 use crate::random::Random;
 use crate::shape::MatShape;
@@ -290,6 +290,20 @@ pub fn encode_codes(encoding: Encoding, codes: &[i8], k: usize) -> Vec<u32> {
             Encoding::Biased => words.extend(padded.chunks_exact(4).map(|bytes| {
                 u32::from_le_bytes(std::array::from_fn(|b| (i32::from(bytes[b]) + 128) as u8))
             })),
+            Encoding::Signed => words.extend(
+                padded
+                    .chunks_exact(4)
+                    .map(|bytes| u32::from_le_bytes(std::array::from_fn(|b| bytes[b] as u8))),
+            ),
+            Encoding::Halves => {
+                for chunk in padded.chunks_exact(CHUNK_K) {
+                    words.extend((0..Encoding::Halves.chunk_words()).map(|word| {
+                        let k = half_pair(word).0;
+                        let half = |at: usize| u32::from(f32_to_f16(f32::from(chunk[at])));
+                        half(k) | half(k + 2) << 16
+                    }));
+                }
+            }
             Encoding::Planes => {
                 for group in padded.chunks_exact(32) {
                     for plane in 0..8 {
@@ -312,6 +326,17 @@ pub fn decode_codes(encoding: Encoding, words: &[u32], k: usize) -> Vec<i8> {
             let bit = |j: usize| (planes[j] >> (k % 32) & 1) << j;
             (0..8).map(bit).sum::<u32>() as u8 as i8
         }
+        Encoding::Signed => (words[k / 4] >> (8 * (k % 4))) as u8 as i8,
+        Encoding::Halves => {
+            let chunk = &words[k / CHUNK_K * 32..][..32];
+            let at = |(k, word): (usize, u32)| (k, f16_to_f32(word as u16) as i8);
+            let both = |word: usize| {
+                let first = half_pair(word).0;
+                [at((first, chunk[word])), at((first + 2, chunk[word] >> 16))]
+            };
+            let mut all = (0..32).flat_map(both);
+            all.find(|&(at, _)| at == k % CHUNK_K).expect("every column is in a pair").1
+        }
     };
     (0..k).map(code).collect()
 }
@@ -319,8 +344,35 @@ pub fn decode_codes(encoding: Encoding, words: &[u32], k: usize) -> Vec<i8> {
 /// What `quantize_absmax.wgsl` makes the sum of a token's codes: what the encoding's kernel subtracts.
 pub fn code_sum(encoding: Encoding, codes: &[i8]) -> i32 {
     match encoding {
-        Encoding::Biased | Encoding::Planes => codes.iter().map(|&code| i32::from(code)).sum(),
+        Encoding::Biased | Encoding::Planes | Encoding::Signed => {
+            codes.iter().map(|&code| i32::from(code)).sum()
+        }
+        Encoding::Halves => {
+            let mut weights = [0; CHUNK_K];
+            for (k, constant) in (0..Encoding::Halves.chunk_words()).map(half_pair) {
+                (weights[k], weights[k + 2]) = (1 + constant, 1 + constant);
+            }
+            let codes = codes.iter().enumerate();
+            codes.map(|(k, &code)| i32::from(code) * weights[k % CHUNK_K]).sum()
+        }
     }
+}
+
+/// The first column of a pair of a chunk's f16 codes, and what its weights' scaled-up 1 adds: see
+/// `shared/half_pairs.wgsl`.
+fn half_pair(word: usize) -> (usize, i32) {
+    const BYTE_FIELD_CONSTANT: [(usize, usize, i32); 8] = [
+        (1, 0, 4),
+        (0, 3, 16),
+        (0, 2, 64),
+        (1, 3, 4),
+        (1, 2, 16),
+        (1, 1, 64),
+        (0, 1, 4),
+        (0, 0, 16),
+    ];
+    let (byte, field, constant) = BYTE_FIELD_CONSTANT[word % 8];
+    (16 * field + word / 8 * 4 + byte, constant)
 }
 
 /// Runs one kernel and waits for it.
