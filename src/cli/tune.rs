@@ -58,7 +58,7 @@ pub(super) struct Arguments {
     ///
     /// It has device, adapter, kind, api, driver, wgpu, kernels (a hash of their sources), clock,
     /// rotated_bytes, copy_gb_s, dispatch_us, seconds, kept, not_kept, and shapes: of each step (qkv,
-    /// o, gate_up, down) n, k, candidates and the winner. A candidate has variant, slices, fused, us,
+    /// o, gate_up, down) n, k, candidates and the winner. A candidate has variant, slices, rows, unroll, fused, us,
     /// gb_s, share, exact and refused. What was not reached in time is null.
     #[arg(long)]
     json: bool,
@@ -143,7 +143,7 @@ fn table(name: &str, report: &Report) -> Result<String> {
         for candidate in &shape.candidates {
             let mark = if candidate.plan == shape.winner { '*' } else { ' ' };
             let plan = candidate.plan.to_string();
-            writeln!(text, "{mark} {plan:24} {}", measured(candidate))?;
+            writeln!(text, "{mark} {plan:48} {}", measured(candidate))?;
         }
     }
     writeln!(text, "{:.1} s", report.seconds)?;

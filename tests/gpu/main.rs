@@ -40,8 +40,10 @@ fn main() -> ExitCode {
                 Err(error) => eprintln!("no adapter: {error}"),
             }
         }
-        let cases =
-            kernels::cases().into_iter().chain(model::cases(capabilities)).chain(tune::cases());
+        let cases = kernels::cases(capabilities)
+            .into_iter()
+            .chain(model::cases(capabilities))
+            .chain(tune::cases());
         trials.extend(cases.map(|(name, case)| {
             let name = format!("{label}::{name}");
             match &gpu {

@@ -16,20 +16,21 @@ pub fn cases() -> Vec<Case> {
         [("bitnet", tiny_bitnet()), ("llama", tiny_llama()), ("normed", tiny_normed())]
     {
         cases.push((
-            format!("tune::every_plan_runs_and_is_exact::{name}"),
+            format!("tune::every_variant_runs_and_is_exact::{name}"),
             Box::new(move |gpu| {
                 let steps = StepShape::of(&config)?.ok_or("matrices with one scale")?;
-                every_plan(gpu, &steps)
+                every_variant(gpu, &steps)
             }),
         ));
     }
     cases
 }
 
-/// Long enough for all of it, also on a busy machine with a software rasteriser.
-const BUDGET: Duration = Duration::from_secs(120);
+/// Long enough for every variant as it runs by default, also on a busy machine with a software
+/// rasteriser; the other plans are as exact (`kernels.rs`), and too many.
+const BUDGET: Duration = Duration::from_secs(20);
 
-fn every_plan(gpu: &Gpu, steps: &[StepShape]) -> Result<(), Failed> {
+fn every_variant(gpu: &Gpu, steps: &[StepShape]) -> Result<(), Failed> {
     let directory = tempfile::tempdir()?;
     let report = tune(gpu, steps, BUDGET, Some(directory.path()))?;
     let is_positive = |value: Option<f64>| value.is_some_and(|value| value > 0.0 && value < 1e9);
@@ -44,16 +45,18 @@ fn every_plan(gpu: &Gpu, steps: &[StepShape]) -> Result<(), Failed> {
     for shape in &report.shapes {
         let what = shape.step.name();
         for candidate in &shape.candidates {
-            if candidate.exact != Some(true) || !is_positive(candidate.us) {
+            let is_measured = candidate.exact == Some(true) && is_positive(candidate.us);
+            if !is_measured && (candidate.exact.is_some() || candidate.us.is_some()) {
                 return Err(format!("{what}: {candidate:?}").into());
             }
         }
-        let has = |variant| shape.candidates.iter().any(|found| found.plan.variant == variant);
+        let measured = || shape.candidates.iter().filter(|found| found.us.is_some());
+        let has = |variant| measured().any(|found| found.plan.variant == variant);
         if !Variant::ALL.into_iter().all(has) {
             return Err(format!("{what}: a variant did not take part").into());
         }
-        if !shape.candidates.iter().any(|candidate| candidate.plan == shape.winner) {
-            return Err(format!("{what}: {:?} was no candidate", shape.winner).into());
+        if !measured().any(|candidate| candidate.plan == shape.winner) {
+            return Err(format!("{what}: {:?} was not measured", shape.winner).into());
         }
     }
     // What is known of a software rasteriser is of no use to anyone.

@@ -472,12 +472,15 @@ fn tune_reports_every_candidate() {
         let candidates = shape["candidates"].as_array().unwrap();
         assert!(candidates.len() >= 2, "{shape}");
         for candidate in candidates {
-            for key in ["variant", "slices", "fused", "us", "gb_s", "share", "exact", "refused"] {
+            for key in [
+                "variant", "slices", "rows", "unroll", "fused", "us", "gb_s", "share", "exact",
+                "refused",
+            ] {
                 assert!(candidate.get(key).is_some(), "{key}: {candidate}");
             }
             assert_ne!(candidate["exact"], false, "{candidate}");
         }
-        for key in ["variant", "slices", "fused"] {
+        for key in ["variant", "slices", "rows", "unroll", "fused"] {
             assert!(shape["winner"].get(key).is_some(), "{shape}");
         }
     }
@@ -500,7 +503,7 @@ fn with_no_time_the_defaults_win() {
     assert_eq!(shapes.len(), 4);
     for shape in shapes {
         let first = &shape["candidates"][0];
-        for key in ["variant", "slices", "fused"] {
+        for key in ["variant", "slices", "rows", "unroll", "fused"] {
             assert_eq!(shape["winner"][key], first[key], "{shape}");
         }
         assert!(first["us"].is_null() && first["exact"].is_null(), "{shape}");

@@ -119,6 +119,8 @@ pub struct Gpu {
     pub(crate) device: wgpu::Device,
     pub(crate) queue: wgpu::Queue,
     max_binding: u64,
+    /// Whether every kernel is checked at run time, those of `shader::UNCHECKED` too.
+    pub(super) checked: bool,
     pub(super) work: Work,
     /// The first error that no call returned: validation outside a scope, or a lost device.
     failure: Arc<Mutex<Option<String>>>,
@@ -148,6 +150,15 @@ impl Gpu {
             return Err(Error::NoAdapter { wanted, found });
         };
         Self::from_adapter(&all.swap_remove(chosen), descriptions[chosen].clone(), capabilities)
+    }
+
+    /// Another device on the same adapter, asked for the same.
+    ///
+    /// # Errors
+    /// As for [`Gpu::open`].
+    pub(super) fn open_again(&self) -> Result<Self> {
+        let other = Self::open(Some(self.adapter.index), self.capabilities)?;
+        Ok(if self.checked { other.with_runtime_checks() } else { other })
     }
 
     fn from_adapter(
@@ -196,7 +207,17 @@ impl Gpu {
         let limits = device.limits();
         let max_binding = limits.max_storage_buffer_binding_size.min(limits.max_buffer_size);
         let work = Work::default();
-        Ok(Self { adapter: description, capabilities, device, queue, max_binding, work, failure })
+        let checked = false;
+        Ok(Self {
+            adapter: description,
+            capabilities,
+            device,
+            queue,
+            max_binding,
+            checked,
+            work,
+            failure,
+        })
     }
 
     /// The error of this device for a failed operation.
@@ -229,6 +250,17 @@ impl Gpu {
         limits.max_compute_invocations_per_workgroup.min(limits.max_compute_workgroup_size_x)
     }
 
+    /// Fails if a workgroup of so many lanes is too large.
+    pub(super) fn check_lanes(&self, kernel: &str, lanes: usize) -> Result<()> {
+        let limit = self.lanes();
+        if lanes > limit as usize {
+            let (adapter, what) = (self.adapter.name.clone(), format!("kernel {kernel} (lanes)"));
+            let (needed, limit) = (lanes as u64, u64::from(limit));
+            return Err(Error::GpuLimit { adapter, what, needed, limit });
+        }
+        Ok(())
+    }
+
     /// Bytes of the largest storage binding; larger matrices are sharded by rows.
     pub fn max_binding(&self) -> u64 {
         self.max_binding
@@ -248,6 +280,14 @@ impl Gpu {
     #[must_use]
     pub fn with_max_binding(mut self, len_bytes: u64) -> Self {
         self.max_binding = self.max_binding.min(len_bytes);
+        self
+    }
+
+    /// Leaves bounds checks, bounds on loops and zeroed workgroup memory in every kernel, those of
+    /// [`UNCHECKED`](super::shader::UNCHECKED) too: to find a driver or a kernel that needs them.
+    #[must_use]
+    pub fn with_runtime_checks(mut self) -> Self {
+        self.checked = true;
         self
     }
 }

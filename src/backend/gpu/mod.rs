@@ -16,7 +16,7 @@ pub mod tune;
 
 pub use buffer::Slice;
 pub use device::{AdapterDescription, AdapterKind, Capabilities, Gpu, ResourceCounts, adapters};
-pub use kernels::{GemvPlan, Variant};
+pub use kernels::{Encoding, GemvPlan, Variant};
 pub use matrix::row_offsets;
 pub use record::{Call, Op, PassParams, Pipelines, Rows, WorkDone};
 
@@ -28,7 +28,7 @@ use crate::config::{Activations, ModelConfig};
 use crate::error::{Error, Result};
 use crate::shape::MatShape;
 use crate::weights::{Input, LayerWeights, Table, TernaryMatrix, WeightScale, WeightSource};
-use kernels::{Fused, LinearRows, Rotate, RowOrder, TokensPerLane, padded_rows};
+use kernels::{Fused, LinearRows, Rotate, RowOrder, SumInputs, TokensPerLane, padded_rows};
 use matrix::{GpuLinear, GpuMatrix, GpuRotation, GpuRun, GpuTable, GpuTableData, HostLinear, Kind};
 use readback::Staging;
 use record::Recording;
@@ -293,7 +293,11 @@ impl Buffers {
             normed: f32s("normed", widest_in)?,
             inner: f32s("normed", widest_in)?,
             rotated: f32s("rotated", widest_in)?,
-            codes: f32s("codes", widest_in.next_multiple_of(64) / 4)?,
+            codes: {
+                // Bytes or bit planes of every token, or f16 pairs of one.
+                let bytes_of = |tokens: usize| widest_in.next_multiple_of(64) / 4 * tokens;
+                gpu.storage("codes", bytes_of(max_batch.max(2)))?
+            },
             act_scale: {
                 let of_runs = LinearRows::MAX_RUNS * act_stride(max_batch);
                 let of_groups = widest_in.div_ceil(64) * max_batch;
@@ -402,10 +406,15 @@ impl Builder<'_> {
                 Kind::Sums(plan, shape) => {
                     let (b, stride) = (self.buffers, act_stride(self.max_batch));
                     let act_scale = b.act_scale.words(index * stride, stride);
-                    let call = kernels::quantize_absmax(shape.k(), plan.variant);
-                    let quantized = [x, &b.codes, &act_scale, &b.code_sum];
-                    before.push(self.op(&call, &quantized)?);
-                    self.sums(plan, &run.matrix, &linear.rows, index)?
+                    let quantize = |encoding| {
+                        let call = kernels::quantize_absmax(shape.k(), encoding);
+                        self.op(&call, &[x, &b.codes, &act_scale, &b.code_sum])
+                    };
+                    plan.validate(self.gpu, shape.k())?;
+                    let mut matmul = self.sums(plan, &run.matrix, &linear.rows, index)?;
+                    matmul.gemv.insert(0, quantize(plan.variant.gemv_encoding())?);
+                    matmul.gemm.insert(0, quantize(plan.variant.gemm_encoding())?);
+                    matmul
                 }
                 Kind::Groups(shape, int8) => {
                     let b = self.buffers;
@@ -455,14 +464,15 @@ impl Builder<'_> {
         let shape = MatShape::new(rows.padded(), k)?;
         let first_tile = rows.first(run) / TILE_ROWS;
         for (tiles, words, offset) in &matrix.shards {
-            let mut buffers = vec![words, &b.codes, offset];
-            if plan.variant.needs_code_sum() {
-                buffers.push(&b.code_sum);
-            }
-            buffers.push(&b.acc);
+            let inputs = SumInputs { words, codes: &b.codes, offset, code_sum: &b.code_sum };
             let (base, count) = (first_tile + tiles.start, tiles.len());
-            matmul.gemv.push(self.op(&kernels::gemv(plan, shape, base, count), &buffers)?);
-            matmul.gemm.push(self.op(&kernels::gemm(plan.variant, shape, base, count), &buffers)?);
+            let op = |call, mut buffers: Vec<_>| {
+                buffers.push(&b.acc);
+                self.op(&call, &buffers)
+            };
+            let (gemv, gemm) = (plan.variant.gemv_inputs(inputs), plan.variant.gemm_inputs(inputs));
+            matmul.gemv.push(op(kernels::gemv(plan, shape, base, count), gemv)?);
+            matmul.gemm.push(op(kernels::gemm(plan.variant, shape, base, count), gemm)?);
         }
         Ok(matmul)
     }
@@ -505,7 +515,7 @@ impl Builder<'_> {
     ) -> Result<Vec<Op>> {
         let matrix = &linear.runs[0].matrix;
         let Kind::Sums(plan, shape) = matrix.kind else { return Ok(Vec::new()) };
-        if !plan.fused || linear.fused_rows.is_empty() || shape.k() > Fused::MAX_K {
+        if !plan.fused || linear.fused_rows.is_empty() || shape.k() > plan.max_fused_k() {
             return Ok(Vec::new());
         }
         let eps = norm.map(|_| self.config.rms_norm_eps);
@@ -580,7 +590,8 @@ impl Builder<'_> {
         let is_plain = parts.iter().all(|part| *part.input() == Input::default());
         // RoPE's pairs have to meet in a workgroup.
         let is_paired = step != MatrixStep::Qkv || order != RowOrder::Natural;
-        let can_fuse = is_plain && is_paired && parts[0].shape().k() <= Fused::MAX_K;
+        let k = parts[0].shape().k();
+        let can_fuse = |plan: GemvPlan| is_plain && is_paired && k <= plan.max_fused_k();
         HostLinear::pack(parts, act_stride(self.max_batch), order, |scale| match scale {
             WeightScale::Tensor(_) => methods.sums(step, can_fuse),
             WeightScale::Groups { .. } => methods.groups(int8),
@@ -654,11 +665,13 @@ impl Builder<'_> {
         let heads = config.heads();
         // RoPE's pairs have to meet in a workgroup.
         let is_paired = qkv.rows.order == RowOrder::Pairs(dim);
+        let capacity = keys.len_bytes() as usize / 4 / config.kv_size();
         let residual =
             |from, to| move |fused: Fused| Some((fused.residual(hidden), vec![from, to]));
         Ok(LayerOps {
             qkv: self.step(start, input_norm, &qkv, rope, |fused| {
-                is_paired.then(|| (fused.qkv(heads), vec![angles, &b.query, keys, values]))
+                is_paired
+                    .then(|| (fused.qkv(heads, capacity), vec![angles, &b.query, keys, values]))
             })?,
             attend: self.op(&attention, &[&b.query, keys, values, &b.attended])?,
             project_out: self.step(

@@ -6,7 +6,7 @@ use std::sync::{Arc, Mutex};
 
 use super::buffer::Slice;
 use super::device::Gpu;
-use super::shader::{Access, Binding, Kernel};
+use super::shader::{Access, Binding, Kernel, UNCHECKED};
 use crate::error::{Error, Result};
 
 /// What distinguishes pipelines: source, constants.
@@ -37,6 +37,29 @@ pub struct Call {
     pub x: u32,
     /// Workgroups along y.
     pub y: Rows,
+    /// The least length in words of each storage binding, where the kernel runs unchecked.
+    pub(super) words: Vec<usize>,
+}
+
+impl Call {
+    /// The least length in words of each storage binding that a kernel of [`UNCHECKED`] is given.
+    pub fn words(&self) -> &[usize] {
+        &self.words
+    }
+
+    /// Fails if an unchecked kernel could touch what is not its own.
+    fn check_lengths(&self, buffers: &[&Slice]) {
+        let name = self.kernel.name;
+        assert_eq!(self.words.len(), buffers.len(), "{name}: a length for each binding");
+        for (at, (&words, buffer)) in self.words.iter().zip(buffers).enumerate() {
+            let found = buffer.len_bytes() / 4;
+            let is_enough = words as u64 <= found;
+            assert!(
+                is_enough,
+                "{name}: storage binding {at}: expected {words} words, found {found}"
+            );
+        }
+    }
 }
 
 /// Workgroups along y, which follow the batch.
@@ -148,6 +171,11 @@ impl Recording {
     }
 }
 
+fn source_of(kernel: Kernel) -> wgpu::ShaderModuleDescriptor<'static> {
+    let source = wgpu::ShaderSource::Wgsl(kernel.wgsl().into());
+    wgpu::ShaderModuleDescriptor { label: Some(kernel.name), source }
+}
+
 /// Counts what a device was given to do.
 #[derive(Debug, Default)]
 pub(super) struct Work {
@@ -218,6 +246,9 @@ impl Gpu {
         }
         let Pipeline { pipeline, layout, bindings } = self.pipeline(pipelines, call)?;
         assert_eq!(bindings.len(), buffers.len() + 1, "buffers of {}", call.kernel.name);
+        if UNCHECKED.contains(&call.kernel) {
+            call.check_lengths(buffers);
+        }
         let mut storage = buffers.iter();
         let entries: Vec<_> = bindings
             .iter()
@@ -295,10 +326,11 @@ impl Gpu {
             bind_group_layouts: &[Some(&layout)],
             immediate_size: 0,
         });
-        let module = self.device.create_shader_module(wgpu::ShaderModuleDescriptor {
-            label: Some(name),
-            source: wgpu::ShaderSource::Wgsl(call.kernel.wgsl().into()),
-        });
+        let is_checked = self.checked || !UNCHECKED.contains(&call.kernel);
+        let module = match is_checked {
+            true => self.device.create_shader_module(source_of(call.kernel)),
+            false => self.unchecked_module(call.kernel),
+        };
         let pipeline = self.device.create_compute_pipeline(&wgpu::ComputePipelineDescriptor {
             label: Some(name),
             layout: Some(&pipeline_layout),
@@ -306,13 +338,25 @@ impl Gpu {
             entry_point: Some("main"),
             compilation_options: wgpu::PipelineCompilationOptions {
                 constants: &call.constants,
-                ..Default::default()
+                zero_initialize_workgroup_memory: is_checked,
             },
             cache: None,
         });
         self.pop(scope, name)?;
         self.check("make a pipeline")?;
         Ok(Pipeline { pipeline, layout, bindings })
+    }
+
+    /// The module of a kernel of [`UNCHECKED`], without runtime checks.
+    #[expect(unsafe_code, reason = "wgpu has no safe way to leave the checks out")]
+    fn unchecked_module(&self, kernel: Kernel) -> wgpu::ShaderModule {
+        assert!(UNCHECKED.contains(&kernel), "{} is not on the list", kernel.name);
+        let checks = wgpu::ShaderRuntimeChecks::unchecked();
+        // SAFETY: the kernel is one of ours and on the list of those whose every loop ends, whose every
+        // divisor is a constant other than 0, and whose every index of a binding is below the length
+        // that `Gpu::op` has asserted of the buffer (`Call::words`); indices of workgroup arrays are
+        // below constants that size them.
+        unsafe { self.device.create_shader_module_trusted(source_of(kernel), checks) }
     }
 
     /// Runs operations in one pass of one submit, and waits for them.

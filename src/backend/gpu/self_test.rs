@@ -5,13 +5,13 @@ use std::ops::Range;
 use cpu_ref::group_gemv::{group_dot, group_dot_int8};
 use cpu_ref::layout::{CHUNK_K, k_chunks};
 
-use super::kernels::{Fused, GemvPlan, RowOrder, TokensPerLane};
+use super::kernels::{Encoding, Fused, GemvPlan, RowOrder, SumInputs, TokensPerLane};
 use super::matrix::{GpuLinear, GpuMatrix, HostLinear, HostMatrix, Kind, Method};
 use super::tune::{Plans, Step};
-use super::{Gpu, PassParams, Pipelines, Slice, Variant, kernels, row_offsets};
+use super::{Gpu, PassParams, Pipelines, Slice, kernels, row_offsets};
 use crate::backend::gpu::record::Call;
 use crate::error::{Error, Result};
-use crate::format::float::f16_to_f32;
+use crate::format::float::{f16_to_f32, f32_to_f16};
 use crate::layout::Packed;
 use crate::random::Random;
 use crate::shape::MatShape;
@@ -46,7 +46,7 @@ impl Sums {
     fn plan(
         &mut self,
         step: Step,
-        can_fuse: bool,
+        can_fuse: impl Fn(GemvPlan) -> bool,
         check: impl FnMut(GemvPlan) -> Result<()>,
     ) -> Result<GemvPlan> {
         let at = step as usize;
@@ -55,7 +55,7 @@ impl Sums {
             None => self.choose(at, check)?,
         };
         self.chosen[at] = Some(plan);
-        let plan = GemvPlan { fused: plan.fused && can_fuse, ..plan };
+        let plan = GemvPlan { fused: plan.fused && can_fuse(plan), ..plan };
         Ok(*self.used[at].insert(plan))
     }
 
@@ -121,12 +121,12 @@ impl<'a> Methods<'a> {
         Self { gpu, sums: Sums::new(plans), groups: [false; 2] }
     }
 
-    /// The method of a step's matrices with one scale; `can_fuse` is whether there is a fused kernel
+    /// The method of a step's matrices with one scale; `can_fuse` says whether a plan has a fused kernel
     /// for them.
     ///
     /// # Errors
     /// [`Error::SelfTest`] if the plan, or every one of them, is wrong on this adapter.
-    pub fn sums(&mut self, step: Step, can_fuse: bool) -> Result<Method> {
+    pub fn sums(&mut self, step: Step, can_fuse: impl Fn(GemvPlan) -> bool) -> Result<Method> {
         let gpu = self.gpu;
         self.sums.plan(step, can_fuse, |plan| check(gpu, plan)).map(Method::Sums)
     }
@@ -168,6 +168,7 @@ const TOKENS: usize = 5;
 pub fn check(gpu: &Gpu, plan: GemvPlan) -> Result<()> {
     let variant = plan.variant;
     let shape = MatShape::new(SHAPE.0, SHAPE.1)?;
+    plan.validate(gpu, shape.k())?;
     let mut random = Random::new(0x5EED);
     let (trits, codes) = (random.trits(shape.len()), random.codes(TOKENS * shape.k()));
     let packed = Packed::pack(variant.layout(), shape, &trits);
@@ -181,11 +182,17 @@ pub fn check(gpu: &Gpu, plan: GemvPlan) -> Result<()> {
         .map(|k| if k == 7 { -127.0 } else { random.below(253) as f32 - 125.75 })
         .collect();
     let expected = cpu_ref::quantize_absmax::quantize_absmax(&x).codes;
-    let found = quantize(gpu, variant, &x, 1)?;
-    let encoded = encode_codes(variant, &expected, shape.k());
-    let as_i32 = |words: &[u32]| words.iter().map(|&word| word as i32).collect::<Vec<_>>();
-    compare(gpu, "quantize_absmax", &as_i32(&found.codes), &as_i32(&encoded))?;
-    check_fused(gpu, plan)
+    for encoding in [variant.gemv_encoding(), variant.gemm_encoding()] {
+        let found = quantize(gpu, encoding, &x, 1)?;
+        compare(
+            gpu,
+            "quantize_absmax",
+            &found.codes,
+            &encode_codes(encoding, &expected, shape.k()),
+        )?;
+        compare(gpu, "quantize_absmax", &found.code_sum, &[code_sum(encoding, &expected)])?;
+    }
+    if plan.fused { check_fused(gpu, plan) } else { Ok(()) }
 }
 
 /// Runs a fused step on a fixed pseudo-random matrix. A root or division that is off in the last bit
@@ -330,18 +337,32 @@ fn differs(gpu: &Gpu, kernel: &str, problem: String) -> Error {
     Error::SelfTest { device, kernel: kernel.to_owned(), problem }
 }
 
-/// Activation codes `[M, K]` as `quantize_absmax.wgsl` writes them for a variant.
-pub fn encode_codes(variant: Variant, codes: &[i8], k: usize) -> Vec<u32> {
+/// Activation codes `[M, K]` as `quantize_absmax.wgsl` writes them.
+pub fn encode_codes(encoding: Encoding, codes: &[i8], k: usize) -> Vec<u32> {
     let chunks = k_chunks(k);
-    let mut words = Vec::with_capacity(codes.len() / k * chunks * 16);
+    let mut words = Vec::with_capacity(codes.len() / k * chunks * encoding.chunk_words());
     for token in codes.chunks_exact(k) {
         let mut padded = vec![0i8; chunks * CHUNK_K];
         padded[..k].copy_from_slice(token);
-        match variant {
-            Variant::PackedDot => words.extend(padded.chunks_exact(4).map(|bytes| {
+        match encoding {
+            Encoding::Biased => words.extend(padded.chunks_exact(4).map(|bytes| {
                 u32::from_le_bytes(std::array::from_fn(|b| (i32::from(bytes[b]) + 128) as u8))
             })),
-            Variant::BitSerial => {
+            Encoding::Signed => words.extend(
+                padded
+                    .chunks_exact(4)
+                    .map(|bytes| u32::from_le_bytes(std::array::from_fn(|b| bytes[b] as u8))),
+            ),
+            Encoding::Halves => {
+                for chunk in padded.chunks_exact(CHUNK_K) {
+                    words.extend((0..Encoding::Halves.chunk_words()).map(|word| {
+                        let k = half_pair(word).0;
+                        let half = |at: usize| u32::from(f32_to_f16(f32::from(chunk[at])));
+                        half(k) | half(k + 2) << 16
+                    }));
+                }
+            }
+            Encoding::Planes => {
                 for group in padded.chunks_exact(32) {
                     for plane in 0..8 {
                         let bit = |&code: &i8| u32::from(code as u8 >> plane & 1);
@@ -355,16 +376,61 @@ pub fn encode_codes(variant: Variant, codes: &[i8], k: usize) -> Vec<u32> {
 }
 
 /// The inverse of [`encode_codes`] for the words of one token.
-pub fn decode_codes(variant: Variant, words: &[u32], k: usize) -> Vec<i8> {
-    let code = |k: usize| match variant {
-        Variant::PackedDot => ((words[k / 4] >> (8 * (k % 4)) & 0xff) as i32 - 128) as i8,
-        Variant::BitSerial => {
+pub fn decode_codes(encoding: Encoding, words: &[u32], k: usize) -> Vec<i8> {
+    let code = |k: usize| match encoding {
+        Encoding::Biased => ((words[k / 4] >> (8 * (k % 4)) & 0xff) as i32 - 128) as i8,
+        Encoding::Planes => {
             let planes = &words[k / 32 * 8..][..8];
             let bit = |j: usize| (planes[j] >> (k % 32) & 1) << j;
             (0..8).map(bit).sum::<u32>() as u8 as i8
         }
+        Encoding::Signed => (words[k / 4] >> (8 * (k % 4))) as u8 as i8,
+        Encoding::Halves => {
+            let chunk = &words[k / CHUNK_K * 32..][..32];
+            let at = |(k, word): (usize, u32)| (k, f16_to_f32(word as u16) as i8);
+            let both = |word: usize| {
+                let first = half_pair(word).0;
+                [at((first, chunk[word])), at((first + 2, chunk[word] >> 16))]
+            };
+            let mut all = (0..32).flat_map(both);
+            all.find(|&(at, _)| at == k % CHUNK_K).expect("every column is in a pair").1
+        }
     };
     (0..k).map(code).collect()
+}
+
+/// What `quantize_absmax.wgsl` makes the sum of a token's codes: what the encoding's kernel subtracts.
+pub fn code_sum(encoding: Encoding, codes: &[i8]) -> i32 {
+    match encoding {
+        Encoding::Biased | Encoding::Planes | Encoding::Signed => {
+            codes.iter().map(|&code| i32::from(code)).sum()
+        }
+        Encoding::Halves => {
+            let mut weights = [0; CHUNK_K];
+            for (k, constant) in (0..Encoding::Halves.chunk_words()).map(half_pair) {
+                (weights[k], weights[k + 2]) = (1 + constant, 1 + constant);
+            }
+            let codes = codes.iter().enumerate();
+            codes.map(|(k, &code)| i32::from(code) * weights[k % CHUNK_K]).sum()
+        }
+    }
+}
+
+/// The first column of a pair of a chunk's f16 codes, and what its weights' scaled-up 1 adds: see
+/// `shared/half_pairs.wgsl`.
+fn half_pair(word: usize) -> (usize, i32) {
+    const BYTE_FIELD_CONSTANT: [(usize, usize, i32); 8] = [
+        (1, 0, 4),
+        (0, 3, 16),
+        (0, 2, 64),
+        (1, 3, 4),
+        (1, 2, 16),
+        (1, 1, 64),
+        (0, 1, 4),
+        (0, 0, 16),
+    ];
+    let (byte, field, constant) = BYTE_FIELD_CONSTANT[word % 8];
+    (16 * field + word / 8 * 4 + byte, constant)
 }
 
 /// Runs one kernel and waits for it.
@@ -390,27 +456,25 @@ pub fn multiply(
     n_tokens: usize,
 ) -> Result<Vec<i32>> {
     let shape = packed.shape();
+    plan.validate(gpu, shape.k())?;
     let n_pad = kernels::padded_rows(shape.n());
     let tiles = n_pad / cpu_ref::layout::TILE_ROWS;
-    let w = gpu.upload("w", packed.words())?;
-    let x = gpu.upload("x", &encode_codes(plan.variant, codes, shape.k()))?;
+    let variant = plan.variant;
+    let encoding = if n_tokens == 1 { variant.gemv_encoding() } else { variant.gemm_encoding() };
+    let words = gpu.upload("w", packed.words())?;
+    let x = gpu.upload("x", &encode_codes(encoding, codes, shape.k()))?;
     let offset = gpu.upload("offset", &row_offsets(packed))?;
-    let sums: Vec<i32> = codes
-        .chunks_exact(shape.k())
-        .map(|token| token.iter().map(|&code| i32::from(code)).sum())
-        .collect();
-    let code_sum = gpu.upload("code_sum", &sums)?;
+    let tokens = codes.chunks_exact(shape.k());
+    let sums: Vec<i32> = tokens.map(|token| code_sum(encoding, token)).collect();
+    let sums = gpu.upload("code_sum", &sums)?;
     let acc = gpu.storage("acc", n_tokens * n_pad)?;
-    let mut buffers = vec![&w, &x, &offset];
-    if plan.variant.needs_code_sum() {
-        buffers.push(&code_sum);
-    }
-    buffers.push(&acc);
-    let call = if n_tokens == 1 {
-        kernels::gemv(plan, shape, 0, tiles)
+    let inputs = SumInputs { words: &words, codes: &x, offset: &offset, code_sum: &sums };
+    let (call, mut buffers) = if n_tokens == 1 {
+        (kernels::gemv(plan, shape, 0, tiles), variant.gemv_inputs(inputs))
     } else {
-        kernels::gemm(plan.variant, shape, 0, tiles)
+        (kernels::gemm(variant, shape, 0, tiles), variant.gemm_inputs(inputs))
     };
+    buffers.push(&acc);
     let params = PassParams { n_tokens: n_tokens as u32, ..PassParams::default() };
     run(gpu, &call, params, &buffers)?;
     let words = gpu.read(&acc, n_tokens * n_pad)?;
@@ -459,7 +523,7 @@ pub fn multiply_groups(
             }
             GroupInput::Int8 { codes, act_scales } => {
                 let call = kernels::group_gemv_int8(shape, out, tokens);
-                let codes = gpu.upload("x", &encode_codes(Variant::BitSerial, codes, k))?;
+                let codes = gpu.upload("x", &encode_codes(Encoding::Planes, codes, k))?;
                 let act_scales = gpu.upload("act_scale", act_scales)?;
                 run(gpu, &call, params, &[words, scales, &codes, &act_scales, &y])?;
             }
@@ -490,7 +554,7 @@ pub fn embed_groups(gpu: &Gpu, table: &TernaryMatrix, token: u32) -> Result<Vec<
 /// What `quantize_absmax.wgsl` writes.
 #[derive(Debug, Clone, PartialEq)]
 pub struct QuantizedWords {
-    /// `[M, 16·KC]`, encoded for the variant.
+    /// `[M, KC]` chunks, encoded.
     pub codes: Vec<u32>,
     /// `[M]`.
     pub act_scale: Vec<f32>,
@@ -510,15 +574,20 @@ impl QuantizedWords {
 ///
 /// # Errors
 /// [`Error::Gpu`] if the driver refuses or fails.
-pub fn quantize(gpu: &Gpu, variant: Variant, x: &[f32], n_tokens: usize) -> Result<QuantizedWords> {
+pub fn quantize(
+    gpu: &Gpu,
+    encoding: Encoding,
+    x: &[f32],
+    n_tokens: usize,
+) -> Result<QuantizedWords> {
     let k = x.len() / n_tokens;
-    let len_words = n_tokens * k_chunks(k) * 16;
+    let len_words = n_tokens * k_chunks(k) * encoding.chunk_words();
     let x = gpu.upload("x", x)?;
     let codes = gpu.storage("codes", len_words)?;
     let act_scale = gpu.storage("act_scale", n_tokens)?;
     let code_sum = gpu.storage("code_sum", n_tokens)?;
     let params = PassParams { n_tokens: n_tokens as u32, ..PassParams::default() };
-    let call = kernels::quantize_absmax(k, variant);
+    let call = kernels::quantize_absmax(k, encoding);
     run(gpu, &call, params, &[&x, &codes, &act_scale, &code_sum])?;
     Ok(QuantizedWords {
         codes: gpu.read(&codes, len_words)?,
@@ -529,6 +598,7 @@ pub fn quantize(gpu: &Gpu, variant: Variant, x: &[f32], n_tokens: usize) -> Resu
 
 #[cfg(test)]
 mod tests {
+    use super::super::Variant;
     use super::*;
 
     fn wrong() -> Error {
@@ -549,10 +619,14 @@ mod tests {
         let mut checks = Vec::new();
         for _layer in 0..2 {
             for (step, expected) in Step::ALL.into_iter().zip([Variant::BitSerial; 4]) {
-                let found = sums.plan(step, true, |plan| {
-                    checks.push(plan);
-                    if plan.variant == Variant::PackedDot { Err(wrong()) } else { Ok(()) }
-                });
+                let found = sums.plan(
+                    step,
+                    |_| true,
+                    |plan| {
+                        checks.push(plan);
+                        if plan.variant == Variant::PackedDot { Err(wrong()) } else { Ok(()) }
+                    },
+                );
                 assert_eq!(found.unwrap(), plan(expected));
             }
         }
@@ -570,23 +644,23 @@ mod tests {
         assert_eq!(sums.names(), None);
         for step in Step::ALL {
             // There is no fused kernel for one of them.
-            sums.plan(step, step != Step::Down, |_| Ok(())).unwrap();
+            sums.plan(step, |_| step != Step::Down, |_| Ok(())).unwrap();
         }
         let names =
-            "gemv_i2 (fused): qkv, gate_up; gemv_i2 (4 slices): o; gemv_i2 (8 slices): down";
+            "gemv_i2 (fused): qkv, gate_up; gemv_i2 (split, 4 slices): o; gemv_i2 (split): down";
         assert_eq!(sums.names().as_deref(), Some(names));
     }
 
     #[test]
     fn a_plan_that_is_asked_for_has_no_substitute() {
         let mut sums = Sums::new(Plans::Asked(plan(Variant::BitSerial)));
-        let found = sums.plan(Step::O, true, |_| Err(wrong()));
+        let found = sums.plan(Step::O, |_| true, |_| Err(wrong()));
         assert!(matches!(found, Err(Error::SelfTest { .. })));
         let order = Variant::ALL.to_vec();
         let mut sums = Sums::new(Plans::Preferred([plan(Variant::BitSerial); 4], order));
-        assert!(sums.plan(Step::O, true, |_| Err(wrong())).is_err());
+        assert!(sums.plan(Step::O, |_| true, |_| Err(wrong())).is_err());
         // A driver's failure is no wrong result.
         let lost = |_| Err(Error::EmptyPrompt);
-        assert!(matches!(sums.plan(Step::Qkv, true, lost), Err(Error::EmptyPrompt)));
+        assert!(matches!(sums.plan(Step::Qkv, |_| true, lost), Err(Error::EmptyPrompt)));
     }
 }

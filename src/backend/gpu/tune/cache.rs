@@ -3,7 +3,8 @@
 //! ```json
 //! {"key": {"adapter": "…", "driver": "…", "api": "vulkan", "wgpu": "30.0.1", "kernels": "…",
 //!   "capabilities": "Adapter"},
-//!  "plans": {"down 2560x6912 norm": {"variant": "packed_dot", "slices": 8, "fused": true}}}
+//!  "plans": {"down 2560x6912 norm": {"variant": "packed_dot", "slices": 8, "rows": 32,
+//!   "unroll": 1, "fused": true}}}
 //! ```
 
 use std::collections::BTreeMap;
@@ -251,7 +252,7 @@ mod tests {
         let text = String::from_utf8(good.clone()).unwrap();
         let many: Vec<String> = (0..=MAX_PLANS)
             .map(|i| {
-                format!("\"{i}\": {{\"variant\": \"packed_dot\", \"slices\": 8, \"fused\": true}}")
+                format!("\"{i}\": {{\"variant\": \"packed_dot\", \"slices\": 8, \"rows\": 32, \"unroll\": 1, \"fused\": true}}")
             })
             .collect();
         let key_json = serde_json::to_string(&key()).unwrap();

@@ -23,8 +23,9 @@ const CLASSES: &[Class] = &[
         variant: Variant::BitSerial,
         fused: false,
     },
-    // Apple's GPUs have no packed dot; MSL multiplies four chars one by one.
-    Class { matches: |adapter| adapter.api == "metal", variant: Variant::BitSerial, fused: true },
+    // Apple's GPUs have no packed dot (MSL multiplies four chars one by one), and a popcount takes them
+    // four cycles; f32 products are what they are made for.
+    Class { matches: |adapter| adapter.api == "metal", variant: Variant::HalfMagic, fused: true },
     // GCN and the first RDNA have no v_dot4.
     Class {
         matches: |adapter| adapter.vendor == AMD && is_one_of(adapter, AMD_WITHOUT_DOT),
@@ -79,7 +80,7 @@ mod tests {
 
     #[test]
     fn by_vendor_and_name() {
-        use Variant::{BitSerial, PackedDot};
+        use Variant::{BitSerial, HalfMagic, PackedDot};
         for (name, vendor, api, variant) in [
             ("NVIDIA GeForce RTX 4090", 0x10de, "vulkan", PackedDot),
             ("NVIDIA H200", 0x10de, "vulkan", PackedDot),
@@ -96,7 +97,7 @@ mod tests {
             ("Intel(R) UHD Graphics 770 (ADL-S GT1)", INTEL, "vulkan", PackedDot),
             ("Intel(R) UHD Graphics 630 (CFL GT2)", INTEL, "vulkan", BitSerial),
             ("Intel(R) HD Graphics 520", INTEL, "dx12", BitSerial),
-            ("Apple M4 Pro", 0, "metal", BitSerial),
+            ("Apple M4 Pro", 0, "metal", HalfMagic),
             ("something new", 0x4711, "vulkan", PackedDot),
         ] {
             let adapter = AdapterDescription {

@@ -7,7 +7,7 @@ use cpu_ref::layout::{PIECE_WORDS, TILE_ROWS, k_chunks};
 
 use super::super::buffer::Slice;
 use super::super::device::{AdapterKind, Gpu};
-use super::super::kernels::{self, Fused, GemvPlan, LinearRows};
+use super::super::kernels::{self, Fused, GemvPlan, LinearRows, SumInputs};
 use super::super::readback::Staging;
 use super::super::record::{Call, Op, PassParams, Pipelines};
 use super::super::self_test;
@@ -202,7 +202,7 @@ impl<'a> Bench<'a> {
             let eps = step.norm.then_some(1e-5);
             let fused = Fused { plan, k, norm: eps, tiles: (0, tiles) };
             let (call, after) = match step.step {
-                Step::Qkv => (fused.qkv(step.heads), out.qkv().to_vec()),
+                Step::Qkv => (fused.qkv(step.heads, 1), out.qkv().to_vec()),
                 Step::GateUp => (fused.gated(step.shape.n() / 2, step.act), vec![&out.result]),
                 Step::O | Step::Down => {
                     (fused.residual(step.shape.n()), vec![&out.hidden, &out.result])
@@ -215,7 +215,8 @@ impl<'a> Bench<'a> {
             return Ok(StepOps { before: Vec::new(), matrix, after: Vec::new() });
         }
         let normed = gpu.storage("normed", k)?;
-        let codes = gpu.storage("codes", 16 * k_chunks(k))?;
+        let encoding = plan.variant.gemv_encoding();
+        let codes = gpu.storage("codes", encoding.chunk_words() * k_chunks(k))?;
         let [act_scale, code_sum] = [gpu.storage("act_scale", 1)?, gpu.storage("code_sum", 1)?];
         let [offset, weight_scale] = [gpu.storage("offset", n_pad)?, gpu.storage("scale", n_pad)?];
         let acc = gpu.storage("acc", n_pad)?;
@@ -224,14 +225,12 @@ impl<'a> Bench<'a> {
             before.push(self.op(&kernels::rmsnorm(k, 1e-5, false), &[&x, &norm, &normed])?);
         }
         let x = if step.norm { &normed } else { &x };
-        let call = kernels::quantize_absmax(k, plan.variant);
+        let call = kernels::quantize_absmax(k, encoding);
         before.push(self.op(&call, &[x, &codes, &act_scale, &code_sum])?);
         let call = kernels::gemv(plan, MatShape::new(rows, k)?, 0, tiles);
-        let matrix = copies.iter().map(|w| {
-            let sum = plan.variant.needs_code_sum().then_some(&code_sum);
-            let buffers: Vec<_> =
-                [w, &codes, &offset].into_iter().chain(sum).chain([&acc]).collect();
-            self.op(&call, &buffers)
+        let matrix = copies.iter().map(|words| {
+            let inputs = SumInputs { words, codes: &codes, offset: &offset, code_sum: &code_sum };
+            self.op(&call, &[plan.variant.gemv_inputs(inputs), vec![&acc]].concat())
         });
         let matrix = matrix.collect::<Result<_>>()?;
         let lines = LinearRows { runs: vec![(rows, false)], act_stride: 0, order: step.order };

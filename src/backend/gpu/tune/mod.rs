@@ -19,7 +19,7 @@ use cpu_ref::mlp::Activation;
 use serde::Serialize;
 
 use super::device::{AdapterKind, Gpu};
-use super::kernels::{Fused, GemvPlan, RowOrder, Variant, padded_rows};
+use super::kernels::{GemvPlan, RowOrder, Variant, padded_rows};
 use crate::backend::Tune;
 use crate::config::{Activations, ModelConfig};
 use crate::error::{Error, Result};
@@ -30,10 +30,14 @@ pub use cache::{Key, directory};
 /// Time that a model's first load on an adapter may spend on measuring.
 pub const AUTO_BUDGET: Duration = Duration::from_millis(1900);
 
-/// The lists of candidates: another value is another entry. [`is_legal`] says what goes together.
-const VARIANTS: [Variant; 2] = Variant::ALL;
+/// The lists of candidates: another value is another entry. [`StepShape::is_legal`] says what goes together.
+const VARIANTS: [Variant; 4] = Variant::ALL;
 /// See [`GemvPlan::slices`].
-const SLICES: [usize; 2] = [8, 4];
+const SLICES: [usize; 3] = GemvPlan::SLICES;
+/// See [`GemvPlan::rows`].
+const ROWS: [usize; 2] = GemvPlan::ROWS;
+/// See [`GemvPlan::unroll`].
+const UNROLL: [usize; 3] = GemvPlan::UNROLL;
 /// See [`GemvPlan::fused`].
 const FUSED: [bool; 2] = [true, false];
 
@@ -81,7 +85,7 @@ pub struct StepShape {
     order: RowOrder,
     /// Whether a norm comes before it.
     norm: bool,
-    /// Whether there is a fused kernel for it.
+    /// Whether there is a fused kernel for it, if K is not too large.
     can_fuse: bool,
     heads: Heads,
     act: Activation,
@@ -106,7 +110,6 @@ impl StepShape {
         };
         let of = |step, n, k, order, norm| {
             let can_fuse = config.linear_norm_eps.is_none()
-                && k <= Fused::MAX_K
                 && (step != Step::Qkv || order != RowOrder::Natural);
             let shape = MatShape::new(n, k)?;
             Ok::<_, Error>(Self {
@@ -162,7 +165,17 @@ impl StepShape {
 
     /// What runs where nothing was measured: the adapter's default, if this step can be fused.
     fn default_plan(&self, plan: GemvPlan) -> GemvPlan {
-        GemvPlan { fused: plan.fused && self.can_fuse, ..plan }
+        let fused = plan.fused && self.can_fuse && self.shape.k() <= plan.max_fused_k();
+        GemvPlan { fused, ..plan }
+    }
+
+    /// Whether there is a kernel that does this step exactly, on an adapter of so many lanes a
+    /// workgroup.
+    fn is_legal(&self, plan: GemvPlan, lanes: u32) -> bool {
+        let k = self.shape.k();
+        plan.lanes() <= lanes as usize
+            && k <= plan.variant.max_k(plan.slices)
+            && (!plan.fused || self.can_fuse && k <= plan.max_fused_k())
     }
 
     /// The plans that may run this step, the default first.
@@ -170,11 +183,10 @@ impl StepShape {
         let others = VARIANTS.into_iter().filter(|&variant| variant != default.variant);
         let mut plans = vec![self.default_plan(default)];
         for variant in [default.variant].into_iter().chain(others) {
-            for fused in FUSED {
-                for slices in SLICES {
-                    let plan = GemvPlan { variant, slices, fused };
-                    if is_legal(plan, lanes) && (!fused || self.can_fuse) && !plans.contains(&plan)
-                    {
+            for (fused, slices) in pairs(&FUSED, &SLICES) {
+                for (rows, unroll) in pairs(&ROWS, &UNROLL) {
+                    let plan = GemvPlan { variant, slices, rows, unroll, fused };
+                    if self.is_legal(plan, lanes) && !plans.contains(&plan) {
                         plans.push(plan);
                     }
                 }
@@ -184,11 +196,9 @@ impl StepShape {
     }
 }
 
-/// Whether there is a kernel for a plan on an adapter of so many lanes a workgroup.
-fn is_legal(plan: GemvPlan, lanes: u32) -> bool {
-    // The fused kernels have as many slices as the default.
-    let slices = GemvPlan::from(plan.variant).slices;
-    (!plan.fused || plan.slices == slices) && plan.slices * TILE_ROWS <= lanes as usize
+/// Every pair of two lists' values.
+fn pairs<A: Copy, B: Copy>(first: &[A], second: &[B]) -> impl Iterator<Item = (A, B)> {
+    first.iter().flat_map(|&a| second.iter().map(move |&b| (a, b)))
 }
 
 /// What came of a candidate.
@@ -252,7 +262,13 @@ impl Race {
 
 /// In how many of its values a plan is another.
 fn differences(a: GemvPlan, b: GemvPlan) -> usize {
-    let differ = [a.variant != b.variant, a.slices != b.slices, a.fused != b.fused];
+    let differ = [
+        a.variant != b.variant,
+        a.slices != b.slices,
+        a.rows != b.rows,
+        a.unroll != b.unroll,
+        a.fused != b.fused,
+    ];
     differ.into_iter().filter(|&differ| differ).count()
 }
 
@@ -386,7 +402,7 @@ pub struct ShapeReport {
 /// What was measured of a candidate.
 #[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct CandidateReport {
-    /// Its `variant`, `slices` and `fused`.
+    /// Its `variant`, `slices`, `rows`, `unroll` and `fused`.
     #[serde(flatten)]
     pub plan: GemvPlan,
     /// Microseconds of the whole step: norm, quantisation, matrix and what comes after.
@@ -440,8 +456,9 @@ pub fn tune(
 ) -> Result<Report> {
     let start = Instant::now();
     let mut bench = measure::Bench::new(gpu, steps, start)?;
-    // The races come first: they are what the budget is for.
-    let races = race(steps, defaults::plan(&gpu.adapter), gpu.lanes(), budget, &mut bench);
+    // The races are what the budget is for; what is left is enough for the rest.
+    let default = defaults::plan(&gpu.adapter);
+    let races = race(steps, default, gpu.lanes(), budget * 9 / 10, &mut bench);
     let copy_gb_s = bench.copy_gb_s(budget)?;
     let dispatch_us = bench.dispatch_us(budget)?;
     let key = Key::of(gpu);
@@ -518,7 +535,7 @@ pub(super) fn choose(gpu: &Gpu, config: &ModelConfig, tune: Tune) -> Result<(Pla
     }
     let measure = |missing: &[StepShape]| {
         let start = Instant::now();
-        let gpu = Gpu::open(Some(gpu.adapter.index), gpu.capabilities)?;
+        let gpu = gpu.open_again()?;
         let mut bench = measure::Bench::new(&gpu, missing, start)?;
         Ok(race(missing, default, gpu.lanes(), AUTO_BUDGET, &mut bench))
     };
