@@ -140,24 +140,33 @@ fn table(name: &str, report: &Report) -> Result<String> {
     writeln!(text, "dispatch  {}", known(report.dispatch_us, "µs"))?;
     for shape in &report.shapes {
         writeln!(text, "{} {}x{}", shape.step.name(), shape.n, shape.k)?;
+        let mut unreached = 0;
         for candidate in &shape.candidates {
             let mark = if candidate.plan == shape.winner { '*' } else { ' ' };
             let plan = candidate.plan.to_string();
-            writeln!(text, "{mark} {plan:24} {}", measured(candidate))?;
+            match measured(candidate) {
+                Some(result) => writeln!(text, "{mark} {plan:24} {result}")?,
+                None if mark == '*' => writeln!(text, "{mark} {plan:24} {NOT_REACHED}")?,
+                None => unreached += 1,
+            }
+        }
+        if unreached > 0 {
+            writeln!(text, "  {unreached} more {NOT_REACHED}")?;
         }
     }
     writeln!(text, "{:.1} s", report.seconds)?;
     Ok(text)
 }
 
-fn measured(candidate: &CandidateReport) -> String {
+/// `None` if there was no time for it.
+fn measured(candidate: &CandidateReport) -> Option<String> {
     let CandidateReport { us, gb_s, share, refused, .. } = candidate;
     match (us, gb_s, refused) {
         (Some(us), Some(gb_s), _) => {
             let share = share.map(|share| format!("{:6.1} %", 100.0 * share)).unwrap_or_default();
-            format!("{us:10.2} µs {gb_s:9.2} GB/s {share}")
+            Some(format!("{us:10.2} µs {gb_s:9.2} GB/s {share}"))
         }
-        (_, _, Some(problem)) => format!("refused: {problem}"),
-        _ => NOT_REACHED.to_owned(),
+        (_, _, Some(problem)) => Some(format!("refused: {problem}")),
+        _ => None,
     }
 }
