@@ -109,9 +109,9 @@ fn label(plan: GemvPlan) -> String {
     format!("{} S {slices} ROWS {rows} UNROLL {unroll}", variant.gemv().name)
 }
 
-/// Every plan passes the check that it would have to pass before it runs a model.
+/// Plans pass the check that each has to pass before it runs a model.
 fn self_tests(gpu: &Gpu, variant: Variant) -> Result<(), Failed> {
-    for plan in plans(gpu, variant) {
+    for plan in plans(gpu, variant).into_iter().step_by(4) {
         self_test::check(gpu, plan)?;
     }
     Ok(self_test::check(gpu, GemvPlan { fused: false, ..variant.into() })?)
@@ -1339,26 +1339,27 @@ fn judge_fused(
 const FUSED_SHAPES: &[(usize, usize)] =
     &[(1, 1), (32, 64), (33, 65), (96, 512), (7, 577), (320, 2560), (64, 6912)];
 
-/// Fused shapes with the plans that they are tried with: all on the smaller ones, in turns on the
-/// larger, and each on the longest K that it takes.
-fn fused_cases(gpu: &Gpu, variant: Variant) -> Vec<((usize, usize), Vec<GemvPlan>)> {
+/// Fused shapes, the longest K and 14,000 with the plans that they are tried with: the plans take
+/// turns, `step` a shape, because each driver compiles each of them for each K.
+fn fused_cases(gpu: &Gpu, variant: Variant, step: usize) -> Vec<((usize, usize), Vec<GemvPlan>)> {
     let all = plans(gpu, variant);
-    let mut cases = Vec::new();
-    for (index, &(n, k)) in FUSED_SHAPES.iter().enumerate() {
-        let turn = |&(at, _): &(usize, &GemvPlan)| n * k < 1000 || at % 6 == index % 6;
-        let plans = all.iter().enumerate().filter(turn).map(|(_, &plan)| plan);
-        cases.push(((n, k), plans.collect()));
-    }
+    // 7 and the number of plans, 15 or 18, have no common factor.
+    let mut turns = (0..).map(|turn| all[7 * turn % all.len()]);
+    let mut cases: Vec<_> = FUSED_SHAPES
+        .iter()
+        .map(|&shape| (shape, turns.by_ref().take(step).collect::<Vec<_>>()))
+        .collect();
     for plan in [GemvPlan::from(variant), all[all.len() - 1]] {
         cases.push(((40, plan.max_fused_k()), vec![plan]));
-        cases.push(((40, plan.max_fused_k().min(14_000)), vec![plan]));
     }
+    let plan = all[0];
+    cases.push(((40, plan.max_fused_k().min(14_000)), vec![plan]));
     cases
 }
 
 fn fused_residual(gpu: &Gpu, variant: Variant) -> Result<(), Failed> {
     let mut random = Random::new(81);
-    for (index, ((n, k), plans)) in fused_cases(gpu, variant).into_iter().enumerate() {
+    for (index, ((n, k), plans)) in fused_cases(gpu, variant, 3).into_iter().enumerate() {
         let case = FusedCase::new(&mut random, (n, k), index % 2 == 0);
         let hidden = random.floats(n, 3.0);
         let (tiles, words, rows) = one_shard(gpu, variant, &[&case.matrix], RowOrder::Natural)?;
@@ -1403,7 +1404,7 @@ fn fused_residual(gpu: &Gpu, variant: Variant) -> Result<(), Failed> {
 
 fn fused_gated(gpu: &Gpu, variant: Variant) -> Result<(), Failed> {
     let mut random = Random::new(82);
-    for (index, ((f, k), plans)) in fused_cases(gpu, variant).into_iter().enumerate() {
+    for (index, ((f, k), plans)) in fused_cases(gpu, variant, 2).into_iter().enumerate() {
         let gate = FusedCase::new(&mut random, (f, k), index % 2 == 1);
         let up = FusedCase::with_input(&mut random, (f, k), gate.x.clone(), gate.norm.clone());
         let parts = [&gate.matrix, &up.matrix];
@@ -1419,7 +1420,8 @@ fn fused_gated(gpu: &Gpu, variant: Variant) -> Result<(), Failed> {
                 let of_value = 64.0 * EPS * expected[at].abs();
                 slope * 4.0 * gate.step * u + g.max(g * g) * 4.0 * up.step + of_value
             };
-            for &plan in &plans {
+            let odd = usize::from(activation == Activation::Silu);
+            for &plan in plans.iter().skip(odd).step_by(2) {
                 let call = gate.fused(plan, tiles).gated(f, activation);
                 let out = as_f32(&run_guarded(gpu, &call, tokens(1), &inputs, &[f])?[0]);
                 let what = format!("{} {} {activation:?} {f} x {k}", call.kernel.name, label(plan));
@@ -1432,12 +1434,15 @@ fn fused_gated(gpu: &Gpu, variant: Variant) -> Result<(), Failed> {
 
 fn fused_qkv(gpu: &Gpu, variant: Variant) -> Result<(), Failed> {
     let mut random = Random::new(83);
-    for (heads, k) in [
+    for (index, (heads, k)) in [
         (Heads { query: 4, kv: 2, dim: 128 }, 512),
         (Heads { query: 1, kv: 1, dim: 32 }, 65),
         (Heads { query: 3, kv: 1, dim: 96 }, 288),
         (Heads { query: 2, kv: 1, dim: 256 }, 2560),
-    ] {
+    ]
+    .into_iter()
+    .enumerate()
+    {
         let (query_size, kv_size) = (heads.query * heads.dim, heads.kv * heads.dim);
         let query = FusedCase::new(&mut random, (query_size, k), true);
         let of_kv = |random: &mut Random| {
@@ -1470,8 +1475,8 @@ fn fused_qkv(gpu: &Gpu, variant: Variant) -> Result<(), Failed> {
         };
         let expected = [rotated(&query.y), rotated(&key.y), value.y.clone()];
         let all = plans(gpu, variant);
-        let large = query_size * k > 100_000;
-        for (_, &plan) in all.iter().enumerate().filter(|(at, _)| !large || at % 6 == 1) {
+        // Three plans a shape, all of them in turns.
+        for plan in (0..3).map(|at| all[(3 * index + at) * 7 % all.len()]) {
             let call = query.fused(plan, tiles).qkv(heads, capacity);
             let params = PassParams { start: position as u32, ..tokens(1) };
             let lens = [query_size, capacity * kv_size, capacity * kv_size];
