@@ -1,8 +1,9 @@
 // A linear layer's decode step in one dispatch: RMSNorm and absmax quantisation of the token by every
 // workgroup for itself, in the order of rmsnorm.wgsl and quantize_absmax.wgsl, then rows of a tile as
 // the GEMV of the encoding multiplies them.
-// Expects: gemv_shape, planes_sum, i2_sum, signed_sum, half_pairs, half_sum, w: array<vec4<u32>> [tiles, KC, 32], x: array<f32> [K],
-// norm: array<f32> [K] (NORM = 0: unused), rows: array<vec2<u32>> [32·tiles] of (offset, scale).
+// Expects: gemv_shape, planes_sum, i2_sum, signed_sum, half_pairs, half_sum, w: array<vec4<u32>>
+// [tiles, KC, 32], x: array<f32> [K], norm: array<f32> [K] (NORM = 0: unused), rows: array<vec2<u32>>
+// [32·tiles] of (offset, scale); ENCODING 2 and 3 have no offsets.
 override K: u32 = 64u;
 override UNITS: u32 = 4u;     // 16 bytes each: 4·KC, of f16 pairs 8·KC
 override EPS: f32 = 1e-5;

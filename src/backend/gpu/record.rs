@@ -47,18 +47,22 @@ impl Call {
         &self.words
     }
 
-    /// Fails if an unchecked kernel could touch what is not its own.
-    fn check_lengths(&self, buffers: &[&Slice]) {
+    /// Whether the buffers hold all that a kernel of [`UNCHECKED`] could touch.
+    ///
+    /// # Errors
+    /// What is too short, for people.
+    pub fn check_lengths(&self, buffers: &[&Slice]) -> std::result::Result<(), String> {
         let name = self.kernel.name;
         assert_eq!(self.words.len(), buffers.len(), "{name}: a length for each binding");
         for (at, (&words, buffer)) in self.words.iter().zip(buffers).enumerate() {
             let found = buffer.len_bytes() / 4;
-            let is_enough = words as u64 <= found;
-            assert!(
-                is_enough,
-                "{name}: storage binding {at}: expected {words} words, found {found}"
-            );
+            if (words as u64) > found {
+                return Err(format!(
+                    "{name}: storage binding {at}: expected {words} words, found {found}"
+                ));
+            }
         }
+        Ok(())
     }
 }
 
@@ -228,6 +232,9 @@ impl Gpu {
     /// # Errors
     /// [`Error::Gpu`] if the driver refuses the shader or the buffers, [`Error::GpuLimit`] if the
     /// grid is too large.
+    ///
+    /// # Panics
+    /// If an unchecked kernel could leave one of the buffers: the caller sized it wrongly.
     pub fn op(
         &self,
         pipelines: &Pipelines,
@@ -246,8 +253,10 @@ impl Gpu {
         }
         let Pipeline { pipeline, layout, bindings } = self.pipeline(pipelines, call)?;
         assert_eq!(bindings.len(), buffers.len() + 1, "buffers of {}", call.kernel.name);
-        if UNCHECKED.contains(&call.kernel) {
-            call.check_lengths(buffers);
+        if UNCHECKED.contains(&call.kernel)
+            && let Err(problem) = call.check_lengths(buffers)
+        {
+            panic!("{problem}");
         }
         let mut storage = buffers.iter();
         let entries: Vec<_> = bindings
