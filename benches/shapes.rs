@@ -258,10 +258,10 @@ pub mod group {
 pub mod gpu {
     use std::time::{Duration, Instant};
 
-    use sterna::backend::gpu::kernels::{GroupMatrix, RowsOut, TokensPerLane};
+    use sterna::backend::gpu::kernels::{GroupMatrix, RowsOut, SumInputs, TokensPerLane};
     use sterna::backend::gpu::{
-        Capabilities, Gpu, Op, PassParams, Pipelines, Slice, Variant, kernels, row_offsets,
-        self_test,
+        Capabilities, Encoding, Gpu, Op, PassParams, Pipelines, Slice, Variant, kernels,
+        row_offsets, self_test,
     };
     use sterna::layout::{Layout, Signs, group_scales};
 
@@ -303,12 +303,15 @@ pub mod gpu {
             let n_tokens = product.x.len() / shape.k();
             let n_pad = kernels::padded_rows(shape.n());
             let upload = |what, words: &[u32]| gpu.upload(what, words).expect("device memory");
-            let x = upload("x", &self_test::encode_codes(variant, &product.x, shape.k()));
+            let encoding = match n_tokens {
+                1 => variant.gemv_encoding(),
+                _ => variant.gemm_encoding(),
+            };
+            let x = upload("x", &self_test::encode_codes(encoding, &product.x, shape.k()));
             let offset = upload("offset", bytemuck::cast_slice(&row_offsets(&packed)));
             let tokens = product.x.chunks_exact(shape.k());
-            let sums: Vec<u32> = tokens
-                .map(|token| token.iter().map(|&code| i32::from(code)).sum::<i32>() as u32)
-                .collect();
+            let sums: Vec<u32> =
+                tokens.map(|token| self_test::code_sum(encoding, token) as u32).collect();
             let code_sum = upload("code_sum", &sums);
             let acc = gpu.storage("acc", n_tokens * n_pad).expect("device memory");
             let call = match n_tokens {
@@ -318,10 +321,12 @@ pub mod gpu {
             let (pipelines, uniform) = (Pipelines::default(), gpu.params_buffer());
             let ops = (0..copies).map(|_| {
                 let w = upload("w", packed.words());
-                let mut buffers = vec![&w, &x, &offset];
-                if variant.needs_code_sum() {
-                    buffers.push(&code_sum);
-                }
+                let inputs =
+                    SumInputs { words: &w, codes: &x, offset: &offset, code_sum: &code_sum };
+                let mut buffers = match n_tokens {
+                    1 => variant.gemv_inputs(inputs),
+                    _ => variant.gemm_inputs(inputs),
+                };
                 buffers.push(&acc);
                 gpu.op(&pipelines, &call, &uniform, &buffers).expect("a pipeline")
             });
@@ -351,7 +356,7 @@ pub mod gpu {
             };
             let ones = vec![0x3c00; n * k / group];
             let scales = upload("scales", &group_scales::pack(n, k / group, &ones));
-            let codes = self_test::encode_codes(Variant::BitSerial, &product.x, k);
+            let codes = self_test::encode_codes(Encoding::Planes, &product.x, k);
             let x: Vec<u32> = product.x.iter().map(|&code| f32::from(code).to_bits()).collect();
             let x = if int8 { upload("x", &codes) } else { upload("x", &x) };
             let act_scale = upload("act_scale", &vec![1f32.to_bits(); n_tokens * k / group]);

@@ -7,19 +7,22 @@
 // | 3 | norm | read f32        | [K]               | NORM = 0: unused                              |
 // | 4 | rows | read vec2<u32>  | [64·tiles]        | offset and scale of each row                  |
 // | 5 | z    | read_write f32  | [F]               |                                               |
-// Workgroup: lane = row, 8 slices of K; grid (tiles, 1, 1). ACT: 0 relu², 1 SiLU. Requires
-// 64·KC + 2048 bytes of workgroup memory.
+// Workgroup: lane = row, S slices of K, ROWS·S lanes; grid (tiles·32/ROWS, 1, 1). TILE_BASE is even.
+// ACT: 0 relu², 1 SiLU. Requires 16·UNITS + 4·SCRATCH bytes of workgroup memory.
 // Twin: cpu-ref/src/mlp.rs after rmsnorm.rs, quantize_absmax.rs and gemv.rs. Exact sums given equal
 // codes; the codes and the result have the bounds of their own kernels.
 #import pass
-#import reduce_tree
+#import gemv_shape
+#import planes_sum
+#import i2_sum
+#import signed_sum
+#import half_pairs
+#import half_sum
 #import fused_gemv
 #import exp
 
-override WG: u32 = 256u;
 override F: u32 = 32u;
 override ACT: u32 = 0u;
-override TILE_BASE: u32 = 0u;
 
 @group(0) @binding(0) var<uniform> pass_: Pass;
 @group(0) @binding(1) var<storage, read> w: array<vec4<u32>>;
@@ -28,13 +31,14 @@ override TILE_BASE: u32 = 0u;
 @group(0) @binding(4) var<storage, read> rows: array<vec2<u32>>;
 @group(0) @binding(5) var<storage, read_write> z: array<f32>;
 
-@compute @workgroup_size(WG)
+@compute @workgroup_size(LANES)
 fn main(@builtin(workgroup_id) wg: vec3<u32>, @builtin(local_invocation_index) lid: u32) {
     let token = quantize(lid);
-    let gate = tile_rows(2u * wg.x, lid, token);
-    let up = tile_rows(2u * wg.x + 1u, lid, token);
-    let i = (TILE_BASE / 2u + wg.x) * 32u + lid;
-    if lid >= 32u || i >= F {
+    let row = wg.x * ROWS + lid % ROWS;
+    let gate = tile_rows(2u * (row >> 5u), row & 31u, lid, token);
+    let up = tile_rows(2u * (row >> 5u) + 1u, row & 31u, lid, token);
+    let i = TILE_BASE * 16u + row;
+    if lid >= ROWS || i >= F {
         return;
     }
     if ACT == 0u {

@@ -5,25 +5,29 @@
 // | 2 | x      | read f32        | [K]              |                                              |
 // | 3 | norm   | read f32        | [K]              | NORM = 0: unused                             |
 // | 4 | rows   | read vec2<u32>  | [32·tiles]       | offset and scale of each row                 |
-// | 5 | angles | read vec2<f32>  | [capacity, D/2]  | (cos, sin)                                   |
+// | 5 | angles | read vec2<f32>  | [CAPACITY, D/2]  | (cos, sin)                                   |
 // | 6 | query  | read_write f32  | [H, D]           |                                              |
-// | 7 | keys   | read_write f32  | [capacity, G, D] | this layer's cache                           |
-// | 8 | values | read_write f32  | [capacity, G, D] |                                              |
+// | 7 | keys   | read_write f32  | [CAPACITY, G, D] | this layer's cache                           |
+// | 8 | values | read_write f32  | [CAPACITY, G, D] |                                              |
 // Pair order: a tile has dimensions 16j..16j + 15 of a head, then the ones D/2 further on, so that
 // RoPE's pairs meet in a workgroup. Requires D % 32 == 0.
-// Workgroup: lane = row, 8 slices of K; grid (tiles, 1, 1). Requires 64·KC + 2176 bytes of workgroup
-// memory.
+// Workgroup: lane = row, S slices of K, ROWS·S lanes; grid (tiles·32/ROWS, 1, 1). Requires 16·UNITS +
+// 4·SCRATCH + 128 bytes of workgroup memory.
 // Twin: cpu-ref/src/rope.rs after rmsnorm.rs, quantize_absmax.rs and gemv.rs. Exact sums given equal codes; the codes
 // and the result have the bounds of their own kernels.
 #import pass
-#import reduce_tree
+#import gemv_shape
+#import planes_sum
+#import i2_sum
+#import signed_sum
+#import half_pairs
+#import half_sum
 #import fused_gemv
 
-override WG: u32 = 256u;
 override HEADS: u32 = 1u;
 override KV_HEADS: u32 = 1u;
 override DIM: u32 = 32u;
-override TILE_BASE: u32 = 0u;
+override CAPACITY: u32 = 1u; // positions of the cache
 
 @group(0) @binding(0) var<uniform> pass_: Pass;
 @group(0) @binding(1) var<storage, read> w: array<vec4<u32>>;
@@ -37,23 +41,28 @@ override TILE_BASE: u32 = 0u;
 
 var<workgroup> pairs: array<f32, 32>;
 
-@compute @workgroup_size(WG)
+@compute @workgroup_size(LANES)
 fn main(@builtin(workgroup_id) wg: vec3<u32>, @builtin(local_invocation_index) lid: u32) {
     let token = quantize(lid);
-    let y = tile_rows(wg.x, lid, token);
-    if lid < 32u {
+    // A workgroup's pairs: 16, or 8 and the other 8 of a tile.
+    let n_pairs = ROWS / 2u;
+    let pair = wg.x % (32u / ROWS) * n_pairs + lid % n_pairs;
+    let row = lid % ROWS / n_pairs * 16u + pair;
+    let shard_tile = wg.x / (32u / ROWS);
+    let y = tile_rows(shard_tile, row, lid, token);
+    if lid < ROWS {
         pairs[lid] = y;
     }
     workgroupBarrier();
     let half = DIM / 2u;
-    let tile = TILE_BASE + wg.x;
+    let tile = TILE_BASE + shard_tile;
     let head = tile / (DIM / 32u);
-    if lid >= 16u || head >= HEADS + 2u * KV_HEADS {
+    if lid >= n_pairs || head >= HEADS + 2u * KV_HEADS || pass_.start >= CAPACITY {
         return;
     }
-    let i = tile % (DIM / 32u) * 16u + lid;
+    let i = tile % (DIM / 32u) * 16u + pair;
     let a = pairs[lid];
-    let b = pairs[lid + 16u];
+    let b = pairs[lid + n_pairs];
     let angle = angles[pass_.start * half + i];
     let low = a * angle.x - b * angle.y;
     let high = b * angle.x + a * angle.y;

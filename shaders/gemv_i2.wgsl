@@ -9,13 +9,11 @@
 // | 3 | offset   | read i32       | [32·tiles]        | −128·Σ(w+1) of each row                |
 // | 4 | code_sum | read i32       | [1]               | Σ q                                    |
 // | 5 | acc      | read_write i32 | [N_PAD]           | rows 32·TILE_BASE..                    |
-// Workgroup: lane = row, S slices of K, 32·S lanes; grid (tiles, 1, 1).
+// Workgroup: lane = row, S slices of K, ROWS·S lanes; grid (tiles·32/ROWS, 1, 1).
 // Twin: cpu-ref/src/gemv.rs. Exact: a dot is at most 4·128·255, so K ≤ 131,072 cannot overflow.
 #import pass
-
-override S: u32 = 8u;
-override KC: u32 = 1u;
-override TILE_BASE: u32 = 0u;
+#import gemv_shape
+#import i2_sum
 
 @group(0) @binding(0) var<uniform> pass_: Pass;
 @group(0) @binding(1) var<storage, read> w: array<vec4<u32>>;
@@ -24,36 +22,23 @@ override TILE_BASE: u32 = 0u;
 @group(0) @binding(4) var<storage, read> code_sum: array<i32>;
 @group(0) @binding(5) var<storage, read_write> acc: array<i32>;
 
-var<workgroup> slices: array<u32, 256>;
+var<workgroup> slices: array<i32, LANES>;
 
-fn dot16(codes: vec4<u32>, q: vec4<u32>) -> u32 {
-    return dot4U8Packed(codes.x, q.x) + dot4U8Packed(codes.y, q.y)
-        + dot4U8Packed(codes.z, q.z) + dot4U8Packed(codes.w, q.w);
+fn unit(i: u32) -> vec4<u32> {
+    return x[i];
 }
 
-@compute @workgroup_size(32u * S)
+@compute @workgroup_size(LANES)
 fn main(@builtin(workgroup_id) wg: vec3<u32>, @builtin(local_invocation_index) lid: u32) {
-    let row = lid & 31u;
-    let slice = lid >> 5u;
-    var a0 = 0u;
-    var a1 = 0u;
-    var a2 = 0u;
-    var a3 = 0u;
-    for (var c = slice; c < KC; c += S) {
-        let piece = w[(wg.x * KC + c) * 32u + row];
-        a0 += dot16(piece & vec4(0x03030303u), x[4u * c]);
-        a1 += dot16(piece & vec4(0x0c0c0c0cu), x[4u * c + 1u]);
-        a2 += dot16(piece & vec4(0x30303030u), x[4u * c + 2u]);
-        a3 += dot16(piece & vec4(0xc0c0c0c0u), x[4u * c + 3u]);
-    }
-    slices[lid] = a0 + (a1 >> 2u) + (a2 >> 4u) + (a3 >> 6u);
+    let row = wg.x * ROWS + lid % ROWS;
+    let first = (row >> 5u) * KC * 32u + (row & 31u);
+    slices[lid] = i2_sum(first, lid / ROWS);
     workgroupBarrier();
-    if lid < 32u {
-        var sum = 0u;
+    if lid < ROWS {
+        var sum = 0;
         for (var s = 0u; s < S; s++) {
-            sum += slices[s * 32u + lid];
+            sum += slices[s * ROWS + lid];
         }
-        let tile_row = wg.x * 32u + lid;
-        acc[TILE_BASE * 32u + tile_row] = i32(sum) + offset[tile_row] - code_sum[0];
+        acc[TILE_BASE * 32u + row] = sum + offset[row] - code_sum[0];
     }
 }

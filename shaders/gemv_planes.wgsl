@@ -9,13 +9,11 @@
 // | 2 | x      | read vec4<u32> | [4·KC]            | bit planes of quantize_absmax            |
 // | 3 | offset | read i32       | [32·tiles]        | negatives: number of −1 in each row      |
 // | 4 | acc    | read_write i32 | [N_PAD]           | rows 32·TILE_BASE..                      |
-// Workgroup: lane = row, S slices of K, 32·S lanes; grid (tiles, 1, 1).
+// Workgroup: lane = row, S slices of K, ROWS·S lanes; grid (tiles·32/ROWS, 1, 1).
 // Twin: cpu-ref/src/gemv.rs. Exact.
 #import pass
-
-override S: u32 = 8u;
-override KC: u32 = 1u;
-override TILE_BASE: u32 = 0u;
+#import gemv_shape
+#import planes_sum
 
 @group(0) @binding(0) var<uniform> pass_: Pass;
 @group(0) @binding(1) var<storage, read> w: array<vec4<u32>>;
@@ -23,34 +21,23 @@ override TILE_BASE: u32 = 0u;
 @group(0) @binding(3) var<storage, read> offset: array<i32>;
 @group(0) @binding(4) var<storage, read_write> acc: array<i32>;
 
-var<workgroup> slices: array<i32, 256>;
+var<workgroup> slices: array<i32, LANES>;
 
-@compute @workgroup_size(32u * S)
+fn unit(i: u32) -> vec4<u32> {
+    return x[i];
+}
+
+@compute @workgroup_size(LANES)
 fn main(@builtin(workgroup_id) wg: vec3<u32>, @builtin(local_invocation_index) lid: u32) {
-    let row = lid & 31u;
-    let slice = lid >> 5u;
-    var low = vec4<u32>(0u);
-    var high = vec4<u32>(0u);
-    for (var c = slice; c < KC; c += S) {
-        let piece = w[(wg.x * KC + c) * 32u + row];
-        let at = c << 2u;
-        let z0 = vec4(piece.x);
-        let z1 = vec4(piece.y);
-        let s0 = vec4(piece.z);
-        let s1 = vec4(piece.w);
-        low += countOneBits(z0 & (x[at] ^ s0)) + countOneBits(z1 & (x[at + 2u] ^ s1));
-        high += countOneBits(z0 & (x[at + 1u] ^ s0)) + countOneBits(z1 & (x[at + 3u] ^ s1));
-    }
-    let l = low << vec4(0u, 1u, 2u, 3u);
-    let h = high << vec4(4u, 5u, 6u, 7u);
-    slices[lid] = i32(l.x + l.y + l.z + l.w + h.x + h.y + h.z) - i32(h.w);
+    let row = wg.x * ROWS + lid % ROWS;
+    let first = (row >> 5u) * KC * 32u + (row & 31u);
+    slices[lid] = planes_sum(first, lid / ROWS);
     workgroupBarrier();
-    if lid < 32u {
+    if lid < ROWS {
         var sum = 0;
         for (var s = 0u; s < S; s++) {
-            sum += slices[(s << 5u) + lid];
+            sum += slices[s * ROWS + lid];
         }
-        let tile_row = (wg.x << 5u) + lid;
-        acc[(TILE_BASE << 5u) + tile_row] = sum + offset[tile_row];
+        acc[TILE_BASE * 32u + row] = sum + offset[row];
     }
 }

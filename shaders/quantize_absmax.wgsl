@@ -2,12 +2,14 @@
 //   absmax = max(max_k |x[m,k]|, 1e-5);  q = clamp(round_half_even(x · 127/absmax), −128, 127)
 //   act_scale[m] = absmax / 127;  code_sum[m] = Σ_k q
 // The codes are written as the GEMV variant reads them, K padded with 0 to whole chunks of 64:
-//   PLANES = 0: byte k of the token is q + 128 (unsigned), natural order
-//   PLANES = 1: bit planes; word 16c + 8h + j of the token holds bit j of q[64c + 32h ..][..32]
+//   ENCODING = 0: byte k of the token is q + 128 (unsigned), natural order
+//   ENCODING = 1: bit planes; word 16c + 8h + j of the token holds bit j of q[64c + 32h ..][..32]
+//   ENCODING = 2: byte k of the token is q (signed), natural order
+//   ENCODING = 3: pairs of f16, 32 words a chunk; shared/half_pairs.wgsl, and so is code_sum
 // | # | name      | type           | shape        | notes                                      |
 // | 0 | pass      | uniform        | Pass         | n_tokens                                   |
 // | 1 | x         | read f32       | [M, K]       |                                            |
-// | 2 | codes     | read_write u32 | [M, 16·KC]   | KC = ceil(K/64) chunks                     |
+// | 2 | codes     | read_write u32 | [M, 16·KC]   | KC = ceil(K/64) chunks; f16 pairs: 32·KC   |
 // | 3 | act_scale | read_write f32 | [M]          |                                            |
 // | 4 | code_sum  | read_write i32 | [M]          |                                            |
 // Workgroup: WG lanes, one token; grid (1, M, 1).
@@ -15,11 +17,12 @@
 // within that of a tie may differ by one code; with an exact division all codes are equal.
 #import pass
 #import reduce_tree
+#import half_pairs
 
 override WG: u32 = 256u;
 override K: u32 = 64u;
 override KC: u32 = 1u;
-override PLANES: u32 = 0u;
+override ENCODING: u32 = 0u;
 
 @group(0) @binding(0) var<uniform> pass_: Pass;
 @group(0) @binding(1) var<storage, read> x: array<f32>;
@@ -47,7 +50,7 @@ fn main(@builtin(workgroup_id) wg: vec3<u32>, @builtin(local_invocation_index) l
     let absmax = bitcast<f32>(absmax_bits);
     let inv_act_scale = 127.0 / absmax;
     var sum = 0;
-    if PLANES == 1u {
+    if ENCODING == 1u {
         for (var group = lid; group < 2u * KC; group += WG) {
             var low = vec4<u32>(0u);
             var high = vec4<u32>(0u);
@@ -64,13 +67,21 @@ fn main(@builtin(workgroup_id) wg: vec3<u32>, @builtin(local_invocation_index) l
                 codes[at + 4u + j] = high[j];
             }
         }
+    } else if ENCODING == 3u {
+        for (var word = lid; word < 32u * KC; word += WG) {
+            let k = half_k(word);
+            let pair = vec2(code(m, k, inv_act_scale), code(m, k + 2u, inv_act_scale));
+            sum += (pair.x + pair.y) * half_weight(word);
+            codes[m * 32u * KC + word] = pack2x16float(vec2<f32>(pair));
+        }
     } else {
+        let bias = select(128, 0, ENCODING == 2u);
         for (var word = lid; word < 16u * KC; word += WG) {
             var bytes = 0u;
             for (var b = 0u; b < 4u; b++) {
                 let q = code(m, 4u * word + b, inv_act_scale);
                 sum += q;
-                bytes |= u32(q + 128) << (8u * b);
+                bytes |= (u32(q + bias) & 0xffu) << (8u * b);
             }
             codes[m * 16u * KC + word] = bytes;
         }

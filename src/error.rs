@@ -334,6 +334,16 @@ pub enum Error {
         /// The driver's words.
         problem: String,
     },
+    /// A plan for a GEMV on a GPU has a value that its kernels do not.
+    #[error("GEMV plan: {field}: expected one of {allowed:?}, found {found}")]
+    Plan {
+        /// Which number.
+        field: &'static str,
+        /// Its value.
+        found: usize,
+        /// The values there are.
+        allowed: &'static [usize],
+    },
     /// Every variant of a kernel failed its exactness check on this adapter.
     #[error("{device}: kernel {kernel} gives wrong results here: {problem}")]
     SelfTest {

@@ -225,6 +225,8 @@ pub struct LoadOptions {
     pub int8_activations: bool,
     /// How tokens are chosen from the hidden state.
     pub head: HeadChoice,
+    /// Whether kernels are chosen by measuring them; only GPUs have a choice.
+    pub tune: Tune,
 }
 
 /// What a device that chooses tokens by itself reads of the LM head. Logits that are handed out come
@@ -251,6 +253,17 @@ pub struct HeadWork {
     pub most: u64,
 }
 
+/// How a GPU's kernels are chosen; every one of them is checked before it runs.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Tune {
+    /// By the adapter's vendor and name.
+    #[default]
+    Off,
+    /// By speed: as an earlier measurement that was kept says, else as a new one of less than two
+    /// seconds does. See [`gpu::tune`].
+    Auto,
+}
+
 impl Default for LoadOptions {
     fn default() -> Self {
         Self {
@@ -259,6 +272,7 @@ impl Default for LoadOptions {
             threads: None,
             int8_activations: false,
             head: HeadChoice::default(),
+            tune: Tune::Off,
         }
     }
 }
@@ -317,10 +331,12 @@ pub struct DeviceInfo {
     pub name: String,
     /// Adapter and driver, or CPU level and threads.
     pub description: String,
-    /// The GEMV variant in use, by kernel name.
+    /// The GEMV variants in use, by kernel name.
     pub gemv: String,
     /// How tokens are chosen, by kernel name, and why not otherwise.
     pub head: String,
+    /// What happened while the model was loaded, one line each.
+    pub notes: Vec<String>,
 }
 
 /// A device as `--device` names it.
@@ -456,7 +472,7 @@ mod tests {
 
     fn adapter(index: usize, kind: AdapterKind, api: &str) -> AdapterDescription {
         let (name, driver) = ("a".to_owned(), "d".to_owned());
-        AdapterDescription { index, name, kind, api: api.to_owned(), driver }
+        AdapterDescription { index, name, kind, api: api.to_owned(), driver, vendor: 0 }
     }
 
     #[test]

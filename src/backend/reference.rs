@@ -186,6 +186,7 @@ impl Reference {
                 description: "scalar reference, 1 thread".to_owned(),
                 gemv: "gemv".to_owned(),
                 head: "lm_head".to_owned(),
+                notes: Vec::new(),
             },
             max_batch: options.max_batch,
             embedding: source.embedding()?,

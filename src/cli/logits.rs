@@ -11,7 +11,7 @@ use sterna::backend::{Output, Want};
 use tempfile::NamedTempFile;
 
 use super::progress::Bar;
-use super::{ModelArguments, interrupt_flag};
+use super::{ModelArguments, interrupt_flag, say_notes};
 
 /// Write the logits of a sequence of tokens to a file
 ///
@@ -46,6 +46,7 @@ pub(super) fn run(arguments: &Arguments) -> Result<()> {
     let mut transformer =
         Transformer::load(&checkpoint, device, &options, &mut |at| bar.layers(at))?;
     drop(bar);
+    say_notes(transformer.device());
     write_logits(&mut transformer, &arguments.tokens, options.max_batch, file)
 }
 

@@ -7,6 +7,7 @@ mod logits;
 mod progress;
 mod pull;
 mod run;
+mod tune;
 mod verify;
 
 use std::io::{self, Write};
@@ -16,7 +17,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use anyhow::{Context, Result};
 use clap::{Args, Parser, Subcommand};
-use sterna::backend::{Device, HeadChoice, LoadOptions};
+use sterna::backend::{Device, DeviceInfo, HeadChoice, LoadOptions, Tune};
 use sterna::{Checkpoint, I2sLayout, OpenOptions};
 
 /// Runs ternary language models (BitNet b1.58 and relatives) on any GPU, and on the CPU.
@@ -43,6 +44,7 @@ enum Command {
     Inspect(inspect::Arguments),
     Pull(pull::Arguments),
     Logits(logits::Arguments),
+    Tune(tune::Arguments),
     Verify(verify::Arguments),
 }
 
@@ -55,6 +57,7 @@ pub(crate) fn run(arguments: Arguments) -> Result<()> {
         Command::Inspect(arguments) => inspect::run(&arguments),
         Command::Pull(arguments) => pull::run(&arguments),
         Command::Logits(arguments) => logits::run(&arguments),
+        Command::Tune(arguments) => tune::run(&arguments),
         Command::Verify(arguments) => verify::run(&arguments),
     }
 }
@@ -102,6 +105,15 @@ struct ModelArguments {
     /// follows the int8 logits.
     #[arg(long, value_enum, value_name = "KIND", default_value = "int8")]
     head: HeadKind,
+
+    /// How a GPU's kernels are chosen
+    ///
+    /// "auto" takes the fastest that an earlier run on this adapter found, or looks for them now,
+    /// which takes less than two seconds and is kept (see "sterna tune --help"). "off" goes by the
+    /// adapter's vendor. Either way, a kernel that is not exact here does not run. Software
+    /// rasterisers and other devices have nothing to tune.
+    #[arg(long, value_enum, value_name = "HOW", default_value = "auto")]
+    tune: TuneChoice,
 }
 
 /// `--head`.
@@ -111,6 +123,15 @@ enum HeadKind {
     Int8,
     /// The model's own rows.
     Exact,
+}
+
+/// `--tune`.
+#[derive(Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+enum TuneChoice {
+    /// By speed.
+    Auto,
+    /// By vendor.
+    Off,
 }
 
 /// `--activations`.
@@ -177,8 +198,12 @@ impl ModelArguments {
             HeadKind::Int8 => HeadChoice::Int8,
             HeadKind::Exact => HeadChoice::Exact,
         };
+        let tune = match self.tune {
+            TuneChoice::Auto => Tune::Auto,
+            TuneChoice::Off => Tune::Off,
+        };
         let threads = self.threads;
-        LoadOptions { context, threads, int8_activations, head, ..LoadOptions::default() }
+        LoadOptions { context, threads, int8_activations, head, tune, ..LoadOptions::default() }
     }
 }
 
@@ -189,6 +214,11 @@ fn open(model: Option<&Path>, files: FileArguments) -> Result<Checkpoint> {
         }
         None => sterna::built_in::checkpoint()?,
     })
+}
+
+/// Says on standard error what happened while a model was loaded.
+fn say_notes(device: &DeviceInfo) {
+    device.notes.iter().for_each(|note| say(note));
 }
 
 /// Says something about the model on standard error; a closed one is no failure.

@@ -13,7 +13,7 @@ use sterna::sampler::Sampling;
 use sterna::tokenizer::{Message, Role};
 
 use super::progress::Bar;
-use super::{ModelArguments, at_least_one, interrupt_flag, print, print_json, say};
+use super::{ModelArguments, at_least_one, interrupt_flag, print, print_json, say, say_notes};
 
 /// Continue a text, or answer a question
 ///
@@ -159,6 +159,7 @@ pub(super) fn run(arguments: Arguments) -> Result<()> {
     for note in Model::notes(&checkpoint)? {
         say(&note);
     }
+    say_notes(model.transformer().device());
 
     let (label, device) = (model.label().to_owned(), model.transformer().device().clone());
     let mut generation = if arguments.chat {

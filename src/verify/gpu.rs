@@ -10,7 +10,7 @@ use crate::backend::gpu::kernels::{
 use crate::backend::gpu::self_test::{
     GroupInput, decode_codes, embed_groups, multiply, multiply_groups, quantize, run,
 };
-use crate::backend::gpu::{Call, Gpu, PassParams, Slice, Variant};
+use crate::backend::gpu::{Call, Encoding, Gpu, PassParams, Slice, Variant};
 use crate::error::Result;
 use crate::layout::Packed;
 use crate::shape::MatShape;
@@ -83,8 +83,9 @@ impl super::Kernels for OnGpu<'_> {
     }
 
     fn quantize_absmax(&self, x: &[f32]) -> Result<Quantized> {
-        let found = quantize(self.gpu, self.variant, x, 1)?;
-        let codes = decode_codes(self.variant, &found.codes, x.len());
+        let encoding = self.variant.gemv_encoding();
+        let found = quantize(self.gpu, encoding, x, 1)?;
+        let codes = decode_codes(encoding, &found.codes, x.len());
         Ok(Quantized { codes, act_scale: found.act_scale[0] })
     }
 
@@ -168,7 +169,7 @@ impl super::Kernels for OnGpu<'_> {
         let call = kernels::quantize_absmax_groups(x.len(), group);
         run(self.gpu, &call, one(), &[&self.upload(x)?, &codes, &act_scales])?;
         let codes = self.gpu.read(&codes, x.len() / 4)?;
-        let codes = decode_codes(Variant::BitSerial, &codes, x.len());
+        let codes = decode_codes(Encoding::Planes, &codes, x.len());
         let act_scales = self.gpu.read(&act_scales, x.len() / group)?;
         Ok(Some((codes, bytemuck::cast_vec(act_scales))))
     }

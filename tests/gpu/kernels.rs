@@ -4,12 +4,14 @@ use cpu_ref::attention::Heads;
 use cpu_ref::group_gemv::{bound, group_dot, group_dot_int8, quantize_absmax_groups};
 use cpu_ref::mlp::Activation;
 use libtest_mimic::Failed;
+use sterna::Error;
 use sterna::backend::gpu::kernels::{
-    self, DenseFormat, DenseShard, Fused, GroupMatrix, LinearRows, Rotate, RowOrder, RowsOut,
-    TokensPerLane, Variant, padded_rows,
+    self, DenseFormat, DenseShard, Encoding, Fused, GemvPlan, GroupMatrix, LinearRows, Rotate,
+    RowOrder, RowsOut, SumInputs, TokensPerLane, Variant, padded_rows,
 };
 use sterna::backend::gpu::self_test::GroupInput;
-use sterna::backend::gpu::{Gpu, PassParams, row_offsets, self_test};
+use sterna::backend::gpu::shader::UNCHECKED;
+use sterna::backend::gpu::{Capabilities, Gpu, PassParams, Pipelines, row_offsets, self_test};
 use sterna::format::float::f16_to_f32;
 use sterna::layout::{Layout, Packed, Signs, group_scales};
 use sterna::random::Random;
@@ -22,7 +24,7 @@ use crate::{Body, Case};
 /// f32 machine epsilon: the relative error of one correctly rounded operation is half of it.
 const EPS: f32 = f32::EPSILON;
 
-pub fn cases() -> Vec<Case> {
+pub fn cases(capabilities: Capabilities) -> Vec<Case> {
     let mut cases: Vec<Case> = Vec::new();
     let mut add = |name: String, case: Body| {
         cases.push((name, case));
@@ -30,25 +32,34 @@ pub fn cases() -> Vec<Case> {
     for variant in Variant::ALL {
         let (gemv, gemm) = (variant.gemv().name, variant.gemm().name);
         add(format!("{gemv}::shapes"), Box::new(move |gpu| gemv_shapes(gpu, variant)));
+        add(format!("{gemv}::longest"), Box::new(move |gpu| gemv_longest(gpu, variant)));
         add(format!("{gemv}::extremes"), Box::new(move |gpu| gemv_extremes(gpu, variant)));
         add(
             format!("{gemv}::a_corrupted_weight_is_caught"),
             Box::new(move |gpu| corrupted_weight(gpu, variant)),
         );
-        add(format!("{gemm}::shapes"), Box::new(move |gpu| gemm_shapes(gpu, variant)));
-        add(format!("{gemm}::shards_and_guards"), Box::new(move |gpu| shards(gpu, variant)));
-        add(format!("quantize_absmax::{gemv}"), Box::new(move |gpu| quantize(gpu, variant)));
-        add(
-            format!("self_test::{gemv}"),
-            Box::new(move |gpu| self_test::check(gpu, variant.into()).map_err(Failed::from)),
-        );
+        // The others' kernel for many tokens is one of these.
+        if let Variant::BitSerial | Variant::PackedDot = variant {
+            add(format!("{gemm}::shapes"), Box::new(move |gpu| gemm_shapes(gpu, variant)));
+            add(format!("{gemm}::shards_and_guards"), Box::new(move |gpu| shards(gpu, variant)));
+        }
+        add(format!("self_test::{gemv}"), Box::new(move |gpu| self_tests(gpu, variant)));
     }
     for variant in Variant::ALL {
         let gemv = variant.gemv().name;
         add(format!("fused_residual::{gemv}"), Box::new(move |gpu| fused_residual(gpu, variant)));
         add(format!("fused_gated::{gemv}"), Box::new(move |gpu| fused_gated(gpu, variant)));
         add(format!("fused_qkv::{gemv}"), Box::new(move |gpu| fused_qkv(gpu, variant)));
+        add(
+            format!("unchecked::{gemv}"),
+            Box::new(move |gpu| unchecked(gpu, capabilities, variant)),
+        );
     }
+    for encoding in Encoding::ALL {
+        add(format!("quantize_absmax::{encoding:?}"), Box::new(move |gpu| quantize(gpu, encoding)));
+    }
+    add("a_short_buffer_is_refused".into(), Box::new(short_buffer));
+    add("plans_are_checked".into(), Box::new(plans_are_checked));
     add("rmsnorm".into(), Box::new(rmsnorm));
     add("rope".into(), Box::new(rope));
     add("attention".into(), Box::new(attention));
@@ -81,6 +92,62 @@ fn tokens(n: usize) -> PassParams {
     PassParams { n_tokens: n as u32, ..PassParams::default() }
 }
 
+/// Every plan of a variant that this adapter can run.
+fn plans(gpu: &Gpu, variant: Variant) -> Vec<GemvPlan> {
+    let mut plans = Vec::new();
+    for slices in GemvPlan::SLICES {
+        for rows in GemvPlan::ROWS {
+            for unroll in GemvPlan::UNROLL {
+                plans.push(GemvPlan { slices, rows, unroll, ..variant.into() });
+            }
+        }
+    }
+    plans.retain(|plan| plan.validate(gpu, 1).is_ok());
+    plans
+}
+
+/// How a plan is named in a message.
+fn label(plan: GemvPlan) -> String {
+    let GemvPlan { variant, slices, rows, unroll, .. } = plan;
+    format!("{} S {slices} ROWS {rows} UNROLL {unroll}", variant.gemv().name)
+}
+
+/// Plans pass the check that each has to pass before it runs a model.
+fn self_tests(gpu: &Gpu, variant: Variant) -> Result<(), Failed> {
+    for plan in plans(gpu, variant).into_iter().step_by(4) {
+        self_test::check(gpu, plan)?;
+    }
+    Ok(self_test::check(gpu, GemvPlan { fused: false, ..variant.into() })?)
+}
+
+fn plans_are_checked(gpu: &Gpu) -> Result<(), Failed> {
+    for variant in Variant::ALL {
+        let good = GemvPlan::from(variant);
+        good.validate(gpu, 14_000)?;
+        for bad in [
+            GemvPlan { slices: 0, ..good },
+            GemvPlan { slices: 5, ..good },
+            GemvPlan { rows: 8, ..good },
+            GemvPlan { unroll: 3, ..good },
+        ] {
+            match bad.validate(gpu, 64) {
+                Err(Error::Plan { .. }) => {}
+                other => return Err(format!("{bad:?}: {other:?}").into()),
+            }
+        }
+        for slices in GemvPlan::SLICES {
+            let plan = GemvPlan { slices, rows: 16, ..good };
+            let max = variant.max_k(slices);
+            plan.validate(gpu, max)?;
+            match plan.validate(gpu, max + 1) {
+                Err(Error::Dimension { max: found, .. }) if found == max => {}
+                other => return Err(format!("K {}: {other:?}", max + 1).into()),
+            }
+        }
+    }
+    Ok(())
+}
+
 /// One block, partial tiles and chunks, K below and above a workgroup's slices, 2B4T's and the
 /// longest K in scope.
 const SHAPES: &[(usize, usize)] = &[
@@ -98,27 +165,75 @@ const SHAPES: &[(usize, usize)] = &[
 ];
 
 fn gemv_shapes(gpu: &Gpu, variant: Variant) -> Result<(), Failed> {
+    let plans = plans(gpu, variant);
+    let mut seen = vec![0; plans.len()];
     for (seed, &(n, k)) in SHAPES.iter().enumerate() {
         let mut random = Random::new(seed as u64);
         let shape = MatShape::new(n, k)?;
         let (w, x) = (random.trits(n * k), random.codes(k));
         let packed = Packed::pack(variant.layout(), shape, &w);
-        let found = self_test::multiply(gpu, variant.into(), &packed, &x, 1)?;
-        let what = format!("{} {shape} seed {seed}", variant.gemv().name);
-        same(&what, &found, &cpu_ref::gemv::gemv(&w, &x))?;
+        let expected = cpu_ref::gemv::gemv(&w, &x);
+        for (at, &plan) in plans.iter().enumerate() {
+            // The plans take turns: each driver compiles each of them for each K.
+            let turns = if shape.len() > 70_000 { 5 } else { 2 };
+            if at % turns != seed % turns {
+                continue;
+            }
+            seen[at] += 1;
+            let found = self_test::multiply(gpu, plan, &packed, &x, 1)?;
+            same(&format!("{} {shape} seed {seed}", label(plan)), &found, &expected)?;
+        }
+    }
+    // Chunks from none to many a slice, and every rest of an unrolled loop.
+    let mut random = Random::new(500);
+    for chunks in 1..=21 {
+        let shape = MatShape::new(33, 64 * chunks - random.below(64))?;
+        let (w, x) = (random.trits(shape.len()), random.codes(shape.k()));
+        let packed = Packed::pack(variant.layout(), shape, &w);
+        let expected = cpu_ref::gemv::gemv(&w, &x);
+        // Slices of a workgroup have one chunk more or less: in four turns a plan meets every rest.
+        let mut plans = plans.iter().filter(|plan| plan.slices == 4).cycle();
+        let &plan = plans.nth(chunks % 6).expect("a cycle");
+        let found = self_test::multiply(gpu, plan, &packed, &x, 1)?;
+        same(&format!("{} {shape}", label(plan)), &found, &expected)?;
+    }
+    same("every plan has had its turns", &[seen.iter().all(|&n| n >= 4)], &[true])
+}
+
+/// The longest rows that a plan takes, at the largest sums.
+fn gemv_longest(gpu: &Gpu, variant: Variant) -> Result<(), Failed> {
+    for slices in GemvPlan::SLICES {
+        let plan = GemvPlan { slices, rows: 16, unroll: 2, ..variant.into() };
+        let shape = MatShape::new(3, variant.max_k(slices))?;
+        let mut w = vec![1i8; shape.len()];
+        w[shape.k()..2 * shape.k()].fill(-1);
+        w[2 * shape.k()..].iter_mut().step_by(2).for_each(|trit| *trit = -1);
+        for code in [-128i8, 127] {
+            let x = vec![code; shape.k()];
+            let packed = Packed::pack(variant.layout(), shape, &w);
+            let found = self_test::multiply(gpu, plan, &packed, &x, 1)?;
+            same(&format!("{} {shape}", label(plan)), &found, &cpu_ref::gemv::gemv(&w, &x))?;
+        }
     }
     Ok(())
 }
 
 fn gemv_extremes(gpu: &Gpu, variant: Variant) -> Result<(), Failed> {
-    let shape = MatShape::new(33, 2600)?;
-    for weight in [-1i8, 0, 1] {
-        for code in [-128i8, -1, 0, 127] {
-            let (w, x) = (vec![weight; shape.len()], vec![code; shape.k()]);
-            let packed = Packed::pack(variant.layout(), shape, &w);
-            let found = self_test::multiply(gpu, variant.into(), &packed, &x, 1)?;
-            let what = format!("{} all {weight} × all {code}", variant.gemv().name);
-            same(&what, &found, &cpu_ref::gemv::gemv(&w, &x))?;
+    let plans = plans(gpu, variant);
+    let mut turn = plans.iter().cycle();
+    for k in [2600, 14_000, 30_000] {
+        let shape = MatShape::new(33, k)?;
+        for weight in [-1i8, 0, 1] {
+            for code in [-128i8, -1, 0, 127] {
+                let (w, x) = (vec![weight; shape.len()], vec![code; shape.k()]);
+                let packed = Packed::pack(variant.layout(), shape, &w);
+                let expected = cpu_ref::gemv::gemv(&w, &x);
+                for &plan in turn.by_ref().take(if k == 2600 { 4 } else { 2 }) {
+                    let found = self_test::multiply(gpu, plan, &packed, &x, 1)?;
+                    let what = format!("{} K {k}, all {weight} × all {code}", label(plan));
+                    same(&what, &found, &expected)?;
+                }
+            }
         }
     }
     Ok(())
@@ -163,9 +278,10 @@ fn shards(gpu: &Gpu, variant: Variant) -> Result<(), Failed> {
     let packed = Packed::pack(variant.layout(), shape, &w);
     let offsets = row_offsets(&packed);
     let n_pad = padded_rows(shape.n());
-    let codes = gpu.upload("x", &self_test::encode_codes(variant, &x, shape.k()))?;
+    let encoding = variant.gemm_encoding();
+    let codes = gpu.upload("x", &self_test::encode_codes(encoding, &x, shape.k()))?;
     let sums: Vec<i32> =
-        x.chunks_exact(shape.k()).map(|t| t.iter().map(|&q| i32::from(q)).sum()).collect();
+        x.chunks_exact(shape.k()).map(|token| self_test::code_sum(encoding, token)).collect();
     let code_sum = gpu.upload("code_sum", &sums)?;
     let expected = cpu_ref::gemm::gemm(&w, &x, shape.k());
     let tile_words = packed.words().len() / (n_pad / 32);
@@ -174,10 +290,12 @@ fn shards(gpu: &Gpu, variant: Variant) -> Result<(), Failed> {
         let words = gpu.upload("w", words)?;
         let offset = gpu.upload("offset", &offsets[base * 32..(base + count) * 32])?;
         let call = kernels::gemm(variant, shape, base, count);
-        let mut inputs = vec![&words, &codes, &offset];
-        if variant.needs_code_sum() {
-            inputs.push(&code_sum);
-        }
+        let inputs = variant.gemm_inputs(SumInputs {
+            words: &words,
+            codes: &codes,
+            offset: &offset,
+            code_sum: &code_sum,
+        });
         let acc = run_guarded(gpu, &call, tokens(m), &inputs, &[m * n_pad])?.remove(0);
         for token in 0..m {
             let rows = base * 32..((base + count) * 32).min(shape.n());
@@ -189,7 +307,7 @@ fn shards(gpu: &Gpu, variant: Variant) -> Result<(), Failed> {
     Ok(())
 }
 
-fn quantize(gpu: &Gpu, variant: Variant) -> Result<(), Failed> {
+fn quantize(gpu: &Gpu, encoding: Encoding) -> Result<(), Failed> {
     let mut random = Random::new(3);
     for k in [1, 63, 64, 65, 256, 2560, 6913] {
         let m = 3;
@@ -197,14 +315,14 @@ fn quantize(gpu: &Gpu, variant: Variant) -> Result<(), Failed> {
         // The second token is all zero, the third below the floor.
         x[k..2 * k].fill(0.0);
         x[2 * k..].iter_mut().for_each(|value| *value *= 1e-7);
-        let found = self_test::quantize(gpu, variant, &x, m)?;
+        let found = self_test::quantize(gpu, encoding, &x, m)?;
         for (token, values) in x.chunks_exact(k).enumerate() {
             let expected = cpu_ref::quantize_absmax::quantize_absmax(values);
             let what = format!("quantize_absmax K {k} token {token}");
             close(&what, &[found.act_scale[token]], &[expected.act_scale], |_| {
                 2.5 * EPS * expected.act_scale
             })?;
-            let codes = self_test::decode_codes(variant, found.token(token), k);
+            let codes = self_test::decode_codes(encoding, found.token(token), k);
             let inv_act_scale = 1.0 / expected.act_scale;
             for (at, (&code, &reference)) in codes.iter().zip(&expected.codes).enumerate() {
                 // 127/absmax may be 2.5 ULP off: a value that close to a tie may go either way.
@@ -216,16 +334,16 @@ fn quantize(gpu: &Gpu, variant: Variant) -> Result<(), Failed> {
                     return Err(format!("{what}: [{at}]: {code}, expected {reference}").into());
                 }
             }
-            let sum: i32 = codes.iter().map(|&code| i32::from(code)).sum();
+            let sum = self_test::code_sum(encoding, &codes);
             same(&format!("{what}: sum"), &[found.code_sum[token]], &[sum])?;
         }
     }
     // Exact ties and a NaN.
     let ties = [127.0, 0.5, -0.5, 1.5, -1.5, 2.5, -2.5, 126.5, -126.5];
-    let found = self_test::quantize(gpu, variant, &ties, 1)?;
+    let found = self_test::quantize(gpu, encoding, &ties, 1)?;
     let expected = cpu_ref::quantize_absmax::quantize_absmax(&ties).codes;
-    same("ties", &self_test::decode_codes(variant, found.token(0), ties.len()), &expected)?;
-    let found = self_test::quantize(gpu, variant, &[1.0, f32::NAN, 2.0], 1)?;
+    same("ties", &self_test::decode_codes(encoding, found.token(0), ties.len()), &expected)?;
+    let found = self_test::quantize(gpu, encoding, &[1.0, f32::NAN, 2.0], 1)?;
     if !found.act_scale[0].is_nan() {
         return Err(format!("NaN was hidden: act_scale {}", found.act_scale[0]).into());
     }
@@ -821,7 +939,7 @@ fn group_shards(gpu: &Gpu, int8: bool) -> Result<(), Failed> {
         let codes = random.codes(m * k);
         let act_scales = random.floats(m * 5, 1.0);
         let x_buffer = gpu.upload("x", &x)?;
-        let code_words = self_test::encode_codes(Variant::BitSerial, &codes, k);
+        let code_words = self_test::encode_codes(Encoding::Planes, &codes, k);
         let code_buffer = gpu.upload("codes", &code_words)?;
         let act_buffer = gpu.upload("act_scale", &act_scales)?;
         let [words, scales] = groups.words();
@@ -928,7 +1046,7 @@ fn quantize_groups(gpu: &Gpu) -> Result<(), Failed> {
         for (token, x) in x.chunks_exact(k).enumerate() {
             let (expected, scales) = quantize_absmax_groups(x, group);
             let words = &out[0][token * k / 4..][..k / 4];
-            let found = self_test::decode_codes(Variant::BitSerial, words, k);
+            let found = self_test::decode_codes(Encoding::Planes, words, k);
             let act_scales = &act_scales[token * k / group..][..k / group];
             let what = format!("quantize_absmax_groups K {k} group {group} token {token}");
             close(&what, act_scales, &scales, |at| 2.5 * EPS * scales[at])?;
@@ -1182,9 +1300,9 @@ impl FusedCase {
         Self { matrix, x, norm, y, step: scale * quantized.act_scale }
     }
 
-    fn fused(&self, variant: Variant, tiles: (usize, usize)) -> Fused {
+    fn fused(&self, plan: GemvPlan, tiles: (usize, usize)) -> Fused {
         let norm = self.norm.as_ref().map(|_| FUSED_EPS);
-        Fused { plan: variant.into(), k: self.x.len(), norm, tiles }
+        Fused { plan, k: self.x.len(), norm, tiles }
     }
 
     fn norm_weight(&self) -> Vec<f32> {
@@ -1220,12 +1338,31 @@ fn judge_fused(
     close(what, found, expected, bound)
 }
 
+/// N and K; 2B4T's, and what falls between tiles and chunks.
 const FUSED_SHAPES: &[(usize, usize)] =
-    &[(1, 1), (32, 64), (33, 65), (96, 512), (7, 577), (320, 2560), (64, 6912), (40, Fused::MAX_K)];
+    &[(1, 1), (32, 64), (33, 65), (96, 512), (7, 577), (320, 2560), (64, 6912)];
+
+/// Fused shapes, the longest K and 14,000 with the plans that they are tried with: the plans take
+/// turns, `step` a shape, because each driver compiles each of them for each K.
+fn fused_cases(gpu: &Gpu, variant: Variant, step: usize) -> Vec<((usize, usize), Vec<GemvPlan>)> {
+    let all = plans(gpu, variant);
+    // 7 and the number of plans, 15 or 18, have no common factor.
+    let mut turns = (0..).map(|turn| all[7 * turn % all.len()]);
+    let mut cases: Vec<_> = FUSED_SHAPES
+        .iter()
+        .map(|&shape| (shape, turns.by_ref().take(step).collect::<Vec<_>>()))
+        .collect();
+    for plan in [GemvPlan::from(variant), all[all.len() - 1]] {
+        cases.push(((40, plan.max_fused_k()), vec![plan]));
+    }
+    let plan = all[0];
+    cases.push(((40, plan.max_fused_k().min(14_000)), vec![plan]));
+    cases
+}
 
 fn fused_residual(gpu: &Gpu, variant: Variant) -> Result<(), Failed> {
     let mut random = Random::new(81);
-    for (index, &(n, k)) in FUSED_SHAPES.iter().enumerate() {
+    for (index, ((n, k), plans)) in fused_cases(gpu, variant, 3).into_iter().enumerate() {
         let case = FusedCase::new(&mut random, (n, k), index % 2 == 0);
         let hidden = random.floats(n, 3.0);
         let (tiles, words, rows) = one_shard(gpu, variant, &[&case.matrix], RowOrder::Natural)?;
@@ -1236,12 +1373,14 @@ fn fused_residual(gpu: &Gpu, variant: Variant) -> Result<(), Failed> {
             &rows,
             &gpu.upload("hidden", &hidden)?,
         ];
-        let call = case.fused(variant, tiles).residual(n);
-        let out = as_f32(&run_guarded(gpu, &call, tokens(1), &inputs, &[n])?[0]);
         let expected: Vec<f32> = hidden.iter().zip(&case.y).map(|(h, y)| h + y).collect();
-        let what = format!("{} {variant:?} {n} x {k}", call.kernel.name);
         let bound = |at: usize| 4.0 * case.step + 8.0 * EPS * (hidden[at].abs() + case.y[at].abs());
-        judge_fused(gpu, &what, &out, &expected, bound)?;
+        for plan in plans {
+            let call = case.fused(plan, tiles).residual(n);
+            let out = as_f32(&run_guarded(gpu, &call, tokens(1), &inputs, &[n])?[0]);
+            let what = format!("{} {} {n} x {k}", call.kernel.name, label(plan));
+            judge_fused(gpu, &what, &out, &expected, bound)?;
+        }
     }
     // NaN and infinity reach the result.
     for bad in [f32::NAN, f32::INFINITY] {
@@ -1257,7 +1396,7 @@ fn fused_residual(gpu: &Gpu, variant: Variant) -> Result<(), Failed> {
             &rows,
             &gpu.upload("hidden", &[0.0f32; 5])?,
         ];
-        let call = case.fused(variant, tiles).residual(5);
+        let call = case.fused(variant.into(), tiles).residual(5);
         let out = as_f32(&run_guarded(gpu, &call, tokens(1), &inputs, &[5])?[0]);
         if out.iter().any(|value| value.is_finite()) {
             return Err(format!("{bad} became {out:?}").into());
@@ -1268,7 +1407,7 @@ fn fused_residual(gpu: &Gpu, variant: Variant) -> Result<(), Failed> {
 
 fn fused_gated(gpu: &Gpu, variant: Variant) -> Result<(), Failed> {
     let mut random = Random::new(82);
-    for (index, &(f, k)) in FUSED_SHAPES.iter().enumerate() {
+    for (index, ((f, k), plans)) in fused_cases(gpu, variant, 2).into_iter().enumerate() {
         let gate = FusedCase::new(&mut random, (f, k), index % 2 == 1);
         let up = FusedCase::with_input(&mut random, (f, k), gate.x.clone(), gate.norm.clone());
         let parts = [&gate.matrix, &up.matrix];
@@ -1276,10 +1415,7 @@ fn fused_gated(gpu: &Gpu, variant: Variant) -> Result<(), Failed> {
         let inputs =
             [&words, &gpu.upload("x", &gate.x)?, &gpu.upload("norm", &gate.norm_weight())?, &rows];
         for activation in [Activation::Relu2, Activation::Silu] {
-            let call = gate.fused(variant, tiles).gated(f, activation);
-            let out = as_f32(&run_guarded(gpu, &call, tokens(1), &inputs, &[f])?[0]);
             let expected = cpu_ref::mlp::gated_activation(&gate.y, &up.y, activation);
-            let what = format!("{} {variant:?} {activation:?} {f} x {k}", call.kernel.name);
             // A step of a code in either factor; the gate's enters relu² twice.
             let bound = |at: usize| {
                 let (g, u) = (gate.y[at].abs() + 4.0 * gate.step, up.y[at].abs() + 4.0 * up.step);
@@ -1287,7 +1423,13 @@ fn fused_gated(gpu: &Gpu, variant: Variant) -> Result<(), Failed> {
                 let of_value = 64.0 * EPS * expected[at].abs();
                 slope * 4.0 * gate.step * u + g.max(g * g) * 4.0 * up.step + of_value
             };
-            judge_fused(gpu, &what, &out, &expected, bound)?;
+            let odd = usize::from(activation == Activation::Silu);
+            for &plan in plans.iter().skip(odd).step_by(2) {
+                let call = gate.fused(plan, tiles).gated(f, activation);
+                let out = as_f32(&run_guarded(gpu, &call, tokens(1), &inputs, &[f])?[0]);
+                let what = format!("{} {} {activation:?} {f} x {k}", call.kernel.name, label(plan));
+                judge_fused(gpu, &what, &out, &expected, bound)?;
+            }
         }
     }
     Ok(())
@@ -1295,12 +1437,15 @@ fn fused_gated(gpu: &Gpu, variant: Variant) -> Result<(), Failed> {
 
 fn fused_qkv(gpu: &Gpu, variant: Variant) -> Result<(), Failed> {
     let mut random = Random::new(83);
-    for (heads, k) in [
+    for (index, (heads, k)) in [
         (Heads { query: 4, kv: 2, dim: 128 }, 512),
         (Heads { query: 1, kv: 1, dim: 32 }, 65),
         (Heads { query: 3, kv: 1, dim: 96 }, 288),
         (Heads { query: 2, kv: 1, dim: 256 }, 2560),
-    ] {
+    ]
+    .into_iter()
+    .enumerate()
+    {
         let (query_size, kv_size) = (heads.query * heads.dim, heads.kv * heads.dim);
         let query = FusedCase::new(&mut random, (query_size, k), true);
         let of_kv = |random: &mut Random| {
@@ -1325,26 +1470,133 @@ fn fused_qkv(gpu: &Gpu, variant: Variant) -> Result<(), Failed> {
             &rows,
             &gpu.upload("angles", &angles)?,
         ];
-        let call = query.fused(variant, tiles).qkv(heads);
-        let params = PassParams { start: position as u32, ..tokens(1) };
-        let lens = [query_size, capacity * kv_size, capacity * kv_size];
-        let out = run_guarded(gpu, &call, params, &inputs, &lens)?;
         let (cos, sin) = cpu_ref::rope::angles(position, &frequencies);
         let rotated = |y: &[f32]| {
             let mut y = y.to_vec();
             y.chunks_exact_mut(heads.dim).for_each(|head| cpu_ref::rope::rotate(head, &cos, &sin));
             y
         };
-        for (name, found, case, expected) in [
-            ("query", &out[0][..], &query, rotated(&query.y)),
-            ("key", &out[1][position * kv_size..][..kv_size], &key, rotated(&key.y)),
-            ("value", &out[2][position * kv_size..][..kv_size], &value, value.y.clone()),
-        ] {
-            let what = format!("{} {variant:?} {heads:?} {name}", call.kernel.name);
-            let largest = case.y.iter().fold(0.0f32, |max, y| max.max(y.abs()));
-            let bound = |_| 8.0 * case.step + 16.0 * EPS * largest;
-            judge_fused(gpu, &what, &as_f32(found), &expected, bound)?;
+        let expected = [rotated(&query.y), rotated(&key.y), value.y.clone()];
+        let all = plans(gpu, variant);
+        // Three plans a shape, all of them in turns.
+        for plan in (0..3).map(|at| all[(3 * index + at) * 7 % all.len()]) {
+            let call = query.fused(plan, tiles).qkv(heads, capacity);
+            let params = PassParams { start: position as u32, ..tokens(1) };
+            let lens = [query_size, capacity * kv_size, capacity * kv_size];
+            let out = run_guarded(gpu, &call, params, &inputs, &lens)?;
+            let cached = position * kv_size..(position + 1) * kv_size;
+            let found = [&out[0][..], &out[1][cached.clone()], &out[2][cached]];
+            for (at, (name, case)) in
+                [("query", &query), ("key", &key), ("value", &value)].into_iter().enumerate()
+            {
+                let what = format!("{} {} {heads:?} {name}", call.kernel.name, label(plan));
+                let largest = case.y.iter().fold(0.0f32, |max, y| max.max(y.abs()));
+                let bound = |_| 8.0 * case.step + 16.0 * EPS * largest;
+                judge_fused(gpu, &what, &as_f32(found[at]), &expected[at], bound)?;
+            }
+        }
+        // A position past the cache writes nothing.
+        let call = query.fused(variant.into(), tiles).qkv(heads, capacity);
+        let params = PassParams { start: capacity as u32, ..tokens(1) };
+        let lens = [query_size, capacity * kv_size, capacity * kv_size];
+        let out = run_guarded(gpu, &call, params, &inputs, &lens)?;
+        same("past the cache", &out.concat(), &vec![0xDEAD_BEEF; lens.iter().sum()])?;
+    }
+    Ok(())
+}
+
+/// The kernels that run unchecked give the same bits with every check.
+fn unchecked(gpu: &Gpu, capabilities: Capabilities, variant: Variant) -> Result<(), Failed> {
+    let checked = Gpu::open(None, capabilities)?.with_runtime_checks();
+    let all = plans(gpu, variant);
+    for plan in [0, all.len() / 2, all.len() - 1].map(|at| all[at]) {
+        let (found, expected) = (decode_outputs(gpu, plan)?, decode_outputs(&checked, plan)?);
+        let listed = UNCHECKED.iter().filter(|kernel| {
+            // Of the GEMVs, this variant's.
+            !kernel.name.starts_with("gemv") || **kernel == variant.gemv()
+        });
+        same("kernels", &names(&found), &listed.map(|kernel| kernel.name).collect::<Vec<_>>())?;
+        for ((name, found), (_, expected)) in found.iter().zip(&expected) {
+            same(&format!("{name} {} unchecked", label(plan)), found, expected)?;
         }
     }
     Ok(())
+}
+
+fn names(outputs: &[(&'static str, Vec<u32>)]) -> Vec<&'static str> {
+    outputs.iter().map(|&(name, _)| name).collect()
+}
+
+/// What every kernel for one token writes with this plan, in the order of the list, parts of tiles and
+/// chunks included.
+fn decode_outputs(gpu: &Gpu, plan: GemvPlan) -> Result<Vec<(&'static str, Vec<u32>)>, Failed> {
+    let mut random = Random::new(91);
+    let (heads, k, f) = (Heads { query: 3, kv: 1, dim: 96 }, 1001, 70);
+    let variant = plan.variant;
+    let shape = MatShape::new(f, k)?;
+    let packed = Packed::pack(variant.layout(), shape, &random.trits(shape.len()));
+    let sums = self_test::multiply(gpu, plan, &packed, &random.codes(k), 1)?;
+    let mut outputs = vec![(variant.gemv().name, bytemuck::cast_vec(sums))];
+    let case = FusedCase::new(&mut random, (f, k), true);
+    let x = gpu.upload("x", &case.x)?;
+    let norm = gpu.upload("norm", &case.norm_weight())?;
+    let pack = |parts: &[&TernaryMatrix], order| {
+        self_test::fused_matrix(gpu, plan, parts, order).map(|mut shards| shards.remove(0))
+    };
+    let qkv = TernaryMatrix::from_trits(MatShape::new(480, k)?, random.trits(480 * k), 0.5);
+    let (tiles, words, rows) = pack(&[&qkv], RowOrder::Pairs(heads.dim))?;
+    let angles = gpu.upload("angles", &random.floats(4 * heads.dim, 1.0))?;
+    let call = case.fused(plan, tiles).qkv(heads, 4);
+    let params = PassParams { start: 2, ..tokens(1) };
+    let lens = [288, 4 * 96, 4 * 96];
+    let out = run_guarded(gpu, &call, params, &[&words, &x, &norm, &rows, &angles], &lens)?;
+    outputs.push((call.kernel.name, out.concat()));
+    let (tiles, words, rows) = pack(&[&case.matrix, &case.matrix], RowOrder::GateUp(f))?;
+    let call = case.fused(plan, tiles).gated(f, Activation::Silu);
+    let out = run_guarded(gpu, &call, tokens(1), &[&words, &x, &norm, &rows], &[f])?;
+    outputs.push((call.kernel.name, out.concat()));
+    let (tiles, words, rows) = pack(&[&case.matrix], RowOrder::Natural)?;
+    let hidden = gpu.upload("hidden", &random.floats(f, 1.0))?;
+    let call = case.fused(plan, tiles).residual(f);
+    let out = run_guarded(gpu, &call, tokens(1), &[&words, &x, &norm, &rows, &hidden], &[f])?;
+    outputs.push((call.kernel.name, out.concat()));
+    Ok(outputs)
+}
+
+/// A buffer one word short of what an unchecked kernel could touch is refused.
+fn short_buffer(gpu: &Gpu) -> Result<(), Failed> {
+    let heads = Heads { query: 2, kv: 1, dim: 64 };
+    let mut calls = Vec::new();
+    for variant in Variant::ALL {
+        let plan = GemvPlan::from(variant);
+        calls.push(kernels::gemv(plan, MatShape::new(32, 128)?, 3, 1));
+        let fused = Fused { plan, k: 128, norm: Some(FUSED_EPS), tiles: (2, 2) };
+        calls.extend([
+            fused.qkv(heads, 3),
+            fused.gated(100, Activation::Relu2),
+            fused.residual(128),
+        ]);
+    }
+    for call in &calls {
+        let all = call.words().iter().map(|&words| gpu.storage("enough", words));
+        let all = all.collect::<Result<Vec<_>, _>>()?;
+        call.check_lengths(&all.iter().collect::<Vec<_>>())?;
+        for (at, &words) in call.words().iter().enumerate().filter(|&(_, &words)| words > 1) {
+            let short = gpu.storage("short", words - 1)?;
+            let mut buffers: Vec<_> = all.iter().collect();
+            buffers[at] = &short;
+            if call.check_lengths(&buffers).is_ok() {
+                let name = call.kernel.name;
+                return Err(format!("{name}: binding {at} of {} words", words - 1).into());
+            }
+        }
+    }
+    // An operation is not made of such buffers.
+    let short = vec![gpu.storage("short", 1)?; calls[0].words().len()];
+    let uniform = gpu.params_buffer();
+    let made = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
+        let short: Vec<_> = short.iter().collect();
+        gpu.op(&Pipelines::default(), &calls[0], &uniform, &short).is_ok()
+    }));
+    if made.is_ok() { Err("an unchecked kernel was given short buffers".into()) } else { Ok(()) }
 }

@@ -13,6 +13,7 @@ mod head;
 mod kernels;
 mod model;
 mod sample;
+mod tune;
 mod util;
 
 use std::process::ExitCode;
@@ -41,8 +42,9 @@ fn main() -> ExitCode {
                 Err(error) => eprintln!("no adapter: {error}"),
             }
         }
-        let cases = kernels::cases().into_iter().chain(head::cases(capabilities));
-        let cases = cases.chain(sample::cases()).chain(model::cases(capabilities));
+        let cases = kernels::cases(capabilities).into_iter().chain(head::cases(capabilities));
+        let cases = cases.chain(sample::cases()).chain(tune::cases());
+        let cases = cases.chain(model::cases(capabilities));
         trials.extend(cases.map(|(name, case)| {
             let name = format!("{label}::{name}");
             match &gpu {

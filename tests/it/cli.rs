@@ -17,6 +17,8 @@ pub(crate) fn sterna(arguments: &str) -> Command {
     command.env_remove("RUST_BACKTRACE");
     // Without it, some graphics drivers print a complaint of their own.
     command.env("XDG_RUNTIME_DIR", std::env::temp_dir());
+    // Nothing that is kept from other runs, and nothing kept.
+    command.env("STERNA_CACHE", std::env::temp_dir().join("no-such-directory/sterna"));
     command
 }
 
@@ -76,7 +78,7 @@ fn run_in(directory: &Path) -> Command {
 #[test]
 fn help_teaches() {
     let text = stdout(sterna("--help"));
-    for command in ["run", "devices", "inspect", "pull", "logits", "verify"] {
+    for command in ["run", "devices", "inspect", "pull", "logits", "tune", "verify"] {
         assert!(text.contains(command), "{text}");
         let help = stdout(sterna(&format!("{command} --help")));
         assert!(help.contains("Usage: sterna"), "{help}");
@@ -110,6 +112,12 @@ fn wrong_usage_exits_with_2() {
         ("logits --tokens 1", "--out"),
         ("logits --tokens 1,x --out nowhere", "x"),
         ("logits --tokens -1 --out nowhere", "-1"),
+        ("run --tune maybe x", "maybe"),
+        ("tune --device cpu", "expected gpu or gpu:N"),
+        ("tune --budget -1", "0 to 3600"),
+        ("tune --budget nan", "0 to 3600"),
+        ("tune --synthetic gpt-5", "bitnet-2b4t"),
+        ("tune --synthetic bitnet-large -m x", "--model"),
     ] {
         let message = failure(sterna(arguments), 2);
         assert!(message.contains(part), "{arguments}: {message}");
@@ -425,4 +433,112 @@ fn ctrl_c_ends_the_text() {
     BufReader::new(child.stderr.take().unwrap()).read_line(&mut status).unwrap();
     assert_eq!(child.wait().unwrap().code(), Some(0), "{status}");
     assert!(status.contains("interrupted") && text.ends_with(b"\n"), "{status}");
+}
+
+/// Whether there is an adapter; a test that is skipped without one says so.
+#[expect(clippy::print_stderr, reason = "a skipped test says so")]
+fn has_adapter() -> bool {
+    let found = sterna::backend::gpu::adapters().iter().any(|adapter| adapter.api != "gl");
+    if !found {
+        let required = std::env::var_os("STERNA_REQUIRE_GPU").is_some_and(|value| value == "1");
+        assert!(!required, "there is no adapter");
+        eprintln!("skipped: no adapter");
+    }
+    found
+}
+
+#[test]
+fn tune_reports_every_candidate() {
+    if !has_adapter() {
+        return;
+    }
+    let cache = TempDir::new().unwrap();
+    let mut command = sterna("tune --json --budget 0.3 --synthetic bitnet-large");
+    command.env("STERNA_CACHE", cache.path());
+    let report = json(command);
+    for key in ["device", "adapter", "kind", "api", "driver", "wgpu", "kernels", "clock"] {
+        assert!(report[key].as_str().is_some_and(|text| !text.is_empty()), "{key}: {report}");
+    }
+    for key in ["copy_gb_s", "dispatch_us", "seconds", "kept", "not_kept", "rotated_bytes"] {
+        assert!(report.get(key).is_some(), "{key}: {report}");
+    }
+    // A step begun before the end may take as long as it takes.
+    assert!(report["seconds"].as_f64().unwrap() < 10.0, "{report}");
+    let shapes = report["shapes"].as_array().unwrap();
+    let steps: Vec<_> = shapes.iter().map(|shape| shape["step"].as_str().unwrap()).collect();
+    assert_eq!(steps, ["qkv", "o", "gate_up", "down"]);
+    assert_eq!((&shapes[3]["n"], &shapes[3]["k"]), (&1536.into(), &4096.into()));
+    for shape in shapes {
+        let candidates = shape["candidates"].as_array().unwrap();
+        assert!(candidates.len() >= 2, "{shape}");
+        for candidate in candidates {
+            for key in [
+                "variant", "slices", "rows", "unroll", "fused", "us", "gb_s", "share", "exact",
+                "refused",
+            ] {
+                assert!(candidate.get(key).is_some(), "{key}: {candidate}");
+            }
+            assert_ne!(candidate["exact"], false, "{candidate}");
+        }
+        for key in ["variant", "slices", "rows", "unroll", "fused"] {
+            assert!(shape["winner"].get(key).is_some(), "{shape}");
+        }
+    }
+    let is_software = report["kind"] == "software rasteriser";
+    assert_eq!(report["kept"].is_null(), is_software, "{report}");
+    assert_eq!(cache.path().join("tune").exists(), !is_software);
+}
+
+#[test]
+fn with_no_time_the_defaults_win() {
+    if !has_adapter() {
+        return;
+    }
+    let cache = TempDir::new().unwrap();
+    let mut command = sterna("tune --json --budget 0");
+    command.env("STERNA_CACHE", cache.path());
+    let report = json(command);
+    assert!(report["copy_gb_s"].is_null() && report["dispatch_us"].is_null(), "{report}");
+    let shapes = report["shapes"].as_array().unwrap();
+    assert_eq!(shapes.len(), 4);
+    for shape in shapes {
+        let first = &shape["candidates"][0];
+        for key in ["variant", "slices", "rows", "unroll", "fused"] {
+            assert_eq!(shape["winner"][key], first[key], "{shape}");
+        }
+        assert!(first["us"].is_null() && first["exact"].is_null(), "{shape}");
+    }
+}
+
+#[test]
+fn tune_refuses_what_has_no_choice() {
+    let message = failure(sterna("tune --synthetic bonsai-1.7b"), 1);
+    assert!(message.contains("bonsai-1.7b") && message.contains("scales of groups"), "{message}");
+}
+
+/// A second run takes what the first one measured, and both write what an untuned one writes; a
+/// software rasteriser is not measured.
+#[test]
+fn a_run_tunes_once() {
+    if !has_adapter() {
+        return;
+    }
+    let cache = TempDir::new().unwrap();
+    let run = |tune: &str| {
+        let mut command = sterna(&format!("run --device gpu --tune {tune} --temp 0 -n 8 Once"));
+        command.env("STERNA_CACHE", cache.path());
+        let output = output(command);
+        assert_eq!(output.status.code(), Some(0), "{}", utf8(&output.stderr));
+        (utf8(&output.stdout).to_owned(), utf8(&output.stderr).to_owned())
+    };
+    let (text, notes) = run("off");
+    assert!(!notes.contains("tuned"), "{notes}");
+    assert!(!cache.path().join("tune").exists());
+    let (first, notes) = run("auto");
+    let was_tuned = notes.contains("tuned 4 matrix steps");
+    assert_eq!(was_tuned, !notes.contains("software rasteriser"), "{notes}");
+    let (second, notes) = run("auto");
+    assert!(!notes.contains("tuned"), "{notes}");
+    assert_eq!([&first, &second], [&text, &text]);
+    assert_eq!(cache.path().join("tune").exists(), was_tuned);
 }

@@ -437,7 +437,8 @@ fn adds_only(module: &Module) -> Result<(), BTreeSet<String>> {
     let found = ValueFlow::operators_into(module, "acc");
     let forbidden: BTreeSet<String> = found.difference(&allowed).cloned().collect();
     // The proof is worth something only if it has seen the inner loop.
-    assert!(forbidden.contains("Dot4U8Packed") || found.contains("CountOneBits"), "{found:?}");
+    let inner = ["CountOneBits", "Dot4U8Packed", "Dot4I8Packed", "Fma"];
+    assert!(inner.iter().any(|&operator| found.contains(operator)), "{found:?}");
     if forbidden.is_empty() { Ok(()) } else { Err(forbidden) }
 }
 
@@ -503,9 +504,14 @@ fn the_fused_baseline_only_adds() {
 
 #[test]
 fn the_proof_objects_to_a_multiplication() {
-    for kernel in [shader::GEMV_I2, shader::GEMM_I2] {
-        let forbidden = adds_only(&kernel.module()).expect_err("a packed dot multiplies");
-        assert!(forbidden.contains("Dot4U8Packed"), "{}: {forbidden:?}", kernel.name);
+    for (kernel, product) in [
+        (shader::GEMV_I2, "Dot4U8Packed"),
+        (shader::GEMM_I2, "Dot4U8Packed"),
+        (shader::GEMV_I2_SIGNED, "Dot4I8Packed"),
+        (shader::GEMV_I2_HALF, "Fma"),
+    ] {
+        let forbidden = adds_only(&kernel.module()).expect_err("it multiplies");
+        assert!(forbidden.contains(product), "{}: {forbidden:?}", kernel.name);
     }
     // The same kernel with its final shift written as a product.
     let source = shader::GEMV_PLANES.wgsl();
@@ -517,7 +523,14 @@ fn the_proof_objects_to_a_multiplication() {
 
 #[test]
 fn the_accumulators_are_integers() {
-    for kernel in [shader::GEMV_PLANES, shader::GEMM_PLANES, shader::GEMV_I2, shader::GEMM_I2] {
+    for kernel in [
+        shader::GEMV_PLANES,
+        shader::GEMM_PLANES,
+        shader::GEMV_I2,
+        shader::GEMV_I2_SIGNED,
+        shader::GEMV_I2_HALF,
+        shader::GEMM_I2,
+    ] {
         let module = kernel.module();
         let acc = module.global_variables.iter().find(|(_, v)| v.name.as_deref() == Some("acc"));
         let TypeInner::Array { base, .. } = module.types[acc.expect("acc is a global").1.ty].inner

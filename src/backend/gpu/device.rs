@@ -18,6 +18,8 @@ pub struct AdapterDescription {
     pub api: String,
     /// Driver name and version.
     pub driver: String,
+    /// The vendor's PCI number; 0 where the API does not say.
+    pub vendor: u32,
 }
 
 /// Kinds of adapters, best first.
@@ -86,6 +88,7 @@ fn describe(index: usize, info: &wgpu::AdapterInfo) -> AdapterDescription {
         kind,
         api: info.backend.to_string(),
         driver,
+        vendor: info.vendor,
     }
 }
 
@@ -111,9 +114,13 @@ pub struct ResourceCounts {
 pub struct Gpu {
     /// The adapter it was opened on.
     pub adapter: AdapterDescription,
+    /// What it was asked for.
+    pub capabilities: Capabilities,
     pub(crate) device: wgpu::Device,
     pub(crate) queue: wgpu::Queue,
     max_binding: u64,
+    /// Whether every kernel is checked at run time, those of `shader::UNCHECKED` too.
+    pub(super) checked: bool,
     pub(super) work: Work,
     /// The first error that no call returned: validation outside a scope, or a lost device.
     failure: Arc<Mutex<Option<String>>>,
@@ -145,18 +152,31 @@ impl Gpu {
         Self::from_adapter(&all.swap_remove(chosen), descriptions[chosen].clone(), capabilities)
     }
 
+    /// Another device on the same adapter, asked for the same.
+    ///
+    /// # Errors
+    /// As for [`Gpu::open`].
+    pub(super) fn open_again(&self) -> Result<Self> {
+        let other = Self::open(Some(self.adapter.index), self.capabilities)?;
+        Ok(if self.checked { other.with_runtime_checks() } else { other })
+    }
+
     fn from_adapter(
         adapter: &wgpu::Adapter,
         description: AdapterDescription,
         capabilities: Capabilities,
     ) -> Result<Self> {
-        let required_limits = match capabilities {
-            Capabilities::WebGpuDefault => wgpu::Limits::default(),
-            Capabilities::Adapter => adapter.limits(),
+        let (required_limits, required_features) = match capabilities {
+            Capabilities::WebGpuDefault => (wgpu::Limits::default(), wgpu::Features::empty()),
+            // Timestamps make measuring better; nothing needs them.
+            Capabilities::Adapter => {
+                (adapter.limits(), adapter.features() & wgpu::Features::TIMESTAMP_QUERY)
+            }
         };
         let descriptor = wgpu::DeviceDescriptor {
             label: Some("sterna"),
             required_limits,
+            required_features,
             memory_hints: wgpu::MemoryHints::Performance,
             ..Default::default()
         };
@@ -187,7 +207,17 @@ impl Gpu {
         let limits = device.limits();
         let max_binding = limits.max_storage_buffer_binding_size.min(limits.max_buffer_size);
         let work = Work::default();
-        Ok(Self { adapter: description, device, queue, max_binding, work, failure })
+        let checked = false;
+        Ok(Self {
+            adapter: description,
+            capabilities,
+            device,
+            queue,
+            max_binding,
+            checked,
+            work,
+            failure,
+        })
     }
 
     /// The error of this device for a failed operation.
@@ -221,6 +251,28 @@ impl Gpu {
         self.check(operation)
     }
 
+    /// Whether passes can be timed on the device itself.
+    pub(crate) fn has_timestamps(&self) -> bool {
+        self.device.features().contains(wgpu::Features::TIMESTAMP_QUERY)
+    }
+
+    /// Most lanes of a workgroup.
+    pub(crate) fn lanes(&self) -> u32 {
+        let limits = self.device.limits();
+        limits.max_compute_invocations_per_workgroup.min(limits.max_compute_workgroup_size_x)
+    }
+
+    /// Fails if a workgroup of so many lanes is too large.
+    pub(super) fn check_lanes(&self, kernel: &str, lanes: usize) -> Result<()> {
+        let limit = self.lanes();
+        if lanes > limit as usize {
+            let (adapter, what) = (self.adapter.name.clone(), format!("kernel {kernel} (lanes)"));
+            let (needed, limit) = (lanes as u64, u64::from(limit));
+            return Err(Error::GpuLimit { adapter, what, needed, limit });
+        }
+        Ok(())
+    }
+
     /// Bytes of the largest storage binding; larger matrices are sharded by rows.
     pub fn max_binding(&self) -> u64 {
         self.max_binding
@@ -240,6 +292,14 @@ impl Gpu {
     #[must_use]
     pub fn with_max_binding(mut self, len_bytes: u64) -> Self {
         self.max_binding = self.max_binding.min(len_bytes);
+        self
+    }
+
+    /// Leaves bounds checks, bounds on loops and zeroed workgroup memory in every kernel, those of
+    /// [`UNCHECKED`](super::shader::UNCHECKED) too: to find a driver or a kernel that needs them.
+    #[must_use]
+    pub fn with_runtime_checks(mut self) -> Self {
+        self.checked = true;
         self
     }
 }

@@ -4,45 +4,56 @@ use std::ops::Range;
 
 use cpu_ref::attention::Heads;
 use cpu_ref::head_int8::{gamma, half_sqrt};
-use cpu_ref::layout::{TILE_ROWS, int8_rows, k_chunks};
+use cpu_ref::layout::{CHUNK_K, TILE_ROWS, int8_rows, k_chunks};
 use cpu_ref::mlp::Activation;
 
+use super::buffer::Slice;
+use super::device::Gpu;
 use super::record::{Call, Rows};
 use super::shader::{self, Kernel};
+use crate::error::{Error, Result};
 use crate::layout::Layout;
 use crate::shape::MatShape;
 
 /// Lanes of the element-wise kernels.
 const ELEMENT_LANES: usize = 64;
-/// Slices of K in a GEMV or GEMM workgroup: 8 × 32 rows is WebGPU's 256 invocations.
+/// Slices of K in a workgroup that has no plan: 8 × 32 rows is WebGPU's 256 invocations.
 const SLICES: usize = 8;
 /// Tokens a GEMM lane holds.
 const GEMM_TOKENS: u32 = 4;
 /// Lanes of `quantize_absmax_groups`: a group is at least as long.
 const GROUP_QUANTIZE_LANES: usize = 64;
+/// Workgroup memory that WebGPU promises.
+const WORKGROUP_BYTES: usize = 16 << 10;
 /// Rows an `lm_head` workgroup computes.
 const HEAD_ROWS: usize = 8;
 /// Rows a `head_rerank` workgroup looks for candidates.
 const RERANK_ROWS: usize = 256;
 
 /// How the ternary matrices are multiplied: a packed layout and the kernels that read it.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, serde::Serialize, serde::Deserialize)]
+#[serde(rename_all = "snake_case")]
 pub enum Variant {
     /// `gemv_planes`, `gemm_planes`: xor, and, popcount, add. The addition-only baseline.
     BitSerial,
     /// `gemv_i2`, `gemm_i2`: four products an instruction where the GPU has a packed dot.
     PackedDot,
+    /// `gemv_i2_signed`: the same with signed codes. Many tokens as [`Self::PackedDot`].
+    SignedDot,
+    /// `gemv_i2_half`: exact f32 products, for GPUs that emulate the packed dot. Many tokens as
+    /// [`Self::PackedDot`].
+    HalfMagic,
 }
 
 impl Variant {
     /// Every variant.
-    pub const ALL: [Self; 2] = [Self::BitSerial, Self::PackedDot];
+    pub const ALL: [Self; 4] = [Self::BitSerial, Self::PackedDot, Self::SignedDot, Self::HalfMagic];
 
     /// The layout of its weights.
     pub fn layout(self) -> Layout {
         match self {
             Self::BitSerial => Layout::Planes,
-            Self::PackedDot => Layout::I2,
+            Self::PackedDot | Self::SignedDot | Self::HalfMagic => Layout::I2,
         }
     }
 
@@ -51,30 +62,134 @@ impl Variant {
         match self {
             Self::BitSerial => shader::GEMV_PLANES,
             Self::PackedDot => shader::GEMV_I2,
+            Self::SignedDot => shader::GEMV_I2_SIGNED,
+            Self::HalfMagic => shader::GEMV_I2_HALF,
         }
     }
 
     /// Its kernel for many tokens.
     pub fn gemm(self) -> Kernel {
-        match self {
-            Self::BitSerial => shader::GEMM_PLANES,
-            Self::PackedDot => shader::GEMM_I2,
+        match self.layout() {
+            Layout::Planes => shader::GEMM_PLANES,
+            Layout::I2 => shader::GEMM_I2,
         }
     }
 
-    /// Whether its kernels read the sum of the activation codes.
-    pub fn needs_code_sum(self) -> bool {
-        self == Self::PackedDot
+    /// How its kernel for one token reads activations.
+    pub fn gemv_encoding(self) -> Encoding {
+        match self {
+            Self::BitSerial => Encoding::Planes,
+            Self::PackedDot => Encoding::Biased,
+            Self::SignedDot => Encoding::Signed,
+            Self::HalfMagic => Encoding::Halves,
+        }
+    }
+
+    /// How its kernel for many tokens reads activations.
+    pub fn gemm_encoding(self) -> Encoding {
+        match self.layout() {
+            Layout::Planes => Encoding::Planes,
+            Layout::I2 => Encoding::Biased,
+        }
+    }
+
+    /// The inputs of its kernel for one token, in the order of the bindings.
+    pub fn gemv_inputs(self, inputs: SumInputs<'_>) -> Vec<&Slice> {
+        let SumInputs { words, codes, offset, code_sum } = inputs;
+        match self {
+            Self::BitSerial => vec![words, codes, offset],
+            Self::PackedDot => vec![words, codes, offset, code_sum],
+            Self::SignedDot | Self::HalfMagic => vec![words, codes, code_sum],
+        }
+    }
+
+    /// The inputs of its kernel for many tokens, in the order of the bindings.
+    pub fn gemm_inputs(self, inputs: SumInputs<'_>) -> Vec<&Slice> {
+        let SumInputs { words, codes, offset, code_sum } = inputs;
+        match self.layout() {
+            Layout::Planes => vec![words, codes, offset],
+            Layout::I2 => vec![words, codes, offset, code_sum],
+        }
+    }
+
+    /// Most columns for which the sums are exact when a row is split into so many slices.
+    pub fn max_k(self, slices: usize) -> usize {
+        // No lane's sum, and no row's, passes 32 bits.
+        const MAX_K: usize = 131_072;
+        match self {
+            Self::BitSerial | Self::PackedDot | Self::SignedDot => MAX_K,
+            // The sum of 16 of a chunk's terms, each at most 128·(1 + 2/64), stays below 2^24 steps
+            // of 1/64.
+            Self::HalfMagic => MAX_K.min((1 << 24) / (16 * 128 * 66) * slices * CHUNK_K),
+        }
+    }
+}
+
+/// What the GEMV and GEMM kernels read, whichever of it.
+#[derive(Debug, Clone, Copy)]
+pub struct SumInputs<'a> {
+    /// Packed weights.
+    pub words: &'a Slice,
+    /// Activation codes in the kernel's encoding.
+    pub codes: &'a Slice,
+    /// What the layout adds to each row.
+    pub offset: &'a Slice,
+    /// What the encoding subtracts from each token's sums.
+    pub code_sum: &'a Slice,
+}
+
+/// How a token's activation codes lie: see `quantize_absmax.wgsl`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Encoding {
+    /// Bytes q + 128.
+    Biased,
+    /// Bit planes.
+    Planes,
+    /// Bytes q.
+    Signed,
+    /// Pairs of f16 in the order of `shared/half_pairs.wgsl`.
+    Halves,
+}
+
+impl Encoding {
+    /// Every encoding.
+    pub const ALL: [Self; 4] = [Self::Biased, Self::Planes, Self::Signed, Self::Halves];
+
+    /// 32-bit words of a chunk of 64 codes.
+    pub fn chunk_words(self) -> usize {
+        match self {
+            Self::Biased | Self::Planes | Self::Signed => 16,
+            Self::Halves => 32,
+        }
+    }
+
+    /// The constant `ENCODING`.
+    fn constant(self) -> usize {
+        match self {
+            Self::Biased => 0,
+            Self::Planes => 1,
+            Self::Signed => 2,
+            Self::Halves => 3,
+        }
     }
 }
 
 /// How a matrix with one scale is multiplied: chosen for each by name of adapter, or by measuring.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+///
+/// Every combination of the values below is legal if `rows · slices` lanes are within the adapter's
+/// limits, and gives the same sums. A step with more than [`Self::max_fused_k`] columns is not fused
+/// whatever `fused` says.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, serde::Serialize, serde::Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct GemvPlan {
     /// Layout and arithmetic, for one token and for many.
     pub variant: Variant,
-    /// Slices of K in the workgroup of a GEMV: 32 lanes each.
+    /// Slices of K in a workgroup, of `rows` lanes each: one of [`Self::SLICES`].
     pub slices: usize,
+    /// Rows of a workgroup: one of [`Self::ROWS`]. Half tiles make twice the workgroups.
+    pub rows: usize,
+    /// Loads of 16 bytes that a lane has in flight: one of [`Self::UNROLL`].
+    pub unroll: usize,
     /// Whether a step for one token is one dispatch; else norm, quantisation, matrix and what comes
     /// after are one each.
     pub fused: bool,
@@ -83,7 +198,103 @@ pub struct GemvPlan {
 impl From<Variant> for GemvPlan {
     /// The variant as it runs within WebGPU's default limits.
     fn from(variant: Variant) -> Self {
-        Self { variant, slices: SLICES, fused: true }
+        Self { variant, slices: SLICES, rows: TILE_ROWS, unroll: 1, fused: true }
+    }
+}
+
+impl GemvPlan {
+    /// What `slices` may be.
+    pub const SLICES: [usize; 3] = [4, 8, 16];
+    /// What `rows` may be.
+    pub const ROWS: [usize; 2] = [TILE_ROWS / 2, TILE_ROWS];
+    /// What `unroll` may be.
+    pub const UNROLL: [usize; 3] = [1, 2, 4];
+
+    /// Lanes of a workgroup.
+    pub fn lanes(self) -> usize {
+        self.rows * self.slices
+    }
+
+    /// Whether this adapter can run the plan on a matrix of `k` columns, exactly.
+    ///
+    /// # Errors
+    /// [`Error::Plan`] for values that no kernel has, [`Error::GpuLimit`] for a workgroup that is too
+    /// large, [`Error::Dimension`] if sums of `k` products may not be exact.
+    pub fn validate(self, gpu: &Gpu, k: usize) -> Result<()> {
+        for (field, found, allowed) in [
+            ("slices", self.slices, Self::SLICES.as_slice()),
+            ("rows", self.rows, &Self::ROWS),
+            ("unroll", self.unroll, &Self::UNROLL),
+        ] {
+            if !allowed.contains(&found) {
+                return Err(Error::Plan { field, found, allowed });
+            }
+        }
+        gpu.check_lanes(self.variant.gemv().name, self.lanes())?;
+        let max = self.variant.max_k(self.slices);
+        if k > max {
+            let name = "columns of a matrix for this GEMV plan";
+            return Err(Error::Dimension { name, found: k, max });
+        }
+        Ok(())
+    }
+
+    /// Most columns of a fused step: the codes of a token and the scratch of reductions fit the 16 KiB
+    /// of workgroup memory that WebGPU promises.
+    pub fn max_fused_k(self) -> usize {
+        let rest = WORKGROUP_BYTES - 4 * self.scratch_words() - 4 * TILE_ROWS;
+        rest / (4 * self.variant.gemv_encoding().chunk_words()) * CHUNK_K
+    }
+
+    /// Words that the reductions of a fused step take.
+    fn scratch_words(self) -> usize {
+        self.lanes().max(cpu_ref::reduce::NORM_LANES)
+    }
+
+    /// The constants of `shared/gemv_shape.wgsl`.
+    ///
+    /// # Panics
+    /// If [`Self::validate`] refuses the plan.
+    fn constants(self, k: usize, tile_base: usize) -> [(&'static str, usize); 6] {
+        assert!(
+            Self::SLICES.contains(&self.slices)
+                && Self::ROWS.contains(&self.rows)
+                && Self::UNROLL.contains(&self.unroll)
+                && k <= self.variant.max_k(self.slices),
+            "{self:?} for {k} columns was not validated"
+        );
+        [
+            ("KC", k_chunks(k)),
+            ("S", self.slices),
+            ("ROWS", self.rows),
+            ("LANES", self.lanes()),
+            ("UNROLL", self.unroll),
+            ("TILE_BASE", tile_base),
+        ]
+    }
+
+    /// Workgroups of a shard of so many tiles.
+    fn workgroups(self, tiles: usize) -> usize {
+        tiles * (TILE_ROWS / self.rows)
+    }
+}
+
+impl std::fmt::Display for GemvPlan {
+    /// The kernel, whether it runs within a fused step or by itself, and what else is not as usual.
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let Self { variant, slices, rows, unroll, fused } = *self;
+        let usual = Self::from(variant);
+        write!(f, "{} ({}", variant.gemv().name, if fused { "fused" } else { "split" })?;
+        if slices != usual.slices {
+            write!(f, ", {slices} slices")?;
+        }
+        if rows != usual.rows {
+            write!(f, ", {rows} rows")?;
+        }
+        if unroll != usual.unroll {
+            write!(f, ", unroll {unroll}")?;
+        }
+        f.write_str(")")
     }
 }
 
@@ -304,7 +515,12 @@ fn call(
 ) -> Call {
     let constants = constants.into_iter().map(|(name, value)| (name, value as f64)).collect();
     // A grid past u32 is past every adapter's limit: `Gpu::op` refuses it.
-    Call { kernel, constants, x: u32::try_from(x).unwrap_or(u32::MAX), y }
+    Call { kernel, constants, x: u32::try_from(x).unwrap_or(u32::MAX), y, words: Vec::new() }
+}
+
+/// Words of a shard of packed weights.
+fn weight_words(k: usize, tiles: usize) -> usize {
+    tiles * k_chunks(k) * TILE_ROWS * 4
 }
 
 /// tokens, table, scale, min, out.
@@ -339,9 +555,8 @@ pub fn rmsnorm(k: usize, eps: f32, logit_rows: bool) -> Call {
 }
 
 /// x, codes, act_scale, code_sum.
-pub fn quantize_absmax(k: usize, variant: Variant) -> Call {
-    let planes = usize::from(variant == Variant::BitSerial);
-    let constants = [("K", k), ("KC", k_chunks(k)), ("PLANES", planes)];
+pub fn quantize_absmax(k: usize, encoding: Encoding) -> Call {
+    let constants = [("K", k), ("KC", k_chunks(k)), ("ENCODING", encoding.constant())];
     call(shader::QUANTIZE_ABSMAX, constants, 1, Rows::Tokens)
 }
 
@@ -378,13 +593,25 @@ pub fn hadamard(k: usize, block: usize, rotate: Rotate) -> Call {
     call
 }
 
-/// w, x, offset, \[code_sum,\] acc; of tiles `tile_base..tile_base + tiles`.
+/// [`Variant::gemv_inputs`], acc; of tiles `tile_base..tile_base + tiles`.
+///
+/// # Panics
+/// If [`GemvPlan::validate`] refuses the plan.
 pub fn gemv(plan: GemvPlan, shape: MatShape, tile_base: usize, tiles: usize) -> Call {
-    let constants = [("S", plan.slices), ("KC", k_chunks(shape.k())), ("TILE_BASE", tile_base)];
-    call(plan.variant.gemv(), constants, tiles, Rows::One)
+    let k = shape.k();
+    let constants = plan.constants(k, tile_base);
+    let mut call = call(plan.variant.gemv(), constants, plan.workgroups(tiles), Rows::One);
+    let codes = plan.variant.gemv_encoding().chunk_words() * k_chunks(k);
+    let (rows, acc) = (tiles * TILE_ROWS, (tile_base + tiles) * TILE_ROWS);
+    call.words = match plan.variant {
+        Variant::BitSerial => vec![weight_words(k, tiles), codes, rows, acc],
+        Variant::PackedDot => vec![weight_words(k, tiles), codes, rows, 1, acc],
+        Variant::SignedDot | Variant::HalfMagic => vec![weight_words(k, tiles), codes, 1, acc],
+    };
+    call
 }
 
-/// w, x, offset, \[code_sum,\] acc; of tiles `tile_base..tile_base + tiles`.
+/// [`Variant::gemm_inputs`], acc; of tiles `tile_base..tile_base + tiles`.
 pub fn gemm(variant: Variant, shape: MatShape, tile_base: usize, tiles: usize) -> Call {
     let constants = [
         ("S", SLICES),
@@ -477,47 +704,65 @@ pub struct Fused {
 }
 
 impl Fused {
-    /// Most columns: the codes of a token and the scratch of reductions fit the 16 KiB of
-    /// workgroup memory that WebGPU promises.
-    pub const MAX_K: usize = 14_000;
-    const _FITS: () = assert!(Self::MAX_K.next_multiple_of(64) + 2176 <= 16 << 10);
-
-    fn call(
+    /// The call with what its bindings must hold: w, x, norm, rows, then `after`.
+    fn call<const N: usize>(
         self,
         kernel: Kernel,
         constants: impl IntoIterator<Item = (&'static str, usize)>,
-        tiles_a_workgroup: usize,
+        tiles: usize,
+        after: [usize; N],
     ) -> Call {
-        let planes = usize::from(self.plan.variant == Variant::BitSerial);
+        let Self { plan, k, .. } = self;
+        assert!(k <= plan.max_fused_k(), "{k} columns in {plan:?}");
+        let encoding = plan.variant.gemv_encoding();
         let shared = [
-            ("K", self.k),
-            ("KC", k_chunks(self.k)),
-            ("UNITS", 4 * k_chunks(self.k)),
-            ("PLANES", planes),
+            ("K", k),
+            ("UNITS", encoding.chunk_words() / 4 * k_chunks(k)),
+            ("ENCODING", encoding.constant()),
             ("NORM", usize::from(self.norm.is_some())),
-            ("TILE_BASE", self.tiles.0),
+            ("SCRATCH", plan.scratch_words()),
         ];
-        let constants = shared.into_iter().chain(constants);
-        let mut call = call(kernel, constants, self.tiles.1 / tiles_a_workgroup, Rows::One);
+        let shared = plan.constants(k, self.tiles.0).into_iter().chain(shared);
+        let constants = shared.chain(constants);
+        let mut call = call(kernel, constants, plan.workgroups(tiles), Rows::One);
         call.constants.push(("EPS", f64::from(self.norm.unwrap_or_default())));
+        let n_tiles = self.tiles.1;
+        let norm = if self.norm.is_some() { k } else { 0 };
+        call.words = vec![weight_words(k, n_tiles), k, norm, 2 * TILE_ROWS * n_tiles];
+        call.words.extend(after);
         call
     }
 
-    /// w, x, norm, rows, angles, query, keys, values.
-    pub fn qkv(self, heads: Heads) -> Call {
-        let constants = [("HEADS", heads.query), ("KV_HEADS", heads.kv), ("DIM", heads.dim)];
-        self.call(shader::FUSED_QKV, constants, 1)
+    /// w, x, norm, rows, angles, query, keys, values; for a cache of so many positions.
+    ///
+    /// # Panics
+    /// If heads are not whole tiles, or the plan does not take K.
+    pub fn qkv(self, heads: Heads, capacity: usize) -> Call {
+        let Heads { query, kv, dim } = heads;
+        assert!(dim > 0 && dim.is_multiple_of(TILE_ROWS), "heads of {dim}");
+        let constants = [("HEADS", query), ("KV_HEADS", kv), ("DIM", dim), ("CAPACITY", capacity)];
+        let cache = capacity * kv * dim;
+        let after = [capacity * dim, query * dim, cache, cache];
+        self.call(shader::FUSED_QKV, constants, self.tiles.1, after)
     }
 
     /// w, x, norm, rows, z.
+    ///
+    /// # Panics
+    /// If the shard does not hold pairs of tiles, or the plan does not take K.
     pub fn gated(self, intermediate: usize, activation: Activation) -> Call {
+        let (first, tiles) = self.tiles;
+        assert!(first.is_multiple_of(2) && tiles.is_multiple_of(2), "{tiles} tiles from {first}");
         let constants = [("F", intermediate), ("ACT", act(activation))];
-        self.call(shader::FUSED_GATED, constants, 2)
+        self.call(shader::FUSED_GATED, constants, tiles / 2, [intermediate])
     }
 
     /// w, x, norm, rows, hidden, out.
+    ///
+    /// # Panics
+    /// If the plan does not take K.
     pub fn residual(self, n: usize) -> Call {
-        self.call(shader::FUSED_RESIDUAL, [("N", n)], 1)
+        self.call(shader::FUSED_RESIDUAL, [("N", n)], self.tiles.1, [n, n])
     }
 }
 

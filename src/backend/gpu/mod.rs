@@ -15,11 +15,12 @@ mod readback;
 mod record;
 pub mod self_test;
 pub mod shader;
+pub mod tune;
 
 pub use buffer::Slice;
 pub use device::{AdapterDescription, AdapterKind, Capabilities, Gpu, ResourceCounts, adapters};
 pub use head::{HeadInput, HeadOps, HeadStep, Int8Head};
-pub use kernels::{GemvPlan, Variant};
+pub use kernels::{Encoding, GemvPlan, Variant};
 pub use matrix::row_offsets;
 pub use record::{Call, Op, PassParams, Pipelines, Rows, WorkDone};
 
@@ -36,14 +37,16 @@ use crate::config::{Activations, ModelConfig};
 use crate::error::{Error, Result};
 use crate::sampler::{Sampler, Sampling};
 use crate::shape::MatShape;
-use crate::weights::{LayerWeights, Table, TernaryMatrix, WeightScale, WeightSource};
+use crate::weights::{Input, LayerWeights, Table, TernaryMatrix, WeightScale, WeightSource};
 use kernels::{
-    Fused, LinearRows, MAX_SAMPLE_VOCAB, Rotate, RowOrder, SampleLens, TokensPerLane, padded_rows,
+    Fused, LinearRows, MAX_SAMPLE_VOCAB, Rotate, RowOrder, SampleLens, SumInputs, TokensPerLane,
+    padded_rows,
 };
 use matrix::{GpuLinear, GpuMatrix, GpuRotation, GpuRun, GpuTable, GpuTableData, HostLinear, Kind};
 use pace::{MAX_STEPS, Pace};
 use readback::{ChosenToken, Landing, Staging, TokenRing, run_time};
 use record::{PARAMS_SLOTS, PARAMS_STRIDE, Parameters, Recording};
+use tune::{Plans, Step as MatrixStep};
 
 /// The greedy token of NaN logits, as `argmax.wgsl` writes it.
 const NAN_TOKEN: u32 = u32::MAX;
@@ -180,8 +183,9 @@ struct Builder<'a> {
 }
 
 impl GpuBackend {
-    /// Loads a model on an open device with the best plan that passes its exactness check there, or
-    /// with the given one. Matrices with scales of groups have one kernel, which is checked too.
+    /// Loads a model on an open device with the plans that [`LoadOptions::tune`] asks for and that pass
+    /// their exactness check there, or with the given one. Matrices with scales of groups have one
+    /// kernel, which is checked too.
     ///
     /// # Errors
     /// If a tensor is malformed, the adapter's limits are too small, the kernels are wrong on this
@@ -204,6 +208,10 @@ impl GpuBackend {
             });
         }
         let int8 = options.activations(&config)? == Activations::Int8Group;
+        let (plans, mut notes) = match plan {
+            Some(plan) => (Plans::Asked(plan), Vec::new()),
+            None => tune::choose(&gpu, &config, options.tune)?,
+        };
         let max_batch = options.max_batch;
         let buffers = Buffers::new(&gpu, &config, max_batch)?;
         let mut builder = Builder {
@@ -212,7 +220,7 @@ impl GpuBackend {
             config: &config,
             max_batch,
             int8,
-            methods: self_test::Methods::new(&gpu, plan),
+            methods: self_test::Methods::new(&gpu, plans),
             buffers: &buffers,
             weight_bytes: 0,
         };
@@ -235,6 +243,7 @@ impl GpuBackend {
         }
         progress(Progress { done: total, total });
         let gemv = builder.methods.names();
+        notes.extend(builder.methods.refusals());
         let (embedding_rows, head_rows) = (source.embedding()?, source.lm_head()?);
         let embedding = builder.table("embedding", &embedding_rows)?;
         let lm_head = head_rows.as_ref().map(|table| builder.table("lm_head", table));
@@ -261,6 +270,7 @@ impl GpuBackend {
             description: adapter.to_string(),
             gemv,
             head: head_name,
+            notes,
         };
         Ok(Self {
             device,
@@ -436,7 +446,11 @@ impl Buffers {
             normed: f32s("normed", widest_in)?,
             inner: f32s("normed", widest_in)?,
             rotated: f32s("rotated", widest_in)?,
-            codes: f32s("codes", widest_in.next_multiple_of(64) / 4)?,
+            codes: {
+                // Bytes or bit planes of every token, or f16 pairs of one.
+                let bytes_of = |tokens: usize| widest_in.next_multiple_of(64) / 4 * tokens;
+                gpu.storage("codes", bytes_of(max_batch.max(2)))?
+            },
             act_scale: {
                 let of_runs = LinearRows::MAX_RUNS * act_stride(max_batch);
                 let of_groups = widest_in.div_ceil(64) * max_batch;
@@ -616,10 +630,15 @@ impl Builder<'_> {
                 Kind::Sums(plan, shape) => {
                     let (b, stride) = (self.buffers, act_stride(self.max_batch));
                     let act_scale = b.act_scale.words(index * stride, stride);
-                    let call = kernels::quantize_absmax(shape.k(), plan.variant);
-                    let quantized = [x, &b.codes, &act_scale, &b.code_sum];
-                    before.push(self.op(&call, &quantized)?);
-                    self.sums(plan, &run.matrix, &linear.rows, index)?
+                    let quantize = |encoding| {
+                        let call = kernels::quantize_absmax(shape.k(), encoding);
+                        self.op(&call, &[x, &b.codes, &act_scale, &b.code_sum])
+                    };
+                    plan.validate(self.gpu, shape.k())?;
+                    let mut matmul = self.sums(plan, &run.matrix, &linear.rows, index)?;
+                    matmul.gemv.insert(0, quantize(plan.variant.gemv_encoding())?);
+                    matmul.gemm.insert(0, quantize(plan.variant.gemm_encoding())?);
+                    matmul
                 }
                 Kind::Groups(shape, int8) => {
                     let b = self.buffers;
@@ -669,14 +688,15 @@ impl Builder<'_> {
         let shape = MatShape::new(rows.padded(), k)?;
         let first_tile = rows.first(run) / TILE_ROWS;
         for (tiles, words, offset) in &matrix.shards {
-            let mut buffers = vec![words, &b.codes, offset];
-            if plan.variant.needs_code_sum() {
-                buffers.push(&b.code_sum);
-            }
-            buffers.push(&b.acc);
+            let inputs = SumInputs { words, codes: &b.codes, offset, code_sum: &b.code_sum };
             let (base, count) = (first_tile + tiles.start, tiles.len());
-            matmul.gemv.push(self.op(&kernels::gemv(plan, shape, base, count), &buffers)?);
-            matmul.gemm.push(self.op(&kernels::gemm(plan.variant, shape, base, count), &buffers)?);
+            let op = |call, mut buffers: Vec<_>| {
+                buffers.push(&b.acc);
+                self.op(&call, &buffers)
+            };
+            let (gemv, gemm) = (plan.variant.gemv_inputs(inputs), plan.variant.gemm_inputs(inputs));
+            matmul.gemv.push(op(kernels::gemv(plan, shape, base, count), gemv)?);
+            matmul.gemm.push(op(kernels::gemm(plan.variant, shape, base, count), gemm)?);
         }
         Ok(matmul)
     }
@@ -719,7 +739,7 @@ impl Builder<'_> {
     ) -> Result<Vec<Op>> {
         let matrix = &linear.runs[0].matrix;
         let Kind::Sums(plan, shape) = matrix.kind else { return Ok(Vec::new()) };
-        if !plan.fused || linear.fused_rows.is_empty() || shape.k() > Fused::MAX_K {
+        if !plan.fused || linear.fused_rows.is_empty() || shape.k() > plan.max_fused_k() {
             return Ok(Vec::new());
         }
         let eps = norm.map(|_| self.config.rms_norm_eps);
@@ -784,10 +804,20 @@ impl Builder<'_> {
         Ok(vec![norm, rope])
     }
 
-    fn linear(&mut self, parts: &[&TernaryMatrix], order: RowOrder) -> Result<HostLinear> {
+    fn linear(
+        &mut self,
+        step: MatrixStep,
+        parts: &[&TernaryMatrix],
+        order: RowOrder,
+    ) -> Result<HostLinear> {
         let (int8, methods) = (self.int8, &mut self.methods);
+        let is_plain = parts.iter().all(|part| *part.input() == Input::default());
+        // RoPE's pairs have to meet in a workgroup.
+        let is_paired = step != MatrixStep::Qkv || order != RowOrder::Natural;
+        let k = parts[0].shape().k();
+        let can_fuse = |plan: GemvPlan| is_plain && is_paired && k <= plan.max_fused_k();
         HostLinear::pack(parts, act_stride(self.max_batch), order, |scale| match scale {
-            WeightScale::Tensor(_) => methods.sums(),
+            WeightScale::Tensor(_) => methods.sums(step, can_fuse),
             WeightScale::Groups { .. } => methods.groups(int8),
         })
     }
@@ -812,10 +842,14 @@ impl Builder<'_> {
         };
         let gate_up = RowOrder::GateUp(self.config.intermediate_size);
         let host = [
-            self.linear(&[&weights.q_proj, &weights.k_proj, &weights.v_proj], pairs)?,
-            self.linear(&[&weights.o_proj], RowOrder::Natural)?,
-            self.linear(&[&weights.gate_proj, &weights.up_proj], gate_up)?,
-            self.linear(&[&weights.down_proj], RowOrder::Natural)?,
+            self.linear(
+                MatrixStep::Qkv,
+                &[&weights.q_proj, &weights.k_proj, &weights.v_proj],
+                pairs,
+            )?,
+            self.linear(MatrixStep::O, &[&weights.o_proj], RowOrder::Natural)?,
+            self.linear(MatrixStep::GateUp, &[&weights.gate_proj, &weights.up_proj], gate_up)?,
+            self.linear(MatrixStep::Down, &[&weights.down_proj], RowOrder::Natural)?,
         ];
         let norms = [
             Some(&weights.input_layernorm),
@@ -856,11 +890,13 @@ impl Builder<'_> {
         let heads = config.heads();
         // RoPE's pairs have to meet in a workgroup.
         let is_paired = qkv.rows.order == RowOrder::Pairs(dim);
+        let capacity = keys.len_bytes() as usize / 4 / config.kv_size();
         let residual =
             |from, to| move |fused: Fused| Some((fused.residual(hidden), vec![from, to]));
         Ok(LayerOps {
             qkv: self.step(start, input_norm, &qkv, rope, |fused| {
-                is_paired.then(|| (fused.qkv(heads), vec![angles, &b.query, keys, values]))
+                is_paired
+                    .then(|| (fused.qkv(heads, capacity), vec![angles, &b.query, keys, values]))
             })?,
             attend: self.op(&attention, &[&b.query, keys, values, &b.attended])?,
             project_out: self.step(

@@ -1,23 +1,24 @@
 //! Operations: a pipeline, its bind group and its grid, made at load and recorded at decode.
 
 use std::collections::HashMap;
-use std::sync::Mutex;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex};
 
 use super::buffer::Slice;
 use super::device::Gpu;
-use super::shader::{Access, Kernel};
+use super::shader::{Access, Binding, Kernel, UNCHECKED};
 use crate::error::{Error, Result};
 use crate::sampler::{Sampler, Sampling};
 
 /// What distinguishes pipelines: source, constants.
 type PipelineKey = (Kernel, Vec<(&'static str, u64)>);
 
-/// A compiled pipeline with the layout of its bind group.
+/// A compiled pipeline with the layout of its bind group, and what that was reflected from.
 #[derive(Clone)]
 struct Pipeline {
     pipeline: wgpu::ComputePipeline,
     layout: wgpu::BindGroupLayout,
+    bindings: Arc<[Binding]>,
 }
 
 /// Compiles each pipeline once.
@@ -37,6 +38,33 @@ pub struct Call {
     pub x: u32,
     /// Workgroups along y.
     pub y: Rows,
+    /// The least length in words of each storage binding, where the kernel runs unchecked.
+    pub(super) words: Vec<usize>,
+}
+
+impl Call {
+    /// The least length in words of each storage binding that a kernel of [`UNCHECKED`] is given.
+    pub fn words(&self) -> &[usize] {
+        &self.words
+    }
+
+    /// Whether the buffers hold all that a kernel of [`UNCHECKED`] could touch.
+    ///
+    /// # Errors
+    /// What is too short, for people.
+    pub fn check_lengths(&self, buffers: &[&Slice]) -> std::result::Result<(), String> {
+        let name = self.kernel.name;
+        assert_eq!(self.words.len(), buffers.len(), "{name}: a length for each binding");
+        for (at, (&words, buffer)) in self.words.iter().zip(buffers).enumerate() {
+            let found = buffer.len_bytes() / 4;
+            if (words as u64) > found {
+                return Err(format!(
+                    "{name}: storage binding {at}: expected {words} words, found {found}"
+                ));
+            }
+        }
+        Ok(())
+    }
 }
 
 /// Workgroups along y, which follow the batch.
@@ -157,18 +185,31 @@ impl Recording {
         gpu.work.dispatches.fetch_add(1, Ordering::Relaxed);
     }
 
+    /// Ends the pass and lets `copies` add to the encoder.
+    pub(super) fn finish(
+        self,
+        copies: impl FnOnce(&mut wgpu::CommandEncoder),
+    ) -> wgpu::CommandBuffer {
+        let Self { pass, mut encoder } = self;
+        drop(pass);
+        copies(&mut encoder);
+        encoder.finish()
+    }
+
     /// Ends the pass, lets `copies` add to the encoder, and submits.
     pub(super) fn submit(
         self,
         gpu: &Gpu,
         copies: impl FnOnce(&mut wgpu::CommandEncoder),
     ) -> wgpu::SubmissionIndex {
-        let Self { pass, mut encoder } = self;
-        drop(pass);
-        copies(&mut encoder);
         gpu.work.submits.fetch_add(1, Ordering::Relaxed);
-        gpu.queue.submit([encoder.finish()])
+        gpu.queue.submit([self.finish(copies)])
     }
+}
+
+fn source_of(kernel: Kernel) -> wgpu::ShaderModuleDescriptor<'static> {
+    let source = wgpu::ShaderSource::Wgsl(kernel.wgsl().into());
+    wgpu::ShaderModuleDescriptor { label: Some(kernel.name), source }
 }
 
 /// Counts what a device was given to do.
@@ -223,6 +264,9 @@ impl Gpu {
     /// # Errors
     /// [`Error::Gpu`] if the driver refuses the shader or the buffers, [`Error::GpuLimit`] if the
     /// grid is too large.
+    ///
+    /// # Panics
+    /// If an unchecked kernel could leave one of the buffers: the caller sized it wrongly.
     pub fn op(
         &self,
         pipelines: &Pipelines,
@@ -239,9 +283,13 @@ impl Gpu {
                 limit: u64::from(limit),
             });
         }
-        let Pipeline { pipeline, layout } = self.pipeline(pipelines, call)?;
-        let bindings = call.kernel.bindings();
+        let Pipeline { pipeline, layout, bindings } = self.pipeline(pipelines, call)?;
         assert_eq!(bindings.len(), buffers.len() + 1, "buffers of {}", call.kernel.name);
+        if UNCHECKED.contains(&call.kernel)
+            && let Err(problem) = call.check_lengths(buffers)
+        {
+            panic!("{problem}");
+        }
         let mut storage = buffers.iter();
         let entries: Vec<_> = bindings
             .iter()
@@ -295,9 +343,8 @@ impl Gpu {
 
     fn compile(&self, call: &Call) -> Result<Pipeline> {
         let name = call.kernel.name;
-        let entries: Vec<_> = call
-            .kernel
-            .bindings()
+        let bindings: Arc<[Binding]> = call.kernel.bindings().into();
+        let entries: Vec<_> = bindings
             .iter()
             .map(|binding| wgpu::BindGroupLayoutEntry {
                 binding: binding.number,
@@ -324,10 +371,11 @@ impl Gpu {
             bind_group_layouts: &[Some(&layout)],
             immediate_size: 0,
         });
-        let module = self.device.create_shader_module(wgpu::ShaderModuleDescriptor {
-            label: Some(name),
-            source: wgpu::ShaderSource::Wgsl(call.kernel.wgsl().into()),
-        });
+        let is_checked = self.checked || !UNCHECKED.contains(&call.kernel);
+        let module = match is_checked {
+            true => self.device.create_shader_module(source_of(call.kernel)),
+            false => self.unchecked_module(call.kernel),
+        };
         let pipeline = self.device.create_compute_pipeline(&wgpu::ComputePipelineDescriptor {
             label: Some(name),
             layout: Some(&pipeline_layout),
@@ -335,13 +383,25 @@ impl Gpu {
             entry_point: Some("main"),
             compilation_options: wgpu::PipelineCompilationOptions {
                 constants: &call.constants,
-                ..Default::default()
+                zero_initialize_workgroup_memory: is_checked,
             },
             cache: None,
         });
         self.pop(scope, name)?;
         self.check("make a pipeline")?;
-        Ok(Pipeline { pipeline, layout })
+        Ok(Pipeline { pipeline, layout, bindings })
+    }
+
+    /// The module of a kernel of [`UNCHECKED`], without runtime checks.
+    #[expect(unsafe_code, reason = "wgpu has no safe way to leave the checks out")]
+    fn unchecked_module(&self, kernel: Kernel) -> wgpu::ShaderModule {
+        assert!(UNCHECKED.contains(&kernel), "{} is not on the list", kernel.name);
+        let checks = wgpu::ShaderRuntimeChecks::unchecked();
+        // SAFETY: the kernel is one of ours and on the list of those whose every loop ends, whose every
+        // divisor is a constant other than 0, and whose every index of a binding is below the length
+        // that `Gpu::op` has asserted of the buffer (`Call::words`); indices of workgroup arrays are
+        // below constants that size them.
+        unsafe { self.device.create_shader_module_trusted(source_of(kernel), checks) }
     }
 
     /// Runs operations in one pass of one submit, and waits for them.
@@ -366,8 +426,17 @@ impl Gpu {
 
     /// Opens a command encoder with its one compute pass.
     pub(super) fn begin_recording(&self) -> Recording {
+        self.begin_timed_recording(None)
+    }
+
+    /// [`Self::begin_recording`] with the times at which the pass begins and ends.
+    pub(super) fn begin_timed_recording(
+        &self,
+        timestamp_writes: Option<wgpu::ComputePassTimestampWrites<'_>>,
+    ) -> Recording {
         let mut encoder = self.device.create_command_encoder(&Default::default());
-        let pass = encoder.begin_compute_pass(&Default::default()).forget_lifetime();
+        let descriptor = wgpu::ComputePassDescriptor { label: None, timestamp_writes };
+        let pass = encoder.begin_compute_pass(&descriptor).forget_lifetime();
         self.work.passes.fetch_add(1, Ordering::Relaxed);
         Recording { pass, encoder }
     }

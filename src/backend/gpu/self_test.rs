@@ -8,60 +8,133 @@ use cpu_ref::layout::{CHUNK_K, k_chunks};
 use cpu_ref::sample::Sampling;
 
 use super::head::{HeadInput, HeadOps, HeadStep, Int8Head};
-use super::kernels::{Fused, GemvPlan, RowOrder, TokensPerLane};
+use super::kernels::{Encoding, Fused, GemvPlan, RowOrder, SumInputs, TokensPerLane};
 use super::matrix::{
     GpuLinear, GpuMatrix, GpuTable, GpuTableData, HostLinear, HostMatrix, Kind, Method,
 };
 use super::record::Op;
-use super::{Gpu, PassParams, Pipelines, Slice, Variant, kernels, row_offsets};
+use super::tune::{Plans, Step};
+use super::{Gpu, PassParams, Pipelines, Slice, kernels, row_offsets};
 use crate::backend::gpu::record::Call;
 use crate::error::{Error, Result};
-use crate::format::float::f16_to_f32;
+use crate::format::float::{f16_to_f32, f32_to_f16};
 use crate::layout::Packed;
 use crate::random::Random;
 use crate::shape::MatShape;
 use crate::weights::{Alphabet, Table, TableData, TernaryMatrix};
 
-/// The variants in the order in which they are tried on this adapter.
-///
-/// A packed dot that the driver emulates is slower than the bit-serial kernel; wgpu does not say
-/// which it is. Software rasterisers and Apple GPUs are known to emulate it.
-fn preference(gpu: &Gpu) -> [Variant; 2] {
-    let emulated = gpu.adapter.kind == super::AdapterKind::Software || gpu.adapter.api == "metal";
-    if emulated {
-        [Variant::BitSerial, Variant::PackedDot]
-    } else {
-        [Variant::PackedDot, Variant::BitSerial]
-    }
-}
-
 /// The methods in use on an adapter: each is checked when the first matrix that needs it is met.
 pub(super) struct Methods<'a> {
     gpu: &'a Gpu,
-    asked: Option<GemvPlan>,
-    /// The plan that passed, and why an earlier one did not.
-    plan: Option<(GemvPlan, Option<Error>)>,
+    sums: Sums,
     /// Whether the group kernels with f32 and with int8 activations have passed.
     groups: [bool; 2],
 }
 
-impl<'a> Methods<'a> {
-    /// None yet; `plan` is the only one to be considered, if there is one.
-    pub fn new(gpu: &'a Gpu, plan: Option<GemvPlan>) -> Self {
-        Self { gpu, asked: plan, plan: None, groups: [false; 2] }
+/// Which plan each step's matrices get.
+struct Sums {
+    plans: Plans,
+    passed: Vec<GemvPlan>,
+    /// The plans that are wrong here, and how.
+    refused: Vec<(GemvPlan, Error)>,
+    /// By step: what passed for it, and that as it is used.
+    chosen: [Option<GemvPlan>; 4],
+    used: [Option<GemvPlan>; 4],
+}
+
+impl Sums {
+    fn new(plans: Plans) -> Self {
+        let (passed, refused) = (Vec::new(), Vec::new());
+        Self { plans, passed, refused, chosen: [None; 4], used: [None; 4] }
     }
 
-    /// The method of matrices with one scale.
+    /// The plan of a step's matrix that is exact here, as `check` says.
+    fn plan(
+        &mut self,
+        step: Step,
+        can_fuse: impl Fn(GemvPlan) -> bool,
+        check: impl FnMut(GemvPlan) -> Result<()>,
+    ) -> Result<GemvPlan> {
+        let at = step as usize;
+        let plan = match self.chosen[at] {
+            Some(plan) => plan,
+            None => self.choose(at, check)?,
+        };
+        self.chosen[at] = Some(plan);
+        let plan = GemvPlan { fused: plan.fused && can_fuse(plan), ..plan };
+        Ok(*self.used[at].insert(plan))
+    }
+
+    fn choose(
+        &mut self,
+        at: usize,
+        mut check: impl FnMut(GemvPlan) -> Result<()>,
+    ) -> Result<GemvPlan> {
+        let plans = match &self.plans {
+            Plans::Asked(plan) => vec![*plan],
+            Plans::Preferred(plans, variants) => {
+                let others = variants.iter().copied().map(GemvPlan::from);
+                [plans[at]].into_iter().chain(others).collect()
+            }
+        };
+        for &plan in &plans {
+            // The check of a fused plan runs the split kernels too.
+            let fused = GemvPlan { fused: true, ..plan };
+            if self.passed.contains(&plan) || self.passed.contains(&fused) {
+                return Ok(plan);
+            }
+            if self.refused.iter().any(|(refused, _)| *refused == plan) {
+                continue;
+            }
+            match check(plan) {
+                Ok(()) => {
+                    self.passed.push(plan);
+                    return Ok(plan);
+                }
+                Err(problem @ Error::SelfTest { .. }) => self.refused.push((plan, problem)),
+                Err(error) => return Err(error),
+            }
+        }
+        let (_, problem) = self.refused.pop().expect("there is a plan, and it was refused");
+        Err(problem)
+    }
+
+    /// The plans in use, for people: with their steps where these differ.
+    fn names(&self) -> Option<String> {
+        let used = |step: &Step| self.used[*step as usize];
+        let mut plans: Vec<GemvPlan> = Vec::new();
+        for plan in Step::ALL.iter().filter_map(used) {
+            if !plans.contains(&plan) {
+                plans.push(plan);
+            }
+        }
+        let name = |plan: &GemvPlan| {
+            let steps = Step::ALL.into_iter().filter(|step| used(step) == Some(*plan));
+            let steps = steps.map(Step::name).collect::<Vec<_>>().join(", ");
+            format!("{plan}: {steps}")
+        };
+        match plans.as_slice() {
+            [] => None,
+            [plan] => Some(plan.to_string()),
+            plans => Some(plans.iter().map(name).collect::<Vec<_>>().join("; ")),
+        }
+    }
+}
+
+impl<'a> Methods<'a> {
+    /// None yet.
+    pub fn new(gpu: &'a Gpu, plans: Plans) -> Self {
+        Self { gpu, sums: Sums::new(plans), groups: [false; 2] }
+    }
+
+    /// The method of a step's matrices with one scale; `can_fuse` says whether a plan has a fused kernel
+    /// for them.
     ///
     /// # Errors
-    /// [`Error::SelfTest`] if the variant, or every one of them, is wrong on this adapter.
-    pub fn sums(&mut self) -> Result<Method> {
-        let chosen = match (self.plan.take(), self.asked) {
-            (Some(chosen), _) => chosen,
-            (None, Some(plan)) => check(self.gpu, plan).map(|()| (plan, None))?,
-            (None, None) => choose(self.gpu)?,
-        };
-        Ok(Method::Sums(self.plan.insert(chosen).0))
+    /// [`Error::SelfTest`] if the plan, or every one of them, is wrong on this adapter.
+    pub fn sums(&mut self, step: Step, can_fuse: impl Fn(GemvPlan) -> bool) -> Result<Method> {
+        let gpu = self.gpu;
+        self.sums.plan(step, can_fuse, |plan| check(gpu, plan)).map(Method::Sums)
     }
 
     /// The method of matrices with scales of groups.
@@ -79,29 +152,14 @@ impl<'a> Methods<'a> {
 
     /// The kernels of the methods so far, for people.
     pub fn names(&self) -> String {
-        let sums = self.plan.iter().map(|(plan, refused)| match refused {
-            None => plan.variant.gemv().name.to_owned(),
-            Some(problem) => format!("{} ({problem})", plan.variant.gemv().name),
-        });
         let groups = [false, true].into_iter().filter(|&int8| self.groups[usize::from(int8)]);
         let groups = groups.map(|int8| Method::Groups { int8 }.gemv().name.to_owned());
-        sums.chain(groups).collect::<Vec<_>>().join(", ")
+        self.sums.names().into_iter().chain(groups).collect::<Vec<_>>().join(", ")
     }
-}
 
-/// The first plan in order of preference that is exact on this adapter, and why an earlier one
-/// is not used.
-///
-/// # Errors
-/// The last plan's error if none is exact.
-pub fn choose(gpu: &Gpu) -> Result<(GemvPlan, Option<Error>)> {
-    let [first, second] = preference(gpu).map(GemvPlan::from);
-    match check(gpu, first) {
-        Ok(()) => Ok((first, None)),
-        Err(problem @ Error::SelfTest { .. }) => {
-            check(gpu, second).map(|()| (second, Some(problem)))
-        }
-        Err(error) => Err(error),
+    /// The plans that were wrong on this adapter, one line each.
+    pub fn refusals(&self) -> Vec<String> {
+        self.sums.refused.iter().map(|(_, problem)| problem.to_string()).collect()
     }
 }
 
@@ -116,6 +174,7 @@ const TOKENS: usize = 5;
 pub fn check(gpu: &Gpu, plan: GemvPlan) -> Result<()> {
     let variant = plan.variant;
     let shape = MatShape::new(SHAPE.0, SHAPE.1)?;
+    plan.validate(gpu, shape.k())?;
     let mut random = Random::new(0x5EED);
     let (trits, codes) = (random.trits(shape.len()), random.codes(TOKENS * shape.k()));
     let packed = Packed::pack(variant.layout(), shape, &trits);
@@ -129,11 +188,17 @@ pub fn check(gpu: &Gpu, plan: GemvPlan) -> Result<()> {
         .map(|k| if k == 7 { -127.0 } else { random.below(253) as f32 - 125.75 })
         .collect();
     let expected = cpu_ref::quantize_absmax::quantize_absmax(&x).codes;
-    let found = quantize(gpu, variant, &x, 1)?;
-    let encoded = encode_codes(variant, &expected, shape.k());
-    let as_i32 = |words: &[u32]| words.iter().map(|&word| word as i32).collect::<Vec<_>>();
-    compare(gpu, "quantize_absmax", &as_i32(&found.codes), &as_i32(&encoded))?;
-    check_fused(gpu, plan)
+    for encoding in [variant.gemv_encoding(), variant.gemm_encoding()] {
+        let found = quantize(gpu, encoding, &x, 1)?;
+        compare(
+            gpu,
+            "quantize_absmax",
+            &found.codes,
+            &encode_codes(encoding, &expected, shape.k()),
+        )?;
+        compare(gpu, "quantize_absmax", &found.code_sum, &[code_sum(encoding, &expected)])?;
+    }
+    if plan.fused { check_fused(gpu, plan) } else { Ok(()) }
 }
 
 /// Runs a fused step on a fixed pseudo-random matrix. A root or division that is off in the last bit
@@ -540,18 +605,32 @@ fn differs(gpu: &Gpu, kernel: &str, problem: String) -> Error {
     Error::SelfTest { device, kernel: kernel.to_owned(), problem }
 }
 
-/// Activation codes `[M, K]` as `quantize_absmax.wgsl` writes them for a variant.
-pub fn encode_codes(variant: Variant, codes: &[i8], k: usize) -> Vec<u32> {
+/// Activation codes `[M, K]` as `quantize_absmax.wgsl` writes them.
+pub fn encode_codes(encoding: Encoding, codes: &[i8], k: usize) -> Vec<u32> {
     let chunks = k_chunks(k);
-    let mut words = Vec::with_capacity(codes.len() / k * chunks * 16);
+    let mut words = Vec::with_capacity(codes.len() / k * chunks * encoding.chunk_words());
     for token in codes.chunks_exact(k) {
         let mut padded = vec![0i8; chunks * CHUNK_K];
         padded[..k].copy_from_slice(token);
-        match variant {
-            Variant::PackedDot => words.extend(padded.chunks_exact(4).map(|bytes| {
+        match encoding {
+            Encoding::Biased => words.extend(padded.chunks_exact(4).map(|bytes| {
                 u32::from_le_bytes(std::array::from_fn(|b| (i32::from(bytes[b]) + 128) as u8))
             })),
-            Variant::BitSerial => {
+            Encoding::Signed => words.extend(
+                padded
+                    .chunks_exact(4)
+                    .map(|bytes| u32::from_le_bytes(std::array::from_fn(|b| bytes[b] as u8))),
+            ),
+            Encoding::Halves => {
+                for chunk in padded.chunks_exact(CHUNK_K) {
+                    words.extend((0..Encoding::Halves.chunk_words()).map(|word| {
+                        let k = half_pair(word).0;
+                        let half = |at: usize| u32::from(f32_to_f16(f32::from(chunk[at])));
+                        half(k) | half(k + 2) << 16
+                    }));
+                }
+            }
+            Encoding::Planes => {
                 for group in padded.chunks_exact(32) {
                     for plane in 0..8 {
                         let bit = |&code: &i8| u32::from(code as u8 >> plane & 1);
@@ -565,13 +644,24 @@ pub fn encode_codes(variant: Variant, codes: &[i8], k: usize) -> Vec<u32> {
 }
 
 /// The inverse of [`encode_codes`] for the words of one token.
-pub fn decode_codes(variant: Variant, words: &[u32], k: usize) -> Vec<i8> {
-    let code = |k: usize| match variant {
-        Variant::PackedDot => ((words[k / 4] >> (8 * (k % 4)) & 0xff) as i32 - 128) as i8,
-        Variant::BitSerial => {
+pub fn decode_codes(encoding: Encoding, words: &[u32], k: usize) -> Vec<i8> {
+    let code = |k: usize| match encoding {
+        Encoding::Biased => ((words[k / 4] >> (8 * (k % 4)) & 0xff) as i32 - 128) as i8,
+        Encoding::Planes => {
             let planes = &words[k / 32 * 8..][..8];
             let bit = |j: usize| (planes[j] >> (k % 32) & 1) << j;
             (0..8).map(bit).sum::<u32>() as u8 as i8
+        }
+        Encoding::Signed => (words[k / 4] >> (8 * (k % 4))) as u8 as i8,
+        Encoding::Halves => {
+            let chunk = &words[k / CHUNK_K * 32..][..32];
+            let at = |(k, word): (usize, u32)| (k, f16_to_f32(word as u16) as i8);
+            let both = |word: usize| {
+                let first = half_pair(word).0;
+                [at((first, chunk[word])), at((first + 2, chunk[word] >> 16))]
+            };
+            let mut all = (0..32).flat_map(both);
+            all.find(|&(at, _)| at == k % CHUNK_K).expect("every column is in a pair").1
         }
     };
     (0..k).map(code).collect()
@@ -625,6 +715,40 @@ pub fn draw_tokens(
     Ok(Drawn { tokens: gpu.read(&tokens, draws)?, seen: gpu.read(&seen, lens.seen)? })
 }
 
+/// What `quantize_absmax.wgsl` makes the sum of a token's codes: what the encoding's kernel subtracts.
+pub fn code_sum(encoding: Encoding, codes: &[i8]) -> i32 {
+    match encoding {
+        Encoding::Biased | Encoding::Planes | Encoding::Signed => {
+            codes.iter().map(|&code| i32::from(code)).sum()
+        }
+        Encoding::Halves => {
+            let mut weights = [0; CHUNK_K];
+            for (k, constant) in (0..Encoding::Halves.chunk_words()).map(half_pair) {
+                (weights[k], weights[k + 2]) = (1 + constant, 1 + constant);
+            }
+            let codes = codes.iter().enumerate();
+            codes.map(|(k, &code)| i32::from(code) * weights[k % CHUNK_K]).sum()
+        }
+    }
+}
+
+/// The first column of a pair of a chunk's f16 codes, and what its weights' scaled-up 1 adds: see
+/// `shared/half_pairs.wgsl`.
+fn half_pair(word: usize) -> (usize, i32) {
+    const BYTE_FIELD_CONSTANT: [(usize, usize, i32); 8] = [
+        (1, 0, 4),
+        (0, 3, 16),
+        (0, 2, 64),
+        (1, 3, 4),
+        (1, 2, 16),
+        (1, 1, 64),
+        (0, 1, 4),
+        (0, 0, 16),
+    ];
+    let (byte, field, constant) = BYTE_FIELD_CONSTANT[word % 8];
+    (16 * field + word / 8 * 4 + byte, constant)
+}
+
 /// Runs one kernel and waits for it.
 ///
 /// # Errors
@@ -648,27 +772,25 @@ pub fn multiply(
     n_tokens: usize,
 ) -> Result<Vec<i32>> {
     let shape = packed.shape();
+    plan.validate(gpu, shape.k())?;
     let n_pad = kernels::padded_rows(shape.n());
     let tiles = n_pad / cpu_ref::layout::TILE_ROWS;
-    let w = gpu.upload("w", packed.words())?;
-    let x = gpu.upload("x", &encode_codes(plan.variant, codes, shape.k()))?;
+    let variant = plan.variant;
+    let encoding = if n_tokens == 1 { variant.gemv_encoding() } else { variant.gemm_encoding() };
+    let words = gpu.upload("w", packed.words())?;
+    let x = gpu.upload("x", &encode_codes(encoding, codes, shape.k()))?;
     let offset = gpu.upload("offset", &row_offsets(packed))?;
-    let sums: Vec<i32> = codes
-        .chunks_exact(shape.k())
-        .map(|token| token.iter().map(|&code| i32::from(code)).sum())
-        .collect();
-    let code_sum = gpu.upload("code_sum", &sums)?;
+    let tokens = codes.chunks_exact(shape.k());
+    let sums: Vec<i32> = tokens.map(|token| code_sum(encoding, token)).collect();
+    let sums = gpu.upload("code_sum", &sums)?;
     let acc = gpu.storage("acc", n_tokens * n_pad)?;
-    let mut buffers = vec![&w, &x, &offset];
-    if plan.variant.needs_code_sum() {
-        buffers.push(&code_sum);
-    }
-    buffers.push(&acc);
-    let call = if n_tokens == 1 {
-        kernels::gemv(plan, shape, 0, tiles)
+    let inputs = SumInputs { words: &words, codes: &x, offset: &offset, code_sum: &sums };
+    let (call, mut buffers) = if n_tokens == 1 {
+        (kernels::gemv(plan, shape, 0, tiles), variant.gemv_inputs(inputs))
     } else {
-        kernels::gemm(plan.variant, shape, 0, tiles)
+        (kernels::gemm(variant, shape, 0, tiles), variant.gemm_inputs(inputs))
     };
+    buffers.push(&acc);
     let params = PassParams { n_tokens: n_tokens as u32, ..PassParams::default() };
     run(gpu, &call, params, &buffers)?;
     let words = gpu.read(&acc, n_tokens * n_pad)?;
@@ -717,7 +839,7 @@ pub fn multiply_groups(
             }
             GroupInput::Int8 { codes, act_scales } => {
                 let call = kernels::group_gemv_int8(shape, out, tokens);
-                let codes = gpu.upload("x", &encode_codes(Variant::BitSerial, codes, k))?;
+                let codes = gpu.upload("x", &encode_codes(Encoding::Planes, codes, k))?;
                 let act_scales = gpu.upload("act_scale", act_scales)?;
                 run(gpu, &call, params, &[words, scales, &codes, &act_scales, &y])?;
             }
@@ -748,7 +870,7 @@ pub fn embed_groups(gpu: &Gpu, table: &TernaryMatrix, token: u32) -> Result<Vec<
 /// What `quantize_absmax.wgsl` writes.
 #[derive(Debug, Clone, PartialEq)]
 pub struct QuantizedWords {
-    /// `[M, 16·KC]`, encoded for the variant.
+    /// `[M, KC]` chunks, encoded.
     pub codes: Vec<u32>,
     /// `[M]`.
     pub act_scale: Vec<f32>,
@@ -768,19 +890,93 @@ impl QuantizedWords {
 ///
 /// # Errors
 /// [`Error::Gpu`] if the driver refuses or fails.
-pub fn quantize(gpu: &Gpu, variant: Variant, x: &[f32], n_tokens: usize) -> Result<QuantizedWords> {
+pub fn quantize(
+    gpu: &Gpu,
+    encoding: Encoding,
+    x: &[f32],
+    n_tokens: usize,
+) -> Result<QuantizedWords> {
     let k = x.len() / n_tokens;
-    let len_words = n_tokens * k_chunks(k) * 16;
+    let len_words = n_tokens * k_chunks(k) * encoding.chunk_words();
     let x = gpu.upload("x", x)?;
     let codes = gpu.storage("codes", len_words)?;
     let act_scale = gpu.storage("act_scale", n_tokens)?;
     let code_sum = gpu.storage("code_sum", n_tokens)?;
     let params = PassParams { n_tokens: n_tokens as u32, ..PassParams::default() };
-    let call = kernels::quantize_absmax(k, variant);
+    let call = kernels::quantize_absmax(k, encoding);
     run(gpu, &call, params, &[&x, &codes, &act_scale, &code_sum])?;
     Ok(QuantizedWords {
         codes: gpu.read(&codes, len_words)?,
         act_scale: bytemuck::cast_vec(gpu.read(&act_scale, n_tokens)?),
         code_sum: bytemuck::cast_vec(gpu.read(&code_sum, n_tokens)?),
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::Variant;
+    use super::*;
+
+    fn wrong() -> Error {
+        let [device, kernel, problem] = ["gpu:0", "gemv", "wrong"].map(str::to_owned);
+        Error::SelfTest { device, kernel, problem }
+    }
+
+    fn plan(variant: Variant) -> GemvPlan {
+        variant.into()
+    }
+
+    #[test]
+    fn a_preferred_plan_that_is_wrong_is_replaced_and_named() {
+        let tuned = GemvPlan { slices: 4, fused: false, ..plan(Variant::PackedDot) };
+        let other = plan(Variant::BitSerial);
+        let order = vec![Variant::PackedDot, Variant::BitSerial];
+        let mut sums = Sums::new(Plans::Preferred([other, tuned, other, tuned], order));
+        let mut checks = Vec::new();
+        for _layer in 0..2 {
+            for (step, expected) in Step::ALL.into_iter().zip([Variant::BitSerial; 4]) {
+                let found = sums.plan(
+                    step,
+                    |_| true,
+                    |plan| {
+                        checks.push(plan);
+                        if plan.variant == Variant::PackedDot { Err(wrong()) } else { Ok(()) }
+                    },
+                );
+                assert_eq!(found.unwrap(), plan(expected));
+            }
+        }
+        // Each plan is checked once: what was kept, the default, what took their place.
+        assert_eq!(checks, [other, tuned, plan(Variant::PackedDot)]);
+        assert_eq!(sums.refused.len(), 2);
+        assert_eq!(sums.names().as_deref(), Some("gemv_planes (fused)"));
+    }
+
+    #[test]
+    fn plans_are_named_with_their_steps() {
+        let split = GemvPlan { slices: 4, fused: false, ..plan(Variant::PackedDot) };
+        let fused = plan(Variant::PackedDot);
+        let mut sums = Sums::new(Plans::Preferred([fused, split, fused, fused], Vec::new()));
+        assert_eq!(sums.names(), None);
+        for step in Step::ALL {
+            // There is no fused kernel for one of them.
+            sums.plan(step, |_| step != Step::Down, |_| Ok(())).unwrap();
+        }
+        let names =
+            "gemv_i2 (fused): qkv, gate_up; gemv_i2 (split, 4 slices): o; gemv_i2 (split): down";
+        assert_eq!(sums.names().as_deref(), Some(names));
+    }
+
+    #[test]
+    fn a_plan_that_is_asked_for_has_no_substitute() {
+        let mut sums = Sums::new(Plans::Asked(plan(Variant::BitSerial)));
+        let found = sums.plan(Step::O, |_| true, |_| Err(wrong()));
+        assert!(matches!(found, Err(Error::SelfTest { .. })));
+        let order = Variant::ALL.to_vec();
+        let mut sums = Sums::new(Plans::Preferred([plan(Variant::BitSerial); 4], order));
+        assert!(sums.plan(Step::O, |_| true, |_| Err(wrong())).is_err());
+        // A driver's failure is no wrong result.
+        let lost = |_| Err(Error::EmptyPrompt);
+        assert!(matches!(sums.plan(Step::Qkv, |_| true, lost), Err(Error::EmptyPrompt)));
+    }
 }

@@ -31,6 +31,8 @@ kernels! {
     QUANTIZE_ABSMAX_GROUPS = "quantize_absmax_groups",
     GEMV_PLANES = "gemv_planes",
     GEMV_I2 = "gemv_i2",
+    GEMV_I2_SIGNED = "gemv_i2_signed",
+    GEMV_I2_HALF = "gemv_i2_half",
     GEMM_PLANES = "gemm_planes",
     GEMM_I2 = "gemm_i2",
     GROUP_GEMV = "group_gemv",
@@ -54,6 +56,13 @@ kernels! {
     SAMPLE = "sample",
 }
 
+/// The kernels that run without bounds checks, bounds on loops and zeroed workgroup memory. Each
+/// writes workgroup memory before it reads it, leaves every loop, divides by no zero, and touches no
+/// word of a binding past what its typed function in `kernels.rs` says, whatever its uniform and its
+/// inputs hold; `Gpu::op` compares that with the buffers.
+pub const UNCHECKED: &[Kernel] =
+    &[GEMV_PLANES, GEMV_I2, GEMV_I2_SIGNED, GEMV_I2_HALF, FUSED_QKV, FUSED_GATED, FUSED_RESIDUAL];
+
 /// The snippets of `shaders/shared/`.
 const SNIPPETS: &[(&str, &str)] = &[
     ("best", include_str!("../../../shaders/shared/best.wgsl")),
@@ -65,11 +74,17 @@ const SNIPPETS: &[(&str, &str)] = &[
     ("exp", include_str!("../../../shaders/shared/exp.wgsl")),
     ("levels", include_str!("../../../shaders/shared/levels.wgsl")),
     ("mass", include_str!("../../../shaders/shared/mass.wgsl")),
+    ("gemv_shape", include_str!("../../../shaders/shared/gemv_shape.wgsl")),
+    ("half_pairs", include_str!("../../../shaders/shared/half_pairs.wgsl")),
+    ("half_sum", include_str!("../../../shaders/shared/half_sum.wgsl")),
+    ("i2_sum", include_str!("../../../shaders/shared/i2_sum.wgsl")),
+    ("planes_sum", include_str!("../../../shaders/shared/planes_sum.wgsl")),
     ("ordered", include_str!("../../../shaders/shared/ordered.wgsl")),
     ("pass", include_str!("../../../shaders/shared/pass.wgsl")),
     ("penalty", include_str!("../../../shaders/shared/penalty.wgsl")),
     ("reduce_tree", include_str!("../../../shaders/shared/reduce_tree.wgsl")),
     ("rms", include_str!("../../../shaders/shared/rms.wgsl")),
+    ("signed_sum", include_str!("../../../shaders/shared/signed_sum.wgsl")),
 ];
 
 impl Kernel {

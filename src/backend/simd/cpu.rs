@@ -399,6 +399,7 @@ impl SimdBackend {
                 description: describe(level, pool.threads()),
                 gemv: format!("{} {}", gemv_name(&layers), level.name()),
                 head: "lm_head".to_owned(),
+                notes: Vec::new(),
             },
             max_batch,
             embedding,

@@ -1,0 +1,613 @@
+//! Which plan multiplies which matrix on which adapter.
+//!
+//! No driver says whether it runs a packed dot product in one instruction or in twenty, so the plans
+//! are raced: each step of a decoded token on weights that no cache holds, whole steps against whole
+//! steps, within a budget of time. The winners are kept in a file, by adapter, driver and kernels.
+//! Where nothing is measured, a table by vendor decides. A plan that is wrong on an adapter is no
+//! candidate there, however fast; and whatever is chosen is checked again before a model runs.
+
+mod cache;
+mod defaults;
+mod measure;
+
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+use cpu_ref::attention::Heads;
+use cpu_ref::layout::TILE_ROWS;
+use cpu_ref::mlp::Activation;
+use serde::Serialize;
+
+use super::device::{AdapterKind, Gpu};
+use super::kernels::{GemvPlan, RowOrder, Variant, padded_rows};
+use crate::backend::Tune;
+use crate::config::{Activations, ModelConfig};
+use crate::error::{Error, Result};
+use crate::shape::MatShape;
+
+pub use cache::{Key, directory};
+
+/// Time that a model's first load on an adapter may spend on measuring.
+pub const AUTO_BUDGET: Duration = Duration::from_millis(1900);
+
+/// The lists of candidates: another value is another entry. [`StepShape::is_legal`] says what goes together.
+const VARIANTS: [Variant; 4] = Variant::ALL;
+/// See [`GemvPlan::slices`].
+const SLICES: [usize; 3] = GemvPlan::SLICES;
+/// See [`GemvPlan::rows`].
+const ROWS: [usize; 2] = GemvPlan::ROWS;
+/// See [`GemvPlan::unroll`].
+const UNROLL: [usize; 3] = GemvPlan::UNROLL;
+/// See [`GemvPlan::fused`].
+const FUSED: [bool; 2] = [true, false];
+
+/// A plan has to be faster than the default by this factor: less is noise.
+const MARGIN: f64 = 1.03;
+
+const NO_DIRECTORY: &str = "there is no home directory; STERNA_CACHE may name a directory";
+
+/// A matrix step of a layer.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Step {
+    /// Query, key and value.
+    Qkv,
+    /// Output of the attention.
+    O,
+    /// Gate and up.
+    GateUp,
+    /// Down.
+    Down,
+}
+
+impl Step {
+    /// Every step, in the order of a layer.
+    pub const ALL: [Self; 4] = [Self::Qkv, Self::O, Self::GateUp, Self::Down];
+
+    /// As it is written in JSON.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Qkv => "qkv",
+            Self::O => "o",
+            Self::GateUp => "gate_up",
+            Self::Down => "down",
+        }
+    }
+}
+
+/// A step as far as its speed depends on it.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct StepShape {
+    /// Which one.
+    pub step: Step,
+    /// `[N, K]` of its matrices together.
+    pub shape: MatShape,
+    order: RowOrder,
+    /// Whether a norm comes before it.
+    norm: bool,
+    /// Whether there is a fused kernel for it, if K is not too large.
+    can_fuse: bool,
+    heads: Heads,
+    act: Activation,
+}
+
+impl StepShape {
+    /// The steps of a model whose matrices have one scale each; `None` for one with scales of groups,
+    /// whose kernels have one plan.
+    ///
+    /// # Errors
+    /// [`Error::Dimension`] if a matrix is too large.
+    pub fn of(config: &ModelConfig) -> Result<Option<[Self; 4]>> {
+        if config.activations != Activations::Int8Token {
+            return Ok(None);
+        }
+        let (hidden, intermediate) = (config.hidden_size, config.intermediate_size);
+        let (heads, dim) = (config.heads(), config.head_dim);
+        let has_sub_norms = config.has_sub_norms();
+        let pairs = match dim.is_multiple_of(TILE_ROWS) && !config.has_head_norms() {
+            true => RowOrder::Pairs(dim),
+            false => RowOrder::Natural,
+        };
+        let of = |step, n, k, order, norm| {
+            let can_fuse = config.linear_norm_eps.is_none()
+                && (step != Step::Qkv || order != RowOrder::Natural);
+            let shape = MatShape::new(n, k)?;
+            Ok::<_, Error>(Self {
+                step,
+                shape,
+                order,
+                norm,
+                can_fuse,
+                heads,
+                act: config.hidden_act,
+            })
+        };
+        let qkv = config.query_size() + 2 * config.kv_size();
+        let gate_up = RowOrder::GateUp(intermediate);
+        Ok(Some([
+            of(Step::Qkv, qkv, hidden, pairs, true)?,
+            of(Step::O, hidden, config.query_size(), RowOrder::Natural, has_sub_norms)?,
+            of(Step::GateUp, 2 * intermediate, hidden, gate_up, true)?,
+            of(Step::Down, hidden, intermediate, RowOrder::Natural, has_sub_norms)?,
+        ]))
+    }
+
+    /// Rows as the kernels see them, padding of gate and up included.
+    fn rows(&self) -> usize {
+        self.order.rows(self.shape.n())
+    }
+
+    /// Tiles of its matrices.
+    fn tiles(&self) -> usize {
+        padded_rows(self.rows()) / TILE_ROWS
+    }
+
+    /// Everything that its speed depends on, in words: the name under which a winner is kept.
+    fn id(&self) -> String {
+        let mut id = format!("{} {}x{}", self.step.name(), self.shape.n(), self.shape.k());
+        match self.step {
+            Step::Qkv => {
+                let Heads { query, kv, dim } = self.heads;
+                id += &format!(" heads {query}/{kv}x{dim}");
+            }
+            Step::GateUp => {
+                id += match self.act {
+                    Activation::Relu2 => " relu2",
+                    Activation::Silu => " silu",
+                }
+            }
+            Step::O | Step::Down => {}
+        }
+        id += if self.norm { " norm" } else { "" };
+        id += if self.can_fuse { "" } else { " split" };
+        id
+    }
+
+    /// What runs where nothing was measured: the adapter's default, if this step can be fused.
+    fn default_plan(&self, plan: GemvPlan) -> GemvPlan {
+        let fused = plan.fused && self.can_fuse && self.shape.k() <= plan.max_fused_k();
+        GemvPlan { fused, ..plan }
+    }
+
+    /// Whether there is a kernel that does this step exactly, on an adapter of so many lanes a
+    /// workgroup.
+    fn is_legal(&self, plan: GemvPlan, lanes: u32) -> bool {
+        let k = self.shape.k();
+        plan.lanes() <= lanes as usize
+            && k <= plan.variant.max_k(plan.slices)
+            && (!plan.fused || self.can_fuse && k <= plan.max_fused_k())
+    }
+
+    /// The plans that may run this step, the default first.
+    fn candidates(&self, default: GemvPlan, lanes: u32) -> Vec<GemvPlan> {
+        let others = VARIANTS.into_iter().filter(|&variant| variant != default.variant);
+        let mut plans = vec![self.default_plan(default)];
+        for variant in [default.variant].into_iter().chain(others) {
+            for (fused, slices) in pairs(&FUSED, &SLICES) {
+                for (rows, unroll) in pairs(&ROWS, &UNROLL) {
+                    let plan = GemvPlan { variant, slices, rows, unroll, fused };
+                    if self.is_legal(plan, lanes) && !plans.contains(&plan) {
+                        plans.push(plan);
+                    }
+                }
+            }
+        }
+        plans
+    }
+}
+
+/// Every pair of two lists' values.
+fn pairs<A: Copy, B: Copy>(first: &[A], second: &[B]) -> impl Iterator<Item = (A, B)> {
+    first.iter().flat_map(|&a| second.iter().map(move |&b| (a, b)))
+}
+
+/// What came of a candidate.
+#[derive(Debug, Clone, PartialEq)]
+enum Outcome {
+    /// Of one step.
+    Time(Duration),
+    /// Why it is not used: wrong results, or the driver's refusal.
+    Refused(String),
+    /// It has not had its turn.
+    Waiting,
+    /// It had its turn, and too little time.
+    NotReached,
+}
+
+/// A step's candidates and the fastest of them.
+#[derive(Debug, Clone, PartialEq)]
+struct Race {
+    step: StepShape,
+    /// The default first.
+    candidates: Vec<(GemvPlan, Outcome)>,
+}
+
+impl Race {
+    /// The default, unless it was refused, or another is faster by more than the margin; with the
+    /// default not measured, nothing is known.
+    fn winner(&self) -> GemvPlan {
+        let (default, outcome) = &self.candidates[0];
+        let bar = match outcome {
+            Outcome::Time(time) => time.as_secs_f64() / MARGIN,
+            Outcome::Refused(_) => f64::INFINITY,
+            Outcome::Waiting | Outcome::NotReached => return *default,
+        };
+        let timed = self.candidates.iter().filter_map(|(plan, outcome)| match outcome {
+            Outcome::Time(time) if time.as_secs_f64() < bar => Some((time, *plan)),
+            _ => None,
+        });
+        timed.min_by_key(|(time, _)| **time).map_or(*default, |(_, plan)| plan)
+    }
+
+    /// Whose turn it is: the default's; then each variant's as it runs by default, fused and split; then
+    /// of the others the one that has most in common with the fastest so far.
+    fn next(&self) -> Option<usize> {
+        let fastest = self.winner();
+        let merit = |plan: GemvPlan| {
+            let is_tuned = differences(plan, plan.variant.into()) > usize::from(!plan.fused);
+            if is_tuned { (true, differences(plan, fastest)) } else { (false, 0) }
+        };
+        let waiting = self.candidates.iter().enumerate();
+        let waiting = waiting.filter(|(_, (_, outcome))| *outcome == Outcome::Waiting);
+        waiting.min_by_key(|(at, (plan, _))| (merit(*plan), *at)).map(|(at, _)| at)
+    }
+
+    /// Whether a second race would find nothing new.
+    fn is_settled(&self) -> bool {
+        let mut outcomes = self.candidates.iter().map(|(_, outcome)| outcome);
+        outcomes.clone().any(|outcome| matches!(outcome, Outcome::Time(_)))
+            || outcomes.all(|outcome| matches!(outcome, Outcome::Refused(_)))
+    }
+}
+
+/// In how many of its values a plan is another.
+fn differences(a: GemvPlan, b: GemvPlan) -> usize {
+    let differ = [
+        a.variant != b.variant,
+        a.slices != b.slices,
+        a.rows != b.rows,
+        a.unroll != b.unroll,
+        a.fused != b.fused,
+    ];
+    differ.into_iter().filter(|&differ| differ).count()
+}
+
+/// Where a race is run: an adapter, or a test's idea of one.
+trait Track {
+    /// Since the budget began.
+    fn elapsed(&self) -> Duration;
+    /// Whether a plan is exact here.
+    fn check(&mut self, plan: GemvPlan) -> Result<()>;
+    /// The time of one step; `None` if there is not enough left until `end`.
+    fn measure(
+        &mut self,
+        step: &StepShape,
+        plan: GemvPlan,
+        end: Duration,
+    ) -> Result<Option<Duration>>;
+}
+
+/// Races the candidates of all steps until the budget ends: one of each step, then another of each,
+/// and so on, in the order of [`Race::next`]; those who beat the default do it once more.
+///
+/// A candidate that fails is refused, not the race: the driver may reject one kernel only.
+fn race(
+    steps: &[StepShape],
+    default: GemvPlan,
+    lanes: u32,
+    budget: Duration,
+    track: &mut impl Track,
+) -> Vec<Race> {
+    let start = |step: &StepShape| {
+        let plans = step.candidates(default, lanes).into_iter();
+        Race { step: *step, candidates: plans.map(|plan| (plan, Outcome::Waiting)).collect() }
+    };
+    let mut races: Vec<Race> = steps.iter().map(start).collect();
+    let mut longest = Duration::ZERO;
+    let mut is_over = false;
+    while !is_over {
+        is_over = true;
+        for race in &mut races {
+            let Some(at) = race.next() else { continue };
+            let begin = track.elapsed();
+            // What took so long before may take as long again.
+            if begin + longest >= budget {
+                return races;
+            }
+            is_over = false;
+            let plan = race.candidates[at].0;
+            race.candidates[at].1 = run(&race.step, plan, budget, track);
+            longest = longest.max(track.elapsed().saturating_sub(begin));
+        }
+    }
+    for race in &mut races {
+        let (default, winner) = (race.candidates[0].0, race.winner());
+        if winner == default {
+            continue;
+        }
+        for (plan, outcome) in &mut race.candidates {
+            let again = [default, winner].contains(plan) && track.elapsed() + longest < budget;
+            if let (true, Outcome::Time(time)) = (again, &mut *outcome)
+                && let Outcome::Time(second) = run(&race.step, *plan, budget, track)
+            {
+                *time = (*time).min(second);
+            }
+        }
+    }
+    races
+}
+
+fn run(step: &StepShape, plan: GemvPlan, budget: Duration, track: &mut impl Track) -> Outcome {
+    let measured = track.check(plan).and_then(|()| track.measure(step, plan, budget));
+    match measured {
+        Ok(Some(time)) => Outcome::Time(time),
+        Ok(None) => Outcome::NotReached,
+        Err(error) => Outcome::Refused(error.to_string()),
+    }
+}
+
+/// What was measured on an adapter. As JSON, its fields and theirs are stable: more may come, none
+/// goes.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct Report {
+    /// As `--device` takes it.
+    pub device: String,
+    /// The adapter's name.
+    pub adapter: String,
+    /// discrete GPU, integrated GPU, software rasteriser …
+    pub kind: String,
+    /// vulkan, metal, dx12 …
+    pub api: String,
+    /// Driver name and version.
+    pub driver: String,
+    /// Version of wgpu.
+    pub wgpu: String,
+    /// Hash of all kernels, in hexadecimal.
+    pub kernels: String,
+    /// Who timed: the device (`timestamps`), or the host (`wall`) less the time of an empty submit.
+    pub clock: &'static str,
+    /// Bytes of weights that take turns, so that no cache holds them.
+    pub rotated_bytes: u64,
+    /// Copy of one buffer to another, bytes read and bytes written together, 10⁹ a second; `null` if
+    /// there was no time.
+    pub copy_gb_s: Option<f64>,
+    /// What a dispatch costs that does next to nothing and waits for the one before it, in
+    /// microseconds; `null` if there was no time.
+    pub dispatch_us: Option<f64>,
+    /// How long all of it took.
+    pub seconds: f64,
+    /// The file that holds the winners from now on.
+    pub kept: Option<PathBuf>,
+    /// Why there is none.
+    pub not_kept: Option<String>,
+    /// One a step.
+    pub shapes: Vec<ShapeReport>,
+}
+
+/// The candidates of one step.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct ShapeReport {
+    /// Which step of a layer.
+    pub step: Step,
+    /// Rows.
+    pub n: usize,
+    /// Columns.
+    pub k: usize,
+    /// The default first.
+    pub candidates: Vec<CandidateReport>,
+    /// The plan that is used from now on.
+    pub winner: GemvPlan,
+}
+
+/// What was measured of a candidate.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct CandidateReport {
+    /// Its `variant`, `slices`, `rows`, `unroll` and `fused`.
+    #[serde(flatten)]
+    pub plan: GemvPlan,
+    /// Microseconds of the whole step: norm, quantisation, matrix and what comes after.
+    pub us: Option<f64>,
+    /// Bytes of weights, 10⁹ a second of the whole step.
+    pub gb_s: Option<f64>,
+    /// `gb_s` of `copy_gb_s`.
+    pub share: Option<f64>,
+    /// Whether its results are those of the reference; `null` if the time was up before.
+    pub exact: Option<bool>,
+    /// Why it was not measured.
+    pub refused: Option<String>,
+}
+
+impl ShapeReport {
+    fn new(race: &Race, bytes: u64, copy_gb_s: Option<f64>) -> Self {
+        let candidates = race.candidates.iter().map(|(plan, outcome)| {
+            let time = match outcome {
+                Outcome::Time(time) => Some(time.as_secs_f64()),
+                _ => None,
+            };
+            let gb_s = time.map(|seconds| bytes as f64 / seconds / 1e9);
+            let (exact, refused) = match outcome {
+                Outcome::Time(_) => (Some(true), None),
+                Outcome::Refused(problem) => (Some(false), Some(problem.clone())),
+                Outcome::Waiting | Outcome::NotReached => (None, None),
+            };
+            let share = gb_s.zip(copy_gb_s).map(|(gb_s, copy)| gb_s / copy);
+            CandidateReport { plan: *plan, us: time.map(|s| s * 1e6), gb_s, share, exact, refused }
+        });
+        Self {
+            step: race.step.step,
+            n: race.step.shape.n(),
+            k: race.step.shape.k(),
+            candidates: candidates.collect(),
+            winner: race.winner(),
+        }
+    }
+}
+
+/// Measures everything there is to know about an adapter and these steps, and keeps the winners in
+/// `directory`; those of a software rasteriser are not kept, as its speed says nothing about GPUs.
+///
+/// # Errors
+/// [`Error::Gpu`] if the driver fails. That the winners cannot be kept is in the report.
+pub fn tune(
+    gpu: &Gpu,
+    steps: &[StepShape],
+    budget: Duration,
+    directory: Option<&Path>,
+) -> Result<Report> {
+    let start = Instant::now();
+    let mut bench = measure::Bench::new(gpu, steps, start)?;
+    // The races are what the budget is for; what is left is enough for the rest.
+    let default = defaults::plan(&gpu.adapter);
+    let races = race(steps, default, gpu.lanes(), budget * 9 / 10, &mut bench);
+    let copy_gb_s = bench.copy_gb_s(budget)?;
+    let dispatch_us = bench.dispatch_us(budget)?;
+    let key = Key::of(gpu);
+    let kept = match directory {
+        _ if gpu.adapter.kind == AdapterKind::Software => {
+            Err("the speed of a software rasteriser says nothing about GPUs".to_owned())
+        }
+        None => Err(NO_DIRECTORY.to_owned()),
+        Some(directory) => {
+            let (mut kept, _) = cache::Kept::read(directory, &key);
+            kept.add(&winners(&races));
+            kept.write(directory).map_err(|error| error.to_string())
+        }
+    };
+    let (kept, not_kept) = match kept {
+        Ok(path) => (Some(path), None),
+        Err(problem) => (None, Some(problem)),
+    };
+    let Key { wgpu, kernels, .. } = key;
+    let shapes = races.iter().map(|race| {
+        let bytes = bench.step_bytes(&race.step);
+        ShapeReport::new(race, bytes, copy_gb_s)
+    });
+    Ok(Report {
+        device: format!("gpu:{}", gpu.adapter.index),
+        adapter: gpu.adapter.name.clone(),
+        kind: gpu.adapter.kind.to_string(),
+        api: gpu.adapter.api.clone(),
+        driver: gpu.adapter.driver.clone(),
+        wgpu,
+        kernels,
+        clock: bench.clock(),
+        rotated_bytes: bench.rotated_bytes(),
+        copy_gb_s,
+        dispatch_us,
+        shapes: shapes.collect(),
+        seconds: start.elapsed().as_secs_f64(),
+        kept,
+        not_kept,
+    })
+}
+
+/// The winners of the races that settled something.
+fn winners(races: &[Race]) -> Vec<(String, GemvPlan)> {
+    let settled = races.iter().filter(|race| race.is_settled());
+    settled.map(|race| (race.step.id(), race.winner())).collect()
+}
+
+/// Which plans a model's matrices get.
+#[derive(Debug, Clone, PartialEq)]
+pub(super) enum Plans {
+    /// This one and no other.
+    Asked(GemvPlan),
+    /// One for each of [`Step::ALL`]; where it is not exact, the first variant that is.
+    Preferred([GemvPlan; 4], Vec<Variant>),
+}
+
+/// Which plans a model gets on an adapter, and what there is to say about it.
+///
+/// A software rasteriser gets the defaults: its speed says nothing, and measuring it takes long. The
+/// race is on a device of its own, so that a kernel that brings a driver down costs its own chances
+/// only.
+///
+/// # Errors
+/// [`Error::Dimension`] if a matrix is too large.
+pub(super) fn choose(gpu: &Gpu, config: &ModelConfig, tune: Tune) -> Result<(Plans, Vec<String>)> {
+    let (default, order) = (defaults::plan(&gpu.adapter), defaults::order(&gpu.adapter));
+    let Some(steps) = StepShape::of(config)? else {
+        return Ok((Plans::Preferred([default; 4], order), Vec::new()));
+    };
+    let defaults = steps.map(|step| step.default_plan(default));
+    if tune == Tune::Off || gpu.adapter.kind == AdapterKind::Software {
+        return Ok((Plans::Preferred(defaults, order), Vec::new()));
+    }
+    let measure = |missing: &[StepShape]| {
+        let start = Instant::now();
+        let gpu = gpu.open_again()?;
+        let mut bench = measure::Bench::new(&gpu, missing, start)?;
+        Ok(race(missing, default, gpu.lanes(), AUTO_BUDGET, &mut bench))
+    };
+    let directory = cache::directory();
+    let lanes = gpu.lanes();
+    let (plans, notes) =
+        kept_or_measured(&steps, default, lanes, &Key::of(gpu), directory.as_deref(), measure);
+    Ok((Plans::Preferred(plans, order), notes))
+}
+
+/// The plans in the cache, those of a race for what is not in it, and the defaults for what was not
+/// reached. Nothing here is worth failing for: what goes wrong is a note.
+fn kept_or_measured(
+    steps: &[StepShape; 4],
+    default: GemvPlan,
+    lanes: u32,
+    key: &Key,
+    directory: Option<&Path>,
+    measure: impl FnOnce(&[StepShape]) -> Result<Vec<Race>>,
+) -> ([GemvPlan; 4], Vec<String>) {
+    let mut notes = Vec::new();
+    let mut kept = match directory {
+        Some(directory) => {
+            let (kept, problem) = cache::Kept::read(directory, key);
+            notes.extend(problem);
+            kept
+        }
+        None => cache::Kept::new(key),
+    };
+    // A file may say anything: only what could have been measured is taken from it.
+    let known = |kept: &cache::Kept, step: &StepShape| {
+        kept.plan(&step.id()).filter(|plan| step.candidates(default, lanes).contains(plan))
+    };
+    let missing: Vec<StepShape> =
+        steps.iter().filter(|step| known(&kept, step).is_none()).copied().collect();
+    if !missing.is_empty() {
+        let start = Instant::now();
+        match measure(&missing) {
+            Ok(races) => {
+                let winners = winners(&races);
+                let (count, seconds) = (winners.len(), start.elapsed().as_secs_f64());
+                let name = &key.adapter;
+                notes.push(format!("tuned {count} matrix steps for {name} in {seconds:.1} s"));
+                notes.extend(refusals(&races));
+                kept.add(&winners);
+                let problem = match directory.map(|directory| kept.write(directory)) {
+                    Some(Ok(_)) => None,
+                    Some(Err(error)) => Some(error.to_string()),
+                    None => Some(NO_DIRECTORY.to_owned()),
+                };
+                notes.extend(problem.map(|problem| format!("this is not kept: {problem}")));
+            }
+            Err(error) => notes.push(format!("not tuned: {error}")),
+        }
+    }
+    let plans = steps.map(|step| known(&kept, &step).unwrap_or_else(|| step.default_plan(default)));
+    (plans, notes)
+}
+
+/// Each refusal once.
+fn refusals(races: &[Race]) -> Vec<String> {
+    let mut problems = Vec::new();
+    for (plan, outcome) in races.iter().flat_map(|race| &race.candidates) {
+        if let Outcome::Refused(problem) = outcome {
+            let problem = format!("{plan} is not used: {problem}");
+            if !problems.contains(&problem) {
+                problems.push(problem);
+            }
+        }
+    }
+    problems
+}
+
+#[cfg(test)]
+mod tests;

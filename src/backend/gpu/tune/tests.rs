@@ -1,0 +1,326 @@
+use std::fs;
+
+use super::*;
+use crate::synthetic::{NAMES, bitnet_2b4t, published, tiny_bonsai, tiny_normed};
+
+const LANES: u32 = 256;
+const MS: Duration = Duration::from_millis(1);
+
+fn default() -> GemvPlan {
+    Variant::PackedDot.into()
+}
+
+fn steps() -> [StepShape; 4] {
+    StepShape::of(&bitnet_2b4t()).unwrap().unwrap()
+}
+
+/// An adapter whose clock goes on by 10 ms a check and by 100 ms a measurement.
+struct Fake<F> {
+    now: Duration,
+    time: F,
+    wrong: Option<Variant>,
+    refused: Option<Variant>,
+    measured: Vec<(Step, GemvPlan)>,
+}
+
+impl<F: Fn(&StepShape, GemvPlan) -> u32> Fake<F> {
+    /// `time` in microseconds.
+    fn new(time: F) -> Self {
+        Self { now: Duration::ZERO, time, wrong: None, refused: None, measured: Vec::new() }
+    }
+}
+
+fn wrong() -> Error {
+    let [device, kernel, problem] =
+        ["gpu:0", "gemv", "[3]: expected 1, found 2"].map(str::to_owned);
+    Error::SelfTest { device, kernel, problem }
+}
+
+impl<F: Fn(&StepShape, GemvPlan) -> u32> Track for Fake<F> {
+    fn elapsed(&self) -> Duration {
+        self.now
+    }
+
+    fn check(&mut self, plan: GemvPlan) -> Result<()> {
+        self.now += 10 * MS;
+        if self.wrong == Some(plan.variant) { Err(wrong()) } else { Ok(()) }
+    }
+
+    fn measure(
+        &mut self,
+        step: &StepShape,
+        plan: GemvPlan,
+        end: Duration,
+    ) -> Result<Option<Duration>> {
+        if self.now + 100 * MS > end {
+            return Ok(None);
+        }
+        self.now += 100 * MS;
+        self.measured.push((step.step, plan));
+        if self.refused == Some(plan.variant) {
+            let (adapter, problem) = ("A".to_owned(), "no".to_owned());
+            return Err(Error::Gpu { adapter, operation: "make a pipeline", problem });
+        }
+        Ok(Some(Duration::from_micros((self.time)(step, plan).into())))
+    }
+}
+
+#[test]
+fn candidates_are_legal_and_begin_with_the_default() {
+    for name in NAMES {
+        let config = published(name).unwrap();
+        let Some(steps) = StepShape::of(&config).unwrap() else {
+            assert!(name.contains("bonsai"), "{name}");
+            continue;
+        };
+        assert_eq!(steps.map(|step| step.step), Step::ALL);
+        for step in steps {
+            for lanes in [256, 1024] {
+                let plans = step.candidates(default(), lanes);
+                assert_eq!(plans[0], step.default_plan(default()), "{name}");
+                assert!(plans.len() >= VARIANTS.len(), "{name}: {plans:?}");
+                for (at, plan) in plans.iter().enumerate() {
+                    assert!(step.is_legal(*plan, lanes) && !plans[..at].contains(plan), "{plan:?}");
+                    assert!(step.can_fuse || !plan.fused, "{name}: {plan:?}");
+                }
+            }
+        }
+    }
+    let plans = steps()[0].candidates(default(), 128);
+    assert!(plans[1..].iter().all(|plan| plan.rows * plan.slices <= 128), "{plans:?}");
+}
+
+#[test]
+fn what_no_fused_kernel_takes_is_split() {
+    // Falcon3 7B's down has 23,040 columns; a norm inside the matrix has to come first.
+    let falcon = StepShape::of(&published("falcon3-7b").unwrap()).unwrap().unwrap();
+    let fused = |step: StepShape| step.default_plan(default()).fused;
+    assert_eq!(falcon.map(fused), [true, true, true, false]);
+    let normed = StepShape::of(&tiny_normed()).unwrap().unwrap();
+    assert!(!normed.into_iter().any(fused));
+    assert!(StepShape::of(&tiny_bonsai(2, 128)).unwrap().is_none());
+}
+
+#[test]
+fn ids_tell_steps_apart() {
+    let mut ids: Vec<String> = Vec::new();
+    for name in NAMES {
+        let steps = StepShape::of(&published(name).unwrap()).unwrap();
+        for step in steps.into_iter().flatten() {
+            ids.push(step.id());
+        }
+    }
+    let id = "qkv 3840x2560 heads 20/5x128 norm";
+    assert_eq!(ids[0], id);
+    assert_eq!(ids.iter().filter(|other| *other == id).count(), 1);
+    assert_eq!(ids[..4].iter().collect::<std::collections::BTreeSet<_>>().len(), 4);
+}
+
+#[test]
+fn the_fastest_wins_if_it_is_faster_by_more_than_noise() {
+    let fast = GemvPlan { slices: 4, fused: false, ..GemvPlan::from(Variant::BitSerial) };
+    for (time, winner) in [(960, fast), (980, default()), (1000, default())] {
+        let mut track = Fake::new(|_, plan| if plan == fast { time } else { 1000 });
+        let races = race(&steps(), default(), LANES, 1000 * 1000 * MS, &mut track);
+        assert!(races.iter().all(|race| race.winner() == winner), "{time}");
+        // Every candidate, and where one beats the default those two again.
+        let all: usize = races.iter().map(|race| race.candidates.len()).sum();
+        let again = if winner == fast { 8 } else { 0 };
+        assert_eq!(track.measured.len(), all + again);
+    }
+    // Each step for itself.
+    let mut track = Fake::new(
+        |step, plan| {
+            if (step.step == Step::Down) == (plan == fast) { 500 } else { 1000 }
+        },
+    );
+    let races = race(&steps(), default(), LANES, 1000 * 1000 * MS, &mut track);
+    let winners = races.iter().map(Race::winner).collect::<Vec<_>>();
+    assert_eq!(winners[3], fast);
+    assert!(winners[..3].iter().all(|winner| *winner == default()), "{winners:?}");
+}
+
+#[test]
+fn what_resembles_the_fastest_comes_before_the_rest() {
+    let split = GemvPlan { fused: false, ..Variant::BitSerial.into() };
+    let mut track = Fake::new(|_, plan| if plan == split { 500 } else { 1000 });
+    race(&steps()[..1], default(), LANES, 1000 * 1000 * MS, &mut track);
+    let order: Vec<GemvPlan> = track.measured.iter().map(|(_, plan)| *plan).collect();
+    let is_default = |plan: &GemvPlan| GemvPlan { fused: true, ..*plan } == plan.variant.into();
+    // Every variant as it is, then the winner's relatives.
+    let variants = 2 * VARIANTS.len();
+    assert!(order[..variants].iter().all(is_default), "{order:?}");
+    assert_eq!(order[0], default());
+    assert!(order[variants..].iter().take(4).all(|plan| differences(*plan, split) == 1));
+}
+
+#[test]
+fn a_win_that_does_not_repeat_is_none() {
+    let fast = GemvPlan { fused: false, ..default() };
+    // The default is slow the first time only.
+    let count = std::cell::Cell::new(0);
+    let mut track = Fake::new(|_, plan| {
+        count.set(count.get() + u32::from(plan == default()));
+        if plan == default() && count.get() <= 4 { 2000 } else { 1000 + u32::from(plan != fast) }
+    });
+    let races = race(&steps(), default(), LANES, 1000 * 1000 * MS, &mut track);
+    assert!(races.iter().all(|race| race.winner() == default()));
+}
+
+#[test]
+fn the_budget_ends_the_race() {
+    for (budget, reached) in [(0, 0), (50, 0), (250, 2), (460, 4), (600, 5)] {
+        let budget = budget * MS;
+        let mut track = Fake::new(|_, plan| if plan == default() { 1000 } else { 1 });
+        let races = race(&steps(), default(), LANES, budget, &mut track);
+        assert!(track.now <= budget + 10 * MS, "{:?} of {budget:?}", track.now);
+        assert_eq!(track.measured.len(), reached);
+        // The defaults come first, and where only they were measured they win.
+        let defaults = Step::ALL.map(|step| (step, default()));
+        let first = reached.min(4);
+        assert_eq!(track.measured[..first], defaults[..first]);
+        let others = races.iter().filter(|race| race.winner() != default()).count();
+        assert_eq!(others, reached.saturating_sub(4));
+        assert_eq!(winners(&races).len(), first);
+    }
+}
+
+#[test]
+fn a_wrong_plan_does_not_take_part_and_is_reported() {
+    for is_wrong in [true, false] {
+        let mut track =
+            Fake::new(|_, plan| 1000 - 500 * u32::from(plan.variant == Variant::BitSerial));
+        let slow = Some(Variant::BitSerial);
+        if is_wrong {
+            track.wrong = slow
+        } else {
+            track.refused = slow
+        }
+        let races = race(&steps(), default(), LANES, 1000 * 1000 * MS, &mut track);
+        let measured = |(_, plan): &(Step, GemvPlan)| plan.variant == Variant::BitSerial;
+        assert_eq!(track.measured.iter().any(measured), !is_wrong);
+        for race in &races {
+            assert_eq!(race.winner().variant, Variant::PackedDot);
+        }
+        let problems = refusals(&races);
+        // Each of the variant's plans once, not once a step.
+        let plans = races[0].candidates.iter().filter(|(plan, _)| Some(plan.variant) == slow);
+        assert_eq!(problems.len(), plans.count());
+        let words = if is_wrong { "expected 1, found 2" } else { "make a pipeline" };
+        assert!(problems.iter().all(|problem| problem.contains(words)), "{problems:?}");
+        let report = ShapeReport::new(&races[0], 1000, Some(2.0));
+        let refused = report.candidates.iter().filter(|candidate| candidate.exact == Some(false));
+        assert!(refused.clone().count() == problems.len());
+        assert!(refused.into_iter().all(|candidate| candidate.us.is_none()));
+    }
+    // A default that is wrong does not win by having been first.
+    let mut track = Fake::new(|_, _| 1000);
+    track.wrong = Some(Variant::PackedDot);
+    let races = race(&steps(), default(), LANES, 1000 * 1000 * MS, &mut track);
+    assert!(races.iter().all(|race| race.winner().variant == Variant::BitSerial));
+}
+
+#[test]
+fn a_report_has_the_shape_that_is_promised() {
+    let mut track = Fake::new(|_, _| 10);
+    let races = race(&steps(), default(), LANES, 250 * MS, &mut track);
+    let shape = |at: usize| serde_json::to_value(ShapeReport::new(&races[at], 100_000, Some(20.0)));
+    let qkv = shape(0).unwrap();
+    assert_eq!((&qkv["step"], &qkv["n"], &qkv["k"]), (&"qkv".into(), &3840.into(), &2560.into()));
+    let expected = serde_json::json!({
+        "variant": "packed_dot", "slices": 8, "rows": 32, "unroll": 1, "fused": true,
+        "us": 10.0, "gb_s": 10.0, "share": 0.5, "exact": true, "refused": null,
+    });
+    assert_eq!(qkv["candidates"][0], expected);
+    let winner = serde_json::json!({ "variant": "packed_dot", "slices": 8, "rows": 32, "unroll": 1, "fused": true });
+    assert_eq!(qkv["winner"], winner);
+    let down = shape(3).unwrap();
+    assert!(down["candidates"][0]["us"].is_null() && down["candidates"][0]["exact"].is_null());
+    assert_eq!(down["winner"], winner);
+}
+
+fn key() -> Key {
+    let [adapter, driver, api, wgpu, kernels, capabilities] = ["A"; 6].map(str::to_owned);
+    Key { adapter, driver, api, wgpu, kernels, capabilities }
+}
+
+const SPLIT: GemvPlan =
+    GemvPlan { variant: Variant::BitSerial, slices: 4, rows: 32, unroll: 1, fused: false };
+
+/// What a race on a fake adapter finds, on which one plan is twice as fast.
+fn measured(steps: &[StepShape]) -> Result<Vec<Race>> {
+    let mut track = Fake::new(|_, plan| if plan == SPLIT { 500 } else { 1000 });
+    Ok(race(steps, default(), LANES, 1000 * 1000 * MS, &mut track))
+}
+
+#[test]
+fn winners_are_kept_and_not_measured_again() {
+    let directory = tempfile::tempdir().unwrap();
+    let directory = Some(directory.path());
+    let (plans, notes) = kept_or_measured(&steps(), default(), LANES, &key(), directory, measured);
+    assert_eq!(plans, [SPLIT; 4]);
+    assert_eq!(notes.len(), 1, "{notes:?}");
+    assert!(notes[0].starts_with("tuned 4 matrix steps for A in "), "{notes:?}");
+    let never = |_: &[StepShape]| panic!("everything is known");
+    let again = kept_or_measured(&steps(), default(), LANES, &key(), directory, never);
+    assert_eq!(again, ([SPLIT; 4], Vec::new()));
+    // Another model adds its steps.
+    let other = StepShape::of(&published("bitnet-large").unwrap()).unwrap().unwrap();
+    kept_or_measured(&other, default(), LANES, &key(), directory, measured);
+    for steps in [steps(), other] {
+        let never = |_: &[StepShape]| panic!("everything is known");
+        let (plans, _) = kept_or_measured(&steps, default(), LANES, &key(), directory, never);
+        assert_eq!(plans, [SPLIT; 4]);
+    }
+    // New kernels are measured anew.
+    let new = Key { kernels: "B".to_owned(), ..key() };
+    let (_, notes) = kept_or_measured(&steps(), default(), LANES, &new, directory, measured);
+    assert!(notes.len() == 2 && notes[0].contains("kernels"), "{notes:?}");
+}
+
+#[test]
+fn a_file_cannot_ask_for_what_there_is_not() {
+    let directory = tempfile::tempdir().unwrap();
+    for wrong in [
+        GemvPlan { slices: usize::MAX, ..SPLIT },
+        GemvPlan { slices: 5, ..SPLIT },
+        GemvPlan { rows: 0, ..SPLIT },
+        GemvPlan { unroll: 3, ..SPLIT },
+    ] {
+        let mut kept = cache::Kept::new(&key());
+        let good = GemvPlan { slices: 8, ..SPLIT };
+        kept.add(&steps().map(|step| (step.id(), good)));
+        kept.add(&[(steps()[1].id(), wrong)]);
+        kept.write(directory.path()).unwrap();
+        let (plans, _) = kept_or_measured(
+            &steps(),
+            default(),
+            LANES,
+            &key(),
+            Some(directory.path()),
+            |missing| {
+                assert_eq!(missing, &steps()[1..2]);
+                measured(missing)
+            },
+        );
+        assert_eq!(plans, [good, SPLIT, good, good], "{wrong:?}");
+    }
+}
+
+#[test]
+fn what_fails_is_a_note() {
+    // A file where the directory should be.
+    let directory = tempfile::tempdir().unwrap();
+    let file = directory.path().join("file");
+    fs::write(&file, "").unwrap();
+    let result = kept_or_measured(&steps(), default(), LANES, &key(), Some(&file), measured);
+    assert_eq!(result.0, [SPLIT; 4]);
+    assert!(result.1.last().is_some_and(|note| note.contains("not kept")), "{:?}", result.1);
+    let (plans, notes) = kept_or_measured(&steps(), default(), LANES, &key(), None, measured);
+    assert_eq!(plans, [SPLIT; 4]);
+    assert!(notes[1].contains("STERNA_CACHE"), "{notes:?}");
+    let fails = |_: &[StepShape]| Err(wrong());
+    let (plans, notes) = kept_or_measured(&steps(), default(), LANES, &key(), None, fails);
+    assert_eq!(plans, [default(); 4]);
+    assert!(notes.len() == 1 && notes[0].starts_with("not tuned: "), "{notes:?}");
+}

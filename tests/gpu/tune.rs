@@ -1,0 +1,70 @@
+//! Races of plans on a real adapter.
+
+use std::time::Duration;
+
+use libtest_mimic::Failed;
+use sterna::backend::gpu::tune::{StepShape, tune};
+use sterna::backend::gpu::{AdapterKind, Gpu, Variant};
+use sterna::synthetic::{tiny_bitnet, tiny_llama, tiny_normed};
+
+use crate::Case;
+
+pub fn cases() -> Vec<Case> {
+    let mut cases: Vec<Case> = Vec::new();
+    // Heads that are no whole tiles, heads that are, and a norm inside the matrices.
+    for (name, config) in
+        [("bitnet", tiny_bitnet()), ("llama", tiny_llama()), ("normed", tiny_normed())]
+    {
+        cases.push((
+            format!("tune::every_variant_runs_and_is_exact::{name}"),
+            Box::new(move |gpu| {
+                let steps = StepShape::of(&config)?.ok_or("matrices with one scale")?;
+                every_variant(gpu, &steps)
+            }),
+        ));
+    }
+    cases
+}
+
+/// Long enough for every variant as it runs by default, also on a busy machine with a software
+/// rasteriser; the other plans are as exact (`kernels.rs`), and too many.
+const BUDGET: Duration = Duration::from_secs(20);
+
+fn every_variant(gpu: &Gpu, steps: &[StepShape]) -> Result<(), Failed> {
+    let directory = tempfile::tempdir()?;
+    let report = tune(gpu, steps, BUDGET, Some(directory.path()))?;
+    let is_positive = |value: Option<f64>| value.is_some_and(|value| value > 0.0 && value < 1e9);
+    if !is_positive(report.copy_gb_s) || report.dispatch_us.is_none() {
+        return Err(
+            format!("copy {:?}, dispatch {:?}", report.copy_gb_s, report.dispatch_us).into()
+        );
+    }
+    if report.shapes.len() != steps.len() {
+        return Err("a step has no report".into());
+    }
+    for shape in &report.shapes {
+        let what = shape.step.name();
+        for candidate in &shape.candidates {
+            let is_measured = candidate.exact == Some(true) && is_positive(candidate.us);
+            if !is_measured && (candidate.exact.is_some() || candidate.us.is_some()) {
+                return Err(format!("{what}: {candidate:?}").into());
+            }
+        }
+        let measured = || shape.candidates.iter().filter(|found| found.us.is_some());
+        let has = |variant| measured().any(|found| found.plan.variant == variant);
+        if !Variant::ALL.into_iter().all(has) {
+            return Err(format!("{what}: a variant did not take part").into());
+        }
+        if !measured().any(|candidate| candidate.plan == shape.winner) {
+            return Err(format!("{what}: {:?} was not measured", shape.winner).into());
+        }
+    }
+    // What is known of a software rasteriser is of no use to anyone.
+    let is_software = gpu.adapter.kind == AdapterKind::Software;
+    let is_there =
+        directory.path().join("tune").read_dir().is_ok_and(|mut files| files.next().is_some());
+    if is_there == is_software || report.kept.is_some() == is_software {
+        return Err(format!("kept: {:?}, {:?}", report.kept, report.not_kept).into());
+    }
+    Ok(())
+}
