@@ -463,7 +463,7 @@ fn decode_step(capabilities: Capabilities) -> Result<(), Failed> {
     for position in 0..50 {
         step(&mut backend, position)?;
     }
-    let WorkDone { passes, dispatches, submits, readback_bytes } =
+    let WorkDone { passes, dispatches, submits, readback_bytes, .. } =
         backend.work_done().since(before);
     same("passes, submits, bytes", &[passes, submits, readback_bytes], &[50, 50, 50 * 4])?;
     // Per layer: one for each of the five steps; embedding, final norm, head and argmax.

@@ -1,8 +1,10 @@
 //! Adapters: listing them, choosing one, opening a device.
 
-use std::sync::{Arc, Mutex};
+use std::collections::VecDeque;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
 
-use super::record::Work;
+use super::record::{Specialised, Work};
 use crate::error::{Error, Result};
 
 /// An adapter as wgpu reports it.
@@ -64,7 +66,21 @@ pub enum Capabilities {
 }
 
 fn instance() -> wgpu::Instance {
-    wgpu::Instance::new(wgpu::InstanceDescriptor::new_without_display_handle_from_env())
+    let mut descriptor = wgpu::InstanceDescriptor::new_without_display_handle_from_env();
+    // Whatever the environment says: what computes nothing is no adapter.
+    descriptor.backend_options.noop.enable = false;
+    descriptor.backend_options.dx12.shader_compiler = dx12_compiler();
+    wgpu::Instance::new(descriptor)
+}
+
+/// DXC, which knows packed dot products and is linked in: Windows itself only has FXC, with which
+/// they are emulated. Where Microsoft offers no DXC to link, and elsewhere, wgpu's own choice.
+fn dx12_compiler() -> wgpu::Dx12Compiler {
+    if cfg!(all(windows, target_arch = "x86_64")) {
+        wgpu::Dx12Compiler::StaticDxc.with_env()
+    } else {
+        wgpu::Dx12Compiler::default().with_env()
+    }
 }
 
 fn adapters_of(instance: &wgpu::Instance) -> Vec<wgpu::Adapter> {
@@ -114,7 +130,13 @@ pub struct Gpu {
     pub(crate) device: wgpu::Device,
     pub(crate) queue: wgpu::Queue,
     max_binding: u64,
+    /// On a dry device, the buffer that is bound in the place of all weights.
+    pub(super) stand_in: Option<wgpu::Buffer>,
     pub(super) work: Work,
+    /// What was submitted and not waited for yet.
+    pub(super) pending: Mutex<VecDeque<wgpu::SubmissionIndex>>,
+    /// Kernels with their constants, one for each pipeline that was made.
+    pub(super) compiled: Mutex<Vec<Specialised>>,
     /// The first error that no call returned: validation outside a scope, or a lost device.
     failure: Arc<Mutex<Option<String>>>,
 }
@@ -145,6 +167,48 @@ impl Gpu {
         Self::from_adapter(&all.swap_remove(chosen), descriptions[chosen].clone(), capabilities)
     }
 
+    /// A device that computes nothing and needs no adapter: it takes buffers, pipelines and
+    /// commands, and counts them. Weights get no memory, so that a large model fits any machine.
+    ///
+    /// [`Capabilities::Adapter`] has buffers of up to 2 GiB, as hardware GPUs do.
+    ///
+    /// # Errors
+    /// [`Error::Gpu`] if wgpu refuses.
+    pub fn dry(capabilities: Capabilities) -> Result<Self> {
+        let largest = i32::MAX as u64 & !3;
+        let limits = match capabilities {
+            Capabilities::WebGpuDefault => wgpu::Limits::default(),
+            Capabilities::Adapter => wgpu::Limits {
+                max_buffer_size: largest,
+                max_storage_buffer_binding_size: largest,
+                ..wgpu::Limits::default()
+            },
+        };
+        let mut descriptor = wgpu::InstanceDescriptor::new_without_display_handle();
+        descriptor.backends = wgpu::Backends::NOOP;
+        descriptor.backend_options.noop = wgpu::NoopBackendOptions {
+            limits: Some(limits),
+            ..wgpu::NoopBackendOptions::enabled()
+        };
+        let instance = wgpu::Instance::new(descriptor);
+        let adapter = adapters_of(&instance).pop().expect("wgpu is built with its noop backend");
+        let description = AdapterDescription {
+            index: 0,
+            name: "dry".to_owned(),
+            kind: AdapterKind::Other,
+            api: "noop".to_owned(),
+            driver: "computes nothing".to_owned(),
+        };
+        let mut gpu = Self::from_adapter(&adapter, description, capabilities)?;
+        gpu.stand_in = Some(Self::make_stand_in(&gpu.device));
+        Ok(gpu)
+    }
+
+    /// Whether it only counts what it is given to do.
+    pub fn is_dry(&self) -> bool {
+        self.stand_in.is_some()
+    }
+
     fn from_adapter(
         adapter: &wgpu::Adapter,
         description: AdapterDescription,
@@ -169,25 +233,33 @@ impl Gpu {
                 }
             })?;
         let failure = Arc::new(Mutex::new(None));
-        let note = |failure: &Arc<Mutex<Option<String>>>, problem: String| {
-            if let Ok(mut slot) = failure.lock() {
-                slot.get_or_insert(problem);
-            }
-        };
         let slot = Arc::clone(&failure);
         device.on_uncaptured_error(Arc::new(move |error: wgpu::Error| {
-            note(&slot, one_line(&error.to_string()));
+            if let Ok(mut slot) = slot.lock() {
+                slot.get_or_insert_with(|| one_line(&error.to_string()));
+            }
         }));
         let slot = Arc::clone(&failure);
-        device.set_device_lost_callback(move |reason, message| {
-            if reason != wgpu::DeviceLostReason::Destroyed {
-                note(&slot, format!("device lost: {}", one_line(&message)));
+        device.set_device_lost_callback(move |_, message| {
+            // Why the device is gone says more than what could not be done without it.
+            if let Ok(mut slot) = slot.lock() {
+                let message = one_line(&message);
+                *slot = Some(format!("the device was lost: {}", message.trim_end_matches('.')));
             }
         });
         let limits = device.limits();
         let max_binding = limits.max_storage_buffer_binding_size.min(limits.max_buffer_size);
-        let work = Work::default();
-        Ok(Self { adapter: description, device, queue, max_binding, work, failure })
+        Ok(Self {
+            adapter: description,
+            device,
+            queue,
+            max_binding,
+            stand_in: None,
+            work: Work::default(),
+            pending: Mutex::default(),
+            compiled: Mutex::default(),
+            failure,
+        })
     }
 
     /// The error of this device for a failed operation.
@@ -202,11 +274,58 @@ impl Gpu {
     }
 
     /// Waits until everything submitted has run.
+    ///
+    /// # Errors
+    /// [`Error::Gpu`] if the driver reports an error, or one submission takes longer than
+    /// [`Self::patience`].
     pub(crate) fn wait(&self, operation: &'static str) -> Result<()> {
-        self.device
-            .poll(wgpu::PollType::wait_indefinitely())
-            .map_err(|source| self.error(operation, source.to_string()))?;
-        self.check(operation)
+        let next = || {
+            let mut pending = self.pending.lock().unwrap_or_else(PoisonError::into_inner);
+            pending.pop_front()
+        };
+        while let Some(index) = next() {
+            self.wait_for(Some(index), operation)?;
+        }
+        self.wait_for(None, operation)
+    }
+
+    /// Waits for a submission, or for the last.
+    fn wait_for(
+        &self,
+        submission_index: Option<wgpu::SubmissionIndex>,
+        operation: &'static str,
+    ) -> Result<()> {
+        let timeout = Some(self.patience());
+        match self.device.poll(wgpu::PollType::Wait { submission_index, timeout }) {
+            Ok(_) => self.check(operation),
+            Err(wgpu::PollError::Timeout) => {
+                self.check(operation)?;
+                Err(self.silent(operation))
+            }
+            Err(source) => Err(self.error(operation, source.to_string())),
+        }
+    }
+
+    /// The error of a device that has not answered for as long as it may take.
+    pub(super) fn silent(&self, operation: &'static str) -> Error {
+        let seconds = self.patience().as_secs();
+        self.error(operation, format!("the GPU has not answered for {seconds} s"))
+    }
+
+    /// How long one submission may take: far longer than the watchdogs of hardware drivers allow. A
+    /// software rasteriser has no watchdog and may need minutes for a chunk of a prompt.
+    pub(super) fn patience(&self) -> Duration {
+        match self.adapter.kind {
+            AdapterKind::Software => Duration::from_secs(600),
+            _ => Duration::from_secs(60),
+        }
+    }
+
+    /// Something that destroys the device when it is called, wherever the device is then: what a
+    /// lost adapter looks like to a program.
+    pub fn kill_switch(&self) -> impl Fn() + Send + 'static {
+        let device = self.device.clone();
+        move || device.destroy()
     }
 
     /// Bytes of the largest storage binding; larger matrices are sharded by rows.

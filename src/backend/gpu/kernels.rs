@@ -4,7 +4,7 @@ use cpu_ref::attention::Heads;
 use cpu_ref::layout::{TILE_ROWS, k_chunks};
 use cpu_ref::mlp::Activation;
 
-use super::record::{Call, Rows};
+use super::record::{Call, Rows, WeightsRead};
 use super::shader::{self, Kernel};
 use crate::layout::Layout;
 use crate::shape::MatShape;
@@ -299,7 +299,20 @@ fn call(
 ) -> Call {
     let constants = constants.into_iter().map(|(name, value)| (name, value as f64)).collect();
     // A grid past u32 is past every adapter's limit: `Gpu::op` refuses it.
-    Call { kernel, constants, x: u32::try_from(x).unwrap_or(u32::MAX), y }
+    let x = u32::try_from(x).unwrap_or(u32::MAX);
+    Call { kernel, constants, x, y, writes: 0, weights: WeightsRead::All, cache_words: 0 }
+}
+
+impl Call {
+    /// See [`Call::writes`].
+    fn writing(self, writes: usize) -> Self {
+        Self { writes, ..self }
+    }
+
+    /// Reads one of so many rows for each token.
+    fn looking_up(self, rows: usize) -> Self {
+        Self { weights: WeightsRead::RowOf(rows), ..self }
+    }
 }
 
 /// tokens, table, scale, min, out.
@@ -314,6 +327,8 @@ pub fn embedding(shard: DenseShard) -> Call {
     ];
     let constants = constants.into_iter().chain(shard.format.constants());
     call(shader::EMBEDDING, constants, units.div_ceil(ELEMENT_LANES), Rows::Tokens)
+        .writing(shard.k)
+        .looking_up(shard.rows)
 }
 
 /// tokens, w, scales, out; of rows `base..base + rows`, whole tiles but the last.
@@ -322,6 +337,8 @@ pub fn group_embedding(matrix: GroupMatrix, base: usize, rows: usize) -> Call {
     let constants = constants.into_iter().chain(matrix.constants());
     let x = matrix.shape.k().div_ceil(ELEMENT_LANES);
     call(shader::GROUP_EMBEDDING, constants, x, Rows::Tokens)
+        .writing(matrix.shape.k())
+        .looking_up(padded_rows(rows))
 }
 
 /// x, w, y; of all tokens, or of those whose logits are wanted.
@@ -330,20 +347,21 @@ pub fn rmsnorm(k: usize, eps: f32, logit_rows: bool) -> Call {
     let mut call =
         call(shader::RMSNORM, [("K", k), ("LOGIT_ROWS", usize::from(logit_rows))], 1, rows);
     call.constants.push(("EPS", f64::from(eps)));
-    call
+    call.writing(k)
 }
 
 /// x, codes, act_scale, code_sum.
 pub fn quantize_absmax(k: usize, variant: Variant) -> Call {
     let planes = usize::from(variant == Variant::BitSerial);
     let constants = [("K", k), ("KC", k_chunks(k)), ("PLANES", planes)];
-    call(shader::QUANTIZE_ABSMAX, constants, 1, Rows::Tokens)
+    call(shader::QUANTIZE_ABSMAX, constants, 1, Rows::Tokens).writing(16 * k_chunks(k) + 2)
 }
 
 /// x, codes, act_scale.
 pub fn quantize_absmax_groups(k: usize, group: usize) -> Call {
     let constants = [("WG", GROUP_QUANTIZE_LANES), ("K", k), ("GROUP", group)];
     call(shader::QUANTIZE_ABSMAX_GROUPS, constants, k / group, Rows::Tokens)
+        .writing(k / 4 + k / group)
 }
 
 /// Largest block of [`hadamard`]: it fills a workgroup's memory.
@@ -370,13 +388,13 @@ pub fn hadamard(k: usize, block: usize, rotate: Rotate) -> Call {
     let constants = [("K", k), ("BLOCK", block), ("BACK", back), ("LOGIT_ROWS", logit_rows)];
     let mut call = call(shader::HADAMARD, constants, k / block, rows);
     call.constants.push(("FACTOR", f64::from(cpu_ref::hadamard::inv_sqrt(block))));
-    call
+    call.writing(k)
 }
 
 /// w, x, offset, \[code_sum,\] acc; of tiles `tile_base..tile_base + tiles`.
 pub fn gemv(plan: GemvPlan, shape: MatShape, tile_base: usize, tiles: usize) -> Call {
     let constants = [("S", plan.slices), ("KC", k_chunks(shape.k())), ("TILE_BASE", tile_base)];
-    call(plan.variant.gemv(), constants, tiles, Rows::One)
+    call(plan.variant.gemv(), constants, tiles, Rows::One).writing(tiles * TILE_ROWS)
 }
 
 /// w, x, offset, \[code_sum,\] acc; of tiles `tile_base..tile_base + tiles`.
@@ -387,7 +405,7 @@ pub fn gemm(variant: Variant, shape: MatShape, tile_base: usize, tiles: usize) -
         ("N_PAD", padded_rows(shape.n())),
         ("TILE_BASE", tile_base),
     ];
-    call(variant.gemm(), constants, tiles, Rows::TokenTiles(GEMM_TOKENS))
+    call(variant.gemm(), constants, tiles, Rows::TokenTiles(GEMM_TOKENS)).writing(tiles * TILE_ROWS)
 }
 
 /// w, scales, x, y; of the shard of whole tiles that `out` says.
@@ -404,14 +422,14 @@ pub fn group_gemv(
     } else {
         Rows::TokenTiles(tokens.count())
     };
-    call(shader::GROUP_GEMV, constants, out.rows.div_ceil(TILE_ROWS), rows)
+    call(shader::GROUP_GEMV, constants, out.rows.div_ceil(TILE_ROWS), rows).writing(out.rows)
 }
 
 /// w, scales, x, act_scale, y; of the shard of whole tiles that `out` says.
 pub fn group_gemv_int8(matrix: GroupMatrix, out: RowsOut, tokens: TokensPerLane) -> Call {
     let constants = group_constants(matrix, out, tokens);
     let x = out.rows.div_ceil(TILE_ROWS);
-    call(shader::GROUP_GEMV_INT8, constants, x, Rows::TokenTiles(tokens.count()))
+    call(shader::GROUP_GEMV_INT8, constants, x, Rows::TokenTiles(tokens.count())).writing(out.rows)
 }
 
 // The slices of `group_gemv_int8` are the lanes of its sum.
@@ -445,7 +463,7 @@ pub fn head_norm(heads: Heads, eps: f32, rows: &LinearRows) -> Call {
     let constants = constants.into_iter().chain(rows.constants());
     let mut call = call(shader::HEAD_NORM, constants, all, Rows::Tokens);
     call.constants.push(("EPS", f64::from(eps)));
-    call
+    call.writing(all * heads.dim)
 }
 
 /// acc, weight_scale, act_scale, angles, query, keys, values.
@@ -455,7 +473,7 @@ pub fn rope(heads: Heads, rows: &LinearRows) -> Call {
         [("WG", ELEMENT_LANES), ("HEADS", heads.query), ("KV_HEADS", heads.kv), ("DIM", heads.dim)];
     let constants = constants.into_iter().chain(rows.constants());
     let pairs = all * heads.dim / 2;
-    call(shader::ROPE, constants, pairs.div_ceil(ELEMENT_LANES), Rows::Tokens)
+    call(shader::ROPE, constants, pairs.div_ceil(ELEMENT_LANES), Rows::Tokens).writing(2 * pairs)
 }
 
 /// A linear layer's step in one dispatch: what all of them share.
@@ -501,18 +519,26 @@ impl Fused {
     /// w, x, norm, rows, angles, query, keys, values.
     pub fn qkv(self, heads: Heads) -> Call {
         let constants = [("HEADS", heads.query), ("KV_HEADS", heads.kv), ("DIM", heads.dim)];
-        self.call(shader::FUSED_QKV, constants, 1)
+        // Every row of the tiles, which heads of whole tiles fill.
+        self.call(shader::FUSED_QKV, constants, 1).writing(self.tiles.1 * TILE_ROWS)
     }
 
     /// w, x, norm, rows, z.
     pub fn gated(self, intermediate: usize, activation: Activation) -> Call {
         let constants = [("F", intermediate), ("ACT", act(activation))];
-        self.call(shader::FUSED_GATED, constants, 2)
+        let rows = self.rows_of(intermediate, 2);
+        self.call(shader::FUSED_GATED, constants, 2).writing(rows)
     }
 
     /// w, x, norm, rows, hidden, out.
     pub fn residual(self, n: usize) -> Call {
-        self.call(shader::FUSED_RESIDUAL, [("N", n)], 1)
+        self.call(shader::FUSED_RESIDUAL, [("N", n)], 1).writing(self.rows_of(n, 1))
+    }
+
+    /// How many of `n` rows of the output are this shard's, with so many tiles a tile of them.
+    fn rows_of(self, n: usize, tiles_a_workgroup: usize) -> usize {
+        let (first, count) = (self.tiles.0 / tiles_a_workgroup, self.tiles.1 / tiles_a_workgroup);
+        n.min((first + count) * TILE_ROWS) - n.min(first * TILE_ROWS)
     }
 }
 
@@ -533,7 +559,8 @@ pub fn attention(heads: Heads) -> Call {
     let mut call = call(shader::ATTENTION, constants, heads.query, Rows::Tokens);
     let inv_sqrt_dim = cpu_ref::attention::inv_sqrt_dim(heads.dim);
     call.constants.push(("INV_SQRT_DIM", f64::from(inv_sqrt_dim)));
-    call
+    call.cache_words = 2 * heads.kv * heads.dim;
+    call.writing(heads.query * heads.dim)
 }
 
 /// acc, weight_scale, act_scale, z.
@@ -541,14 +568,14 @@ pub fn gated_activation(intermediate: usize, activation: Activation, rows: &Line
     let constants = [("WG", ELEMENT_LANES), ("F", intermediate), ("ACT", act(activation))];
     let constants = constants.into_iter().chain(rows.constants());
     let x = intermediate.div_ceil(ELEMENT_LANES);
-    call(shader::GATED_ACTIVATION, constants, x, Rows::Tokens)
+    call(shader::GATED_ACTIVATION, constants, x, Rows::Tokens).writing(intermediate)
 }
 
 /// hidden, acc, weight_scale, act_scale, out.
 pub fn residual_add(n: usize, rows: &LinearRows) -> Call {
     let constants = [("WG", ELEMENT_LANES), ("N", n)];
     let constants = constants.into_iter().chain(rows.constants());
-    call(shader::RESIDUAL_ADD, constants, n.div_ceil(ELEMENT_LANES), Rows::Tokens)
+    call(shader::RESIDUAL_ADD, constants, n.div_ceil(ELEMENT_LANES), Rows::Tokens).writing(n)
 }
 
 /// x, table, scale, min, logits.
@@ -562,9 +589,10 @@ pub fn lm_head(shard: DenseShard, vocab_size: usize) -> Call {
     ];
     let constants = constants.into_iter().chain(shard.format.constants());
     call(shader::LM_HEAD, constants, shard.rows.div_ceil(HEAD_ROWS), Rows::LogitRows)
+        .writing(shard.rows)
 }
 
 /// logits, token.
 pub fn argmax(vocab_size: usize) -> Call {
-    call(shader::ARGMAX, [("V", vocab_size)], 1, Rows::One)
+    call(shader::ARGMAX, [("V", vocab_size)], 1, Rows::One).writing(1)
 }

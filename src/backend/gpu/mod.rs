@@ -17,7 +17,7 @@ pub use buffer::Slice;
 pub use device::{AdapterDescription, AdapterKind, Capabilities, Gpu, ResourceCounts, adapters};
 pub use kernels::{GemvPlan, Variant};
 pub use matrix::row_offsets;
-pub use record::{Call, Op, PassParams, Pipelines, Rows, WorkDone};
+pub use record::{Call, Op, PassParams, Pipelines, Rows, Specialised, WeightsRead, WorkDone};
 
 use cpu_ref::layout::TILE_ROWS;
 use cpu_ref::rope;
@@ -81,12 +81,14 @@ struct Buffers {
 }
 
 /// A matrix step as it is recorded for one token and for many.
+#[derive(Clone)]
 struct Matmul {
     gemv: Vec<Op>,
     gemm: Vec<Op>,
 }
 
 /// The dispatches of one layer's five steps.
+#[derive(Clone)]
 struct LayerOps {
     qkv: Step,
     attend: Op,
@@ -97,6 +99,7 @@ struct LayerOps {
 
 /// A step around matrices that read one vector: what makes the vector, each run's own preparation
 /// and matrix, what comes after.
+#[derive(Clone)]
 struct Step {
     before: Vec<Op>,
     runs: Vec<(Vec<Op>, Matmul)>,
@@ -171,6 +174,11 @@ impl GpuBackend {
         let mut layers = Vec::with_capacity(total);
         for index in 0..total {
             progress(Progress { done: index, total });
+            // Layers have the same shapes, and a dry device holds no weights.
+            if let Some(first) = layers.first().filter(|_| gpu.is_dry()) {
+                layers.push(LayerOps::clone(first));
+                continue;
+            }
             let cache = [(); 2].map(|()| gpu.storage("KV cache", capacity * config.kv_size()));
             let [keys, values] = cache;
             let weights = source.layer(index)?;
@@ -181,7 +189,7 @@ impl GpuBackend {
         let embedding = builder.table("embedding", &source.embedding()?)?;
         let lm_head = source.lm_head()?.map(|table| builder.table("lm_head", &table));
         let lm_head = lm_head.transpose()?;
-        let final_norm = gpu.upload("final norm", &source.final_norm()?)?;
+        let final_norm = gpu.upload_weights("final norm", &source.final_norm()?)?;
         let embed = builder.embed(&embedding)?;
         let head = builder.head(lm_head.as_ref().unwrap_or(&embedding), &final_norm)?;
         let b = &buffers;
@@ -221,6 +229,11 @@ impl GpuBackend {
     /// What the device was given to do since it was opened.
     pub fn work_done(&self) -> WorkDone {
         self.gpu.work_done()
+    }
+
+    /// The device this model is on.
+    pub fn gpu(&self) -> &Gpu {
+        &self.gpu
     }
 
     /// Records a step around matrices.
@@ -504,8 +517,8 @@ impl Builder<'_> {
         let ops = shards.filter_map(|((tiles, words, _), rows)| {
             let tiles = (tiles.start, tiles.len());
             let (call, after) = call(Fused { plan, k: shape.k(), norm: eps, tiles })?;
-            // Where there is no norm, the rows stand in for its weight and are not read.
-            let buffers = [&[words, x, norm.unwrap_or(rows), rows], after.as_slice()].concat();
+            // Where there is no norm, the input stands in for its weight and is not read.
+            let buffers = [&[words, x, norm.unwrap_or(x), rows], after.as_slice()].concat();
             Some(self.op(&call, &buffers))
         });
         ops.collect()

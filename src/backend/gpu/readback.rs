@@ -1,9 +1,8 @@
 //! Reading results back.
 
-use std::sync::atomic::Ordering;
-
 use super::buffer::Slice;
 use super::device::Gpu;
+use super::record::WorkDone;
 use crate::error::Result;
 
 /// A buffer that the host can map, made at load for what every step reads back.
@@ -36,7 +35,7 @@ impl Gpu {
         const OPERATION: &str = "read a result back";
         let (sender, receiver) = std::sync::mpsc::sync_channel(1);
         let range = 0..len_words as u64 * 4;
-        self.work.readback_bytes.fetch_add(range.end, Ordering::Relaxed);
+        self.work.add(WorkDone { readback_bytes: range.end, ..WorkDone::default() });
         staging.buffer.map_async(wgpu::MapMode::Read, range.clone(), move |result| {
             // The receiver waits below; it is gone only if waiting failed.
             let _ = sender.send(result);
@@ -44,8 +43,8 @@ impl Gpu {
         self.wait(OPERATION)?;
         // Another thread's poll may still be on its way to the callback.
         receiver
-            .recv()
-            .map_err(|_| self.error(OPERATION, "the buffer was not mapped"))?
+            .recv_timeout(self.patience())
+            .map_err(|_| self.silent(OPERATION))?
             .map_err(|source| self.error(OPERATION, source.to_string()))?;
         let result = {
             let bytes = staging

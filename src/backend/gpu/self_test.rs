@@ -52,6 +52,8 @@ impl<'a> Methods<'a> {
     pub fn sums(&mut self) -> Result<Method> {
         let chosen = match (self.plan.take(), self.asked) {
             (Some(chosen), _) => chosen,
+            // Which computes nothing that could be checked.
+            (None, Some(plan)) if self.gpu.is_dry() => (plan, None),
             (None, Some(plan)) => check(self.gpu, plan).map(|()| (plan, None))?,
             (None, None) => choose(self.gpu)?,
         };
@@ -64,10 +66,10 @@ impl<'a> Methods<'a> {
     /// [`Error::SelfTest`] if its kernels are wrong on this adapter.
     pub fn groups(&mut self, int8: bool) -> Result<Method> {
         let passed = &mut self.groups[usize::from(int8)];
-        if !*passed {
+        if !*passed && !self.gpu.is_dry() {
             check_groups(self.gpu, int8)?;
-            *passed = true;
         }
+        *passed = true;
         Ok(Method::Groups { int8 })
     }
 
