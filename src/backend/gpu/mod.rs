@@ -4,6 +4,7 @@
 //! one command encoder, one compute pass and one submit; greedy decoding reads back a token id.
 //! Hidden states ping-pong between two buffers, and no kernel reads a buffer it writes.
 
+pub mod account;
 mod buffer;
 mod device;
 pub mod kernels;
