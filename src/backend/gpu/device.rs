@@ -269,6 +269,13 @@ impl Gpu {
 
     /// Fails if the driver has reported an error since the device was opened.
     pub(crate) fn check(&self, operation: &'static str) -> Result<()> {
+        // The loss of a device is reported when it is polled.
+        let polled = self.device.poll(wgpu::PollType::Poll);
+        self.check_reported(operation)?;
+        polled.map(|_| ()).map_err(|source| self.error(operation, source.to_string()))
+    }
+
+    fn check_reported(&self, operation: &'static str) -> Result<()> {
         let failure = self.failure.lock().ok().and_then(|slot| slot.clone());
         failure.map_or(Ok(()), |problem| Err(self.error(operation, problem)))
     }
@@ -297,12 +304,15 @@ impl Gpu {
     ) -> Result<()> {
         let timeout = Some(self.patience());
         match self.device.poll(wgpu::PollType::Wait { submission_index, timeout }) {
-            Ok(_) => self.check(operation),
-            Err(wgpu::PollError::Timeout) => {
+            Ok(_) => self.check_reported(operation),
+            Err(source) => {
+                // Why the device is gone says more than that there was nothing to wait for.
                 self.check(operation)?;
-                Err(self.silent(operation))
+                match source {
+                    wgpu::PollError::Timeout => Err(self.silent(operation)),
+                    source => Err(self.error(operation, source.to_string())),
+                }
             }
-            Err(source) => Err(self.error(operation, source.to_string())),
         }
     }
 
