@@ -8,13 +8,9 @@ use anyhow::{Context, bail};
 use naga::back::{pipeline_constants, spv};
 use naga::proc::{BoundsCheckPolicies, BoundsCheckPolicy};
 use naga::valid::{Capabilities, ValidationFlags, Validator};
-use sterna::backend::LoadOptions;
-use sterna::backend::gpu::account::{DryRunOptions, dry_run};
-use sterna::backend::gpu::kernels::{Rotate, hadamard};
+use sterna::backend::gpu::account::published_pipelines;
 use sterna::backend::gpu::shader::KERNELS;
-use sterna::backend::gpu::{Capabilities as DeviceCapabilities, GemvPlan, Specialised, Variant};
-use sterna::config::ModelConfig;
-use sterna::synthetic::{Shapes, published};
+use sterna::backend::gpu::{Specialised, Variant};
 
 /// Writes every kernel, and every variant of it, to a file of its own.
 pub fn write(out: &Path) -> anyhow::Result<()> {
@@ -31,22 +27,10 @@ pub fn write(out: &Path) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// The pipelines of BitNet 2B4T by name; those that it does not have are of models that do.
+/// The pipelines of published models by name.
 fn pipelines() -> anyhow::Result<BTreeMap<String, Specialised>> {
-    let mut all = Vec::new();
-    for variant in Variant::ALL {
-        all.extend(recorded("bitnet-2b4t", variant, false)?);
-    }
-    for name in ["bonsai-1.7b", "ternary-bonsai-1.7b"] {
-        for int8 in [false, true] {
-            all.extend(recorded(name, Variant::BitSerial, int8)?);
-        }
-    }
-    let rotation = hadamard(6144, 2048, Rotate::Input);
-    all.push(Specialised { kernel: rotation.kernel, constants: rotation.constants });
-
     let mut named: BTreeMap<String, Specialised> = BTreeMap::new();
-    for pipeline in all {
+    for pipeline in published_pipelines()? {
         let slot = named.entry(name(&pipeline)).or_insert_with(|| pipeline.clone());
         // Of several matrices, the one with the longest rows.
         if row_len(&pipeline) > row_len(slot) {
@@ -58,19 +42,6 @@ fn pipelines() -> anyhow::Result<BTreeMap<String, Specialised>> {
         bail!("{}: none of the models has this kernel", kernel.name);
     }
     Ok(named)
-}
-
-/// What loading a model of published shape compiles.
-fn recorded(name: &str, variant: Variant, int8: bool) -> anyhow::Result<Vec<Specialised>> {
-    let mut config = published(name).context("a published shape")?;
-    if name.contains("bonsai") {
-        // Packed rows take their time, and change nothing but a bound.
-        config = ModelConfig { vocab_size: 4096, ..config };
-    }
-    let load = LoadOptions { int8_activations: int8, ..LoadOptions::default() };
-    let (plan, capabilities) = (GemvPlan::from(variant), DeviceCapabilities::Adapter);
-    let options = DryRunOptions { plan, capabilities, n_prompt: 1, n_decode: 0, load };
-    Ok(dry_run(&Shapes::new(config), &options, &mut |_| {})?.compiled)
 }
 
 fn constant(pipeline: &Specialised, name: &str) -> Option<f64> {

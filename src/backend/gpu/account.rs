@@ -3,12 +3,14 @@
 
 use std::sync::{Arc, Mutex, PoisonError};
 
-use super::kernels::GemvPlan;
-use super::record::{Specialised, WorkDone};
+use super::kernels::{GemvPlan, Rotate, Variant, hadamard};
+use super::record::{Call, Specialised, WorkDone};
 use super::{Capabilities, Gpu, GpuBackend, shader};
 use crate::backend::{Backend, Batch, DeviceInfo, LoadOptions, OnProgress, Output, Tap, Want};
-use crate::error::Result;
+use crate::config::ModelConfig;
+use crate::error::{Error, Result};
 use crate::model::Transformer;
+use crate::synthetic::{Shapes, bitnet_2b4t, published};
 use crate::weights::WeightSource;
 
 /// Parts of a forward pass: the steps, and what is around them.
@@ -158,6 +160,37 @@ pub fn dry_run(
     let decode = close(&ledger, options.n_decode, options.n_prompt);
     let (head, n_layers) = (head_format(&compiled), source.config().num_hidden_layers);
     Ok(DryRun { gemv, head, n_layers, prompt, decode, compiled })
+}
+
+/// Every kernel and variant with constants of published models: those of BitNet 2B4T, of Bonsai the
+/// kernels of groups. A rotation, which no published shape says, has Bonsai's sizes.
+///
+/// # Errors
+/// As for [`dry_run`].
+pub fn published_pipelines() -> Result<Vec<Specialised>> {
+    let mut all = Vec::new();
+    let mut add = |config: ModelConfig, variant: Variant, int8_activations| {
+        let load = LoadOptions { int8_activations, ..LoadOptions::default() };
+        let (plan, capabilities) = (GemvPlan::from(variant), Capabilities::Adapter);
+        let options = DryRunOptions { plan, capabilities, n_prompt: 1, n_decode: 0, load };
+        all.extend(dry_run(&Shapes::new(config), &options, &mut |_| {})?.compiled);
+        Ok::<_, Error>(())
+    };
+    for variant in Variant::ALL {
+        add(bitnet_2b4t(), variant, false)?;
+    }
+    for name in ["bonsai-1.7b", "ternary-bonsai-1.7b"] {
+        // Packing a table takes its time, and its length is only a bound.
+        let config = published(name).expect("one of the names");
+        let config = ModelConfig { vocab_size: 4096, ..config };
+        add(config.clone(), Variant::BitSerial, false)?;
+        add(config, Variant::BitSerial, true)?;
+    }
+    for rotate in [Rotate::Input, Rotate::HeadInput, Rotate::Back] {
+        let Call { kernel, constants, .. } = hadamard(2048, 2048, rotate);
+        all.push(Specialised { kernel, constants });
+    }
+    Ok(all)
 }
 
 /// How the rows of the head are stored, as its kernel was told.

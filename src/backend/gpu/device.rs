@@ -74,9 +74,9 @@ fn instance() -> wgpu::Instance {
 }
 
 /// DXC, which knows packed dot products and is linked in: Windows itself only has FXC, with which
-/// they are emulated. Where Microsoft offers no DXC to link, and elsewhere, wgpu's own choice.
+/// they are emulated. Where there is no DXC to link, and elsewhere, wgpu's own choice.
 fn dx12_compiler() -> wgpu::Dx12Compiler {
-    if cfg!(all(windows, target_arch = "x86_64")) {
+    if cfg!(all(windows, target_arch = "x86_64", target_env = "msvc")) {
         wgpu::Dx12Compiler::StaticDxc.with_env()
     } else {
         wgpu::Dx12Compiler::default().with_env()
