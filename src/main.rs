@@ -42,7 +42,7 @@ fn main() -> ExitCode {
                         | sterna::Error::UnknownDevice { .. }
                         | sterna::Error::HubRevision { .. }
                 )
-            );
+            ) || error.is::<cli::Usage>();
             ExitCode::from(if is_usage { USAGE } else { FAILED })
         }
         Err(_) => {

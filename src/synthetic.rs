@@ -347,6 +347,53 @@ impl WeightSource for SyntheticModel {
     }
 }
 
+/// The shapes of a model, for where weights are neither kept nor read: tables of zeros, and one
+/// random layer for all.
+#[derive(Debug, Clone)]
+pub struct Shapes(SyntheticModel);
+
+impl Shapes {
+    /// The shapes of a model of these dimensions.
+    pub fn new(config: ModelConfig) -> Self {
+        Self(SyntheticModel::new(config, 0))
+    }
+
+    fn table(&self, table: u64) -> Result<Table> {
+        let config = &self.0.config;
+        let shape = MatShape::new(config.vocab_size, config.hidden_size)?;
+        if self.0.groups().is_some() {
+            return self.0.table(table, |_, _| {});
+        }
+        // Memory that nobody writes to is not taken.
+        Ok(Table::new(shape, TableData::Bf16(vec![0; shape.len()])))
+    }
+}
+
+impl WeightSource for Shapes {
+    fn config(&self) -> &ModelConfig {
+        self.0.config()
+    }
+
+    fn embedding(&self) -> Result<Table> {
+        self.table(0)
+    }
+
+    fn lm_head(&self) -> Result<Option<Table>> {
+        if self.0.config.tie_word_embeddings {
+            return Ok(None);
+        }
+        self.table(1).map(Some)
+    }
+
+    fn final_norm(&self) -> Result<Vec<f32>> {
+        self.0.final_norm()
+    }
+
+    fn layer(&self, _: usize) -> Result<LayerWeights> {
+        self.0.layer(0)
+    }
+}
+
 /// Row `n` of a random matrix: trits, and the f16 scales of its groups if there are any.
 pub(crate) fn row(seed: u64, alphabet: Alphabet, n: usize, out: &mut [i8], scales: &mut [u16]) {
     match alphabet {

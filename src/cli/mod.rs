@@ -1,5 +1,6 @@
 //! The commands of the program. Only this module and `main.rs` print.
 
+mod bench;
 mod convert;
 mod devices;
 mod inspect;
@@ -39,6 +40,7 @@ Examples:
 #[derive(Subcommand)]
 enum Command {
     Run(run::Arguments),
+    Bench(bench::Arguments),
     Convert(convert::Arguments),
     Devices(devices::Arguments),
     Inspect(inspect::Arguments),
@@ -52,6 +54,7 @@ enum Command {
 pub(crate) fn run(arguments: Arguments) -> Result<()> {
     match arguments.command {
         Command::Run(arguments) => run::run(arguments),
+        Command::Bench(arguments) => bench::run(&arguments),
         Command::Convert(arguments) => convert::run(&arguments),
         Command::Devices(arguments) => devices::run(&arguments),
         Command::Inspect(arguments) => inspect::run(&arguments),
@@ -61,6 +64,18 @@ pub(crate) fn run(arguments: Arguments) -> Result<()> {
         Command::Verify(arguments) => verify::run(&arguments),
     }
 }
+
+/// Options that do not go together.
+#[derive(Debug)]
+pub(crate) struct Usage(&'static str);
+
+impl std::fmt::Display for Usage {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(self.0)
+    }
+}
+
+impl std::error::Error for Usage {}
 
 /// Which model, and where it runs.
 #[derive(Args)]

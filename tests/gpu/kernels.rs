@@ -303,6 +303,12 @@ fn shards(gpu: &Gpu, variant: Variant) -> Result<(), Failed> {
             let expected = &expected[token * shape.n()..][rows];
             same(&format!("{} shard {base} token {token}", call.kernel.name), &found, expected)?;
         }
+        // The first token alone.
+        let call = kernels::gemv(variant.into(), shape, base, count);
+        let acc = run_guarded(gpu, &call, tokens(1), &inputs, &[n_pad])?.remove(0);
+        let rows = base * 32..((base + count) * 32).min(shape.n());
+        let found = as_i32(&acc[rows.clone()]);
+        same(&format!("{} shard {base}", call.kernel.name), &found, &expected[rows])?;
     }
     Ok(())
 }
@@ -338,6 +344,10 @@ fn quantize(gpu: &Gpu, encoding: Encoding) -> Result<(), Failed> {
             same(&format!("{what}: sum"), &[found.code_sum[token]], &[sum])?;
         }
     }
+    let (k, m) = (100, 2);
+    let call = kernels::quantize_absmax(k, encoding);
+    let x = gpu.upload("x", &random.floats(m * k, 3.0))?;
+    run_guarded(gpu, &call, tokens(m), &[&x], &[2 * m * encoding.chunk_words(), m, m])?;
     // Exact ties and a NaN.
     let ties = [127.0, 0.5, -0.5, 1.5, -1.5, 2.5, -2.5, 126.5, -126.5];
     let found = self_test::quantize(gpu, encoding, &ties, 1)?;

@@ -1,10 +1,13 @@
 //! Whole models on the GPU, judged by the original implementation and by the reference backend.
 
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use libtest_mimic::Failed;
 use sterna::backend::gpu::{Capabilities, Gpu, GpuBackend, Variant, WorkDone, self_test};
-use sterna::backend::{Backend, Batch, Device, HeadChoice, LoadOptions, Output, Tap, Tokens, Want};
+use sterna::backend::{
+    Backend, Batch, Device, HeadChoice, LoadOptions, Output, Progress, Tap, Tokens, Want,
+};
 use sterna::config::{Activations, ModelConfig};
 use sterna::layout::Packed;
 use sterna::random::Random;
@@ -116,6 +119,9 @@ pub fn cases(capabilities: Capabilities) -> Vec<Case> {
     add("a_decode_step_is_one_submit_and_allocates_nothing", decode_step);
     add("tokens_that_the_device_feeds_itself", token_loop);
     add("texts_that_the_device_chooses", sampled_texts);
+    add("a_lost_adapter_is_an_error_between_tokens", lost_between_tokens);
+    add("a_lost_adapter_is_an_error_while_it_computes", lost_while_computing);
+    add("a_lost_adapter_is_an_error_while_loading", lost_while_loading);
     cases
 }
 
@@ -492,6 +498,92 @@ fn refusals(capabilities: Capabilities) -> Result<(), Failed> {
     Ok(())
 }
 
+/// Fails unless a result is the one-line error of a lost adapter.
+fn judge_lost<T>(adapter: &str, result: Result<T, Error>) -> Result<(), Failed> {
+    let Err(error) = result else { return Err("a lost adapter went unnoticed".into()) };
+    let message = error.to_string();
+    let says = |part| message.contains(part);
+    if !says(adapter) || !says("the device was lost") || message.lines().count() != 1 {
+        return Err(format!("{message:?} does not say that {adapter} was lost").into());
+    }
+    Ok(())
+}
+
+/// What a call may take that has nothing to wait for.
+const AT_ONCE: Duration = Duration::from_secs(20);
+
+fn judge_time(start: Instant) -> Result<(), Failed> {
+    match start.elapsed() {
+        elapsed if elapsed <= AT_ONCE => Ok(()),
+        elapsed => Err(format!("the error took {elapsed:?}").into()),
+    }
+}
+
+/// Decoding says that the adapter is gone, and goes on saying so.
+fn lost_between_tokens(capabilities: Capabilities) -> Result<(), Failed> {
+    let source = SyntheticModel::new(tiny_bitnet(), 4);
+    for want in [Want::Token, Want::LastLogits, Want::AllLogits, Want::Nothing] {
+        let gpu = open(capabilities)?;
+        let (adapter, kill) = (gpu.adapter.name.clone(), gpu.kill_switch());
+        let options = LoadOptions::default();
+        let mut model = transformer(gpu, &source, Variant::PackedDot, &options)?;
+        model.feed(&[1, 2, 3], Want::Token)?;
+        kill();
+        let start = Instant::now();
+        judge_lost(&adapter, model.feed(&[4], want))?;
+        judge_lost(&adapter, model.feed(&[4], Want::Token))?;
+        judge_time(start)?;
+    }
+    Ok(())
+}
+
+/// The adapter goes while another thread decodes.
+fn lost_while_computing(capabilities: Capabilities) -> Result<(), Failed> {
+    let source = SyntheticModel::new(tiny_bitnet(), 5);
+    for delay_ms in [1, 3, 10, 30] {
+        let gpu = open(capabilities)?;
+        let (adapter, kill) = (gpu.adapter.name.clone(), gpu.kill_switch());
+        let mut model = transformer(gpu, &source, Variant::BitSerial, &LoadOptions::default())?;
+        model.feed(&[1], Want::Token)?;
+        let start = Instant::now();
+        let killer = std::thread::spawn(move || {
+            std::thread::sleep(Duration::from_millis(delay_ms));
+            kill();
+        });
+        let result = loop {
+            model.reset();
+            if let Err(error) = model.feed(&[1, 2, 3, 4, 5, 6, 7, 8], Want::Token) {
+                break Err::<(), _>(error);
+            }
+            if start.elapsed() > AT_ONCE {
+                break Ok(());
+            }
+        };
+        killer.join().map_err(|_| "the killer panicked")?;
+        judge_lost(&adapter, result)?;
+        judge_time(start)?;
+    }
+    Ok(())
+}
+
+/// The adapter goes between two layers of a load.
+fn lost_while_loading(capabilities: Capabilities) -> Result<(), Failed> {
+    let source = SyntheticModel::new(tiny_bitnet(), 6);
+    let gpu = open(capabilities)?;
+    let (adapter, kill) = (gpu.adapter.name.clone(), gpu.kill_switch());
+    let plan = Some(Variant::BitSerial.into());
+    let start = Instant::now();
+    let mut progress = |at: Progress| {
+        if at.done == 1 {
+            kill();
+        }
+    };
+    let options = LoadOptions::default();
+    let loaded = GpuBackend::load(&source, gpu, plan, &options, &mut progress);
+    judge_lost(&adapter, loaded)?;
+    judge_time(start)
+}
+
 /// A decode step is one pass, one submit and eight bytes read back (the token, and how many exact
 /// logits it took), and makes no buffer, bind group or pipeline. Chosen tokens that are fed where they are need fewer passes and submits.
 fn decode_step(capabilities: Capabilities) -> Result<(), Failed> {
@@ -532,7 +624,7 @@ fn decode_step(capabilities: Capabilities) -> Result<(), Failed> {
         step(&mut backend, Tokens::Given(&[7]), position)?;
         backend.take()?;
     }
-    let WorkDone { passes, dispatches, submits, readback_bytes } =
+    let WorkDone { passes, dispatches, submits, readback_bytes, .. } =
         backend.work_done().since(before);
     same("passes, submits, bytes", &[passes, submits, readback_bytes], &[50, 50, 50 * 8])?;
     same("dispatches", &[dispatches], &[50 * dispatches_a_token])?;

@@ -1,13 +1,15 @@
 //! Guarded outputs and comparisons that say what differs.
 
 use libtest_mimic::Failed;
-use sterna::backend::gpu::{Call, Gpu, PassParams, Slice, self_test};
+use sterna::backend::gpu::{Call, Gpu, PassParams, Slice, WeightsRead, self_test};
 
 /// Words before and after an output: a multiple of every adapter's offset alignment.
 const GUARD_WORDS: usize = 64;
 const GUARD: u32 = 0xDEAD_BEEF;
 
-/// Runs a kernel with guard words around every output and fails if one is touched.
+/// Runs a kernel with guard words around every output and in it, and fails if one around it is
+/// touched, or if the kernel writes more or fewer words than its call says. (A kernel that looks rows
+/// up writes those of tokens that are in its shard.)
 pub fn run_guarded(
     gpu: &Gpu,
     call: &Call,
@@ -25,6 +27,7 @@ pub fn run_guarded(
     let buffers: Vec<_> = inputs.iter().copied().chain(&outputs).collect();
     self_test::run(gpu, call, params, &buffers)?;
     let mut results = Vec::new();
+    let mut changed = 0;
     for (len, all) in &guarded {
         let words = gpu.read(all, all.len_bytes() as usize / 4)?;
         let (before, rest) = words.split_at(GUARD_WORDS);
@@ -32,7 +35,13 @@ pub fn run_guarded(
         if before.iter().chain(after).any(|&word| word != GUARD) {
             return Err(format!("{name}: wrote outside its output").into());
         }
+        changed += result.iter().filter(|&&word| word != GUARD).count() as u64;
         results.push(result.to_vec());
+    }
+    let stated = call.words_written(&params);
+    let exact = call.weights == WeightsRead::All;
+    if changed > stated || exact && changed != stated {
+        return Err(format!("{name}: wrote {changed} words, and says {stated}").into());
     }
     Ok(results)
 }

@@ -1,5 +1,6 @@
 //! The integration tests that need no GPU: one binary, one module an area.
 
+mod account;
 mod backends;
 mod built_in;
 mod checkpoint;

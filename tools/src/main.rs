@@ -1,5 +1,7 @@
 //! Developer programs of Sterna.
 
+mod spirv;
+
 use std::fs::{self, File};
 use std::io::BufWriter;
 use std::path::{Path, PathBuf};
@@ -37,6 +39,13 @@ enum Command {
         #[arg(long, default_value_t = 0)]
         seed: u64,
     },
+    /// Write the kernels as SPIR-V, as wgpu gives them to a Vulkan driver: KERNEL.spv, entry main,
+    /// with the constants of BitNet 2B4T where it has the kernel.
+    Spirv {
+        /// Directory to write to.
+        #[arg(long)]
+        out: PathBuf,
+    },
 }
 
 #[derive(Clone, Copy, PartialEq, ValueEnum)]
@@ -54,9 +63,13 @@ enum Format {
 }
 
 fn main() -> anyhow::Result<()> {
-    let Command::Synth { shape, out, format, seed } = Arguments::parse().command;
-    let config = synthetic::published(&shape).context("a shape from the list")?;
-    write(&SyntheticModel::new(config, seed), format, &out)
+    match Arguments::parse().command {
+        Command::Synth { shape, out, format, seed } => {
+            let config = synthetic::published(&shape).context("a shape from the list")?;
+            write(&SyntheticModel::new(config, seed), format, &out)
+        }
+        Command::Spirv { out } => spirv::write(&out),
+    }
 }
 
 /// Writes the model under another name, which becomes `out` when it is complete.

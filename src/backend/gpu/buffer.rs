@@ -9,6 +9,8 @@ pub struct Slice {
     pub(crate) buffer: wgpu::Buffer,
     pub(crate) offset: u64,
     pub(crate) size: u64,
+    /// Whether it holds weights, which a dispatch that binds it is counted to read.
+    pub(super) is_weights: bool,
 }
 
 impl Slice {
@@ -24,10 +26,14 @@ impl Slice {
     pub fn words(&self, first: usize, len_words: usize) -> Self {
         let (offset, size) = (first as u64 * 4, len_words as u64 * 4);
         assert!(offset + size <= self.size, "{first} + {len_words} words of {}", self.size / 4);
-        Self { buffer: self.buffer.clone(), offset: self.offset + offset, size }
+        Self { offset: self.offset + offset, size, ..self.clone() }
     }
 
     pub(crate) fn binding(&self) -> wgpu::BindingResource<'_> {
+        if self.offset + self.size > self.buffer.size() {
+            // Weights of a dry device: what stands in for them is shorter.
+            return self.buffer.as_entire_binding();
+        }
         wgpu::BindingResource::Buffer(wgpu::BufferBinding {
             buffer: &self.buffer,
             offset: self.offset,
@@ -35,6 +41,9 @@ impl Slice {
         })
     }
 }
+
+/// Bytes of the buffer that stands in for weights on a dry device.
+const STAND_IN_BYTES: u64 = 256;
 
 const STORAGE: wgpu::BufferUsages = wgpu::BufferUsages::STORAGE
     .union(wgpu::BufferUsages::COPY_SRC)
@@ -47,13 +56,52 @@ impl Gpu {
     /// [`Error::GpuLimit`] if it is larger than a binding may be.
     pub fn storage(&self, what: &str, len_words: usize) -> Result<Slice> {
         let size = self.checked_size(what, len_words)?;
-        let buffer = self.device.create_buffer(&wgpu::BufferDescriptor {
+        Ok(Slice { buffer: self.buffer(what, size), offset: 0, size, is_weights: false })
+    }
+
+    /// A storage buffer for `len_words` u32 of weights.
+    ///
+    /// # Errors
+    /// [`Error::GpuLimit`] if it is larger than a binding may be.
+    pub(super) fn weights(&self, what: &str, len_words: usize) -> Result<Slice> {
+        let size = self.checked_size(what, len_words)?;
+        Ok(Slice { buffer: self.weights_buffer(what, size), offset: 0, size, is_weights: true })
+    }
+
+    /// Copies bytes into weights, from byte `offset` on.
+    pub(super) fn write_weights(&self, weights: &Slice, offset: u64, bytes: &[u8]) {
+        if self.stand_in.is_none() {
+            self.queue.write_buffer(&weights.buffer, weights.offset + offset, bytes);
+        }
+    }
+
+    /// Weights that are known at once.
+    ///
+    /// # Errors
+    /// [`Error::GpuLimit`] if they are larger than a binding may be.
+    pub(super) fn upload_weights<T: bytemuck::NoUninit>(
+        &self,
+        what: &str,
+        words: &[T],
+    ) -> Result<Slice> {
+        const { assert!(size_of::<T>().is_multiple_of(4)) };
+        let slice = self.weights(what, size_of_val(words) / 4)?;
+        self.write_weights(&slice, 0, bytemuck::cast_slice(words));
+        Ok(slice)
+    }
+
+    fn buffer(&self, what: &str, size: u64) -> wgpu::Buffer {
+        self.device.create_buffer(&wgpu::BufferDescriptor {
             label: Some(what),
             size,
             usage: STORAGE,
             mapped_at_creation: false,
-        });
-        Ok(Slice { buffer, offset: 0, size })
+        })
+    }
+
+    /// A buffer for weights; on a dry device, the one that stands in for all of them.
+    fn weights_buffer(&self, what: &str, size: u64) -> wgpu::Buffer {
+        self.stand_in.clone().unwrap_or_else(|| self.buffer(what, size))
     }
 
     /// A storage buffer that holds `words`.
@@ -67,7 +115,7 @@ impl Gpu {
         Ok(slice)
     }
 
-    /// Several arrays in one buffer, each at an offset that may be bound.
+    /// Several arrays of weights in one buffer, each at an offset that may be bound.
     ///
     /// # Errors
     /// [`Error::GpuLimit`] if an array is larger than a binding may be, or all of them together
@@ -86,19 +134,26 @@ impl Gpu {
         if end > limits.max_buffer_size {
             return Err(self.limit(what, end, limits.max_buffer_size));
         }
-        let buffer = self.device.create_buffer(&wgpu::BufferDescriptor {
-            label: Some(what),
-            size: end,
-            usage: STORAGE,
-            mapped_at_creation: false,
-        });
-        for (part, (offset, _)) in parts.iter().zip(&ranges) {
-            self.queue.write_buffer(&buffer, *offset, bytemuck::cast_slice(part));
+        let buffer = self.weights_buffer(what, end);
+        let slice =
+            |(offset, size)| Slice { buffer: buffer.clone(), offset, size, is_weights: true };
+        let slices: Vec<_> = ranges.into_iter().map(slice).collect();
+        for (part, slice) in parts.iter().zip(&slices) {
+            self.write_weights(slice, 0, bytemuck::cast_slice(part));
         }
         // Staging memory is freed when a submission has run: one a layer keeps the peak low.
         self.queue.submit([]);
-        let slice = |(offset, size)| Slice { buffer: buffer.clone(), offset, size };
-        Ok(ranges.into_iter().map(slice).collect())
+        Ok(slices)
+    }
+
+    /// What stands in for weights on a dry device.
+    pub(super) fn make_stand_in(device: &wgpu::Device) -> wgpu::Buffer {
+        device.create_buffer(&wgpu::BufferDescriptor {
+            label: Some("stand-in"),
+            size: STAND_IN_BYTES,
+            usage: STORAGE,
+            mapped_at_creation: false,
+        })
     }
 
     fn checked_size(&self, what: &str, len_words: usize) -> Result<u64> {

@@ -1,8 +1,10 @@
 //! Adapters: listing them, choosing one, opening a device.
 
-use std::sync::{Arc, Mutex};
+use std::collections::VecDeque;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
 
-use super::record::Work;
+use super::record::{Specialised, Work};
 use crate::error::{Error, Result};
 
 /// An adapter as wgpu reports it.
@@ -66,7 +68,21 @@ pub enum Capabilities {
 }
 
 fn instance() -> wgpu::Instance {
-    wgpu::Instance::new(wgpu::InstanceDescriptor::new_without_display_handle_from_env())
+    let mut descriptor = wgpu::InstanceDescriptor::new_without_display_handle_from_env();
+    // Whatever the environment says: what computes nothing is no adapter.
+    descriptor.backend_options.noop.enable = false;
+    descriptor.backend_options.dx12.shader_compiler = dx12_compiler();
+    wgpu::Instance::new(descriptor)
+}
+
+/// DXC, which knows packed dot products and is linked in: Windows itself only has FXC, with which
+/// they are emulated. Where there is no DXC to link, and elsewhere, wgpu's own choice.
+fn dx12_compiler() -> wgpu::Dx12Compiler {
+    if cfg!(all(windows, target_arch = "x86_64", target_env = "msvc")) {
+        wgpu::Dx12Compiler::StaticDxc.with_env()
+    } else {
+        wgpu::Dx12Compiler::default().with_env()
+    }
 }
 
 fn adapters_of(instance: &wgpu::Instance) -> Vec<wgpu::Adapter> {
@@ -110,6 +126,9 @@ pub struct ResourceCounts {
     pub compute_pipelines: isize,
 }
 
+/// Submissions that a wait takes one by one.
+const MAX_PENDING: usize = 64;
+
 /// An open device and its queue.
 pub struct Gpu {
     /// The adapter it was opened on.
@@ -121,7 +140,13 @@ pub struct Gpu {
     max_binding: u64,
     /// Whether every kernel is checked at run time, those of `shader::UNCHECKED` too.
     pub(super) checked: bool,
+    /// On a dry device, the buffer that is bound in the place of all weights.
+    pub(super) stand_in: Option<wgpu::Buffer>,
     pub(super) work: Work,
+    /// What was submitted and not waited for yet.
+    pub(super) pending: Mutex<VecDeque<wgpu::SubmissionIndex>>,
+    /// Kernels with their constants, one for each pipeline that was made.
+    pub(super) compiled: Mutex<Vec<Specialised>>,
     /// The first error that no call returned: validation outside a scope, or a lost device.
     failure: Arc<Mutex<Option<String>>>,
 }
@@ -161,6 +186,49 @@ impl Gpu {
         Ok(if self.checked { other.with_runtime_checks() } else { other })
     }
 
+    /// A device that computes nothing and needs no adapter: it takes buffers, pipelines and
+    /// commands, and counts them. Weights get no memory, so that a large model fits any machine.
+    ///
+    /// [`Capabilities::Adapter`] has buffers of up to 2 GiB, as hardware GPUs do.
+    ///
+    /// # Errors
+    /// [`Error::Gpu`] if wgpu refuses.
+    pub fn dry(capabilities: Capabilities) -> Result<Self> {
+        let largest = i32::MAX as u64 & !3;
+        let limits = match capabilities {
+            Capabilities::WebGpuDefault => wgpu::Limits::default(),
+            Capabilities::Adapter => wgpu::Limits {
+                max_buffer_size: largest,
+                max_storage_buffer_binding_size: largest,
+                ..wgpu::Limits::default()
+            },
+        };
+        let mut descriptor = wgpu::InstanceDescriptor::new_without_display_handle();
+        descriptor.backends = wgpu::Backends::NOOP;
+        descriptor.backend_options.noop = wgpu::NoopBackendOptions {
+            limits: Some(limits),
+            ..wgpu::NoopBackendOptions::enabled()
+        };
+        let instance = wgpu::Instance::new(descriptor);
+        let adapter = adapters_of(&instance).pop().expect("wgpu is built with its noop backend");
+        let description = AdapterDescription {
+            index: 0,
+            name: "dry".to_owned(),
+            vendor: 0,
+            kind: AdapterKind::Other,
+            api: "noop".to_owned(),
+            driver: "computes nothing".to_owned(),
+        };
+        let mut gpu = Self::from_adapter(&adapter, description, capabilities)?;
+        gpu.stand_in = Some(Self::make_stand_in(&gpu.device));
+        Ok(gpu)
+    }
+
+    /// Whether it only counts what it is given to do.
+    pub fn is_dry(&self) -> bool {
+        self.stand_in.is_some()
+    }
+
     fn from_adapter(
         adapter: &wgpu::Adapter,
         description: AdapterDescription,
@@ -189,33 +257,33 @@ impl Gpu {
                 }
             })?;
         let failure = Arc::new(Mutex::new(None));
-        let note = |failure: &Arc<Mutex<Option<String>>>, problem: String| {
-            if let Ok(mut slot) = failure.lock() {
-                slot.get_or_insert(problem);
-            }
-        };
         let slot = Arc::clone(&failure);
         device.on_uncaptured_error(Arc::new(move |error: wgpu::Error| {
-            note(&slot, one_line(&error.to_string()));
+            if let Ok(mut slot) = slot.lock() {
+                slot.get_or_insert_with(|| one_line(&error.to_string()));
+            }
         }));
         let slot = Arc::clone(&failure);
-        device.set_device_lost_callback(move |reason, message| {
-            if reason != wgpu::DeviceLostReason::Destroyed {
-                note(&slot, format!("device lost: {}", one_line(&message)));
+        device.set_device_lost_callback(move |_, message| {
+            // Why the device is gone says more than what could not be done without it.
+            if let Ok(mut slot) = slot.lock() {
+                let message = one_line(&message);
+                *slot = Some(format!("the device was lost: {}", message.trim_end_matches('.')));
             }
         });
         let limits = device.limits();
         let max_binding = limits.max_storage_buffer_binding_size.min(limits.max_buffer_size);
-        let work = Work::default();
-        let checked = false;
         Ok(Self {
             adapter: description,
             capabilities,
             device,
             queue,
             max_binding,
-            checked,
-            work,
+            checked: false,
+            stand_in: None,
+            work: Work::default(),
+            pending: Mutex::default(),
+            compiled: Mutex::default(),
             failure,
         })
     }
@@ -227,28 +295,86 @@ impl Gpu {
 
     /// Fails if the driver has reported an error since the device was opened.
     pub(crate) fn check(&self, operation: &'static str) -> Result<()> {
+        // The loss of a device is reported when it is polled.
+        let polled = self.device.poll(wgpu::PollType::Poll);
+        self.check_reported(operation)?;
+        polled.map(|_| ()).map_err(|source| self.error(operation, source.to_string()))
+    }
+
+    fn check_reported(&self, operation: &'static str) -> Result<()> {
         let failure = self.failure.lock().ok().and_then(|slot| slot.clone());
         failure.map_or(Ok(()), |problem| Err(self.error(operation, problem)))
     }
 
     /// Waits until everything submitted has run.
+    ///
+    /// # Errors
+    /// [`Error::Gpu`] if the driver reports an error, or one submission takes longer than
+    /// [`Self::patience`].
     pub(crate) fn wait(&self, operation: &'static str) -> Result<()> {
-        self.device
-            .poll(wgpu::PollType::wait_indefinitely())
-            .map_err(|source| self.error(operation, source.to_string()))?;
-        self.check(operation)
+        let next = || {
+            let mut pending = self.pending.lock().unwrap_or_else(PoisonError::into_inner);
+            pending.pop_front()
+        };
+        while let Some(index) = next() {
+            self.wait_for(Some(index), operation)?;
+        }
+        self.wait_for(None, operation)
     }
 
-    /// Waits until a submission has run.
-    pub(crate) fn wait_for(
+    /// Notes what [`Gpu::wait`] waits for, piece by piece.
+    pub(super) fn submitted(&self, index: wgpu::SubmissionIndex) {
+        let mut pending = self.pending.lock().unwrap_or_else(PoisonError::into_inner);
+        // The oldest have been waited for by themselves, or are waited for with the next.
+        if pending.len() == MAX_PENDING {
+            pending.pop_front();
+        }
+        pending.push_back(index);
+    }
+
+    /// Waits for a submission, or for the last.
+    ///
+    /// # Errors
+    /// As for [`Gpu::wait`].
+    pub(super) fn wait_for(
         &self,
+        submission_index: Option<wgpu::SubmissionIndex>,
         operation: &'static str,
-        submission: wgpu::SubmissionIndex,
     ) -> Result<()> {
-        self.device
-            .poll(wgpu::PollType::Wait { submission_index: Some(submission), timeout: None })
-            .map_err(|source| self.error(operation, source.to_string()))?;
-        self.check(operation)
+        let timeout = Some(self.patience());
+        match self.device.poll(wgpu::PollType::Wait { submission_index, timeout }) {
+            Ok(_) => self.check_reported(operation),
+            Err(source) => {
+                // Why the device is gone says more than that there was nothing to wait for.
+                self.check(operation)?;
+                match source {
+                    wgpu::PollError::Timeout => Err(self.silent(operation)),
+                    source => Err(self.error(operation, source.to_string())),
+                }
+            }
+        }
+    }
+
+    /// The error of a device that has not answered for as long as it may take.
+    pub(super) fn silent(&self, operation: &'static str) -> Error {
+        let seconds = self.patience().as_secs();
+        self.error(operation, format!("the GPU has not answered for {seconds} s"))
+    }
+
+    /// How long one submission may take: far longer than the watchdogs of hardware drivers allow. A
+    /// software rasteriser has no watchdog and may need minutes for a chunk of a prompt.
+    pub(super) fn patience(&self) -> Duration {
+        match self.adapter.kind {
+            AdapterKind::Software => Duration::from_secs(600),
+            _ => Duration::from_secs(60),
+        }
+    }
+
+    /// Something that destroys the device when it is called, wherever the device is then: what a
+    /// lost adapter looks like to a program.
+    pub fn kill_switch(&self) -> impl Fn() + Send + 'static {
+        let device = self.device.clone();
+        move || device.destroy()
     }
 
     /// Whether passes can be timed on the device itself.

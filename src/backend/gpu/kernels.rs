@@ -9,7 +9,7 @@ use cpu_ref::mlp::Activation;
 
 use super::buffer::Slice;
 use super::device::Gpu;
-use super::record::{Call, Rows};
+use super::record::{Call, Rows, WeightsRead};
 use super::shader::{self, Kernel};
 use crate::error::{Error, Result};
 use crate::layout::Layout;
@@ -515,7 +515,21 @@ fn call(
 ) -> Call {
     let constants = constants.into_iter().map(|(name, value)| (name, value as f64)).collect();
     // A grid past u32 is past every adapter's limit: `Gpu::op` refuses it.
-    Call { kernel, constants, x: u32::try_from(x).unwrap_or(u32::MAX), y, words: Vec::new() }
+    let x = u32::try_from(x).unwrap_or(u32::MAX);
+    let (words, weights) = (Vec::new(), WeightsRead::All);
+    Call { kernel, constants, x, y, words, writes: 0, weights, cache_words: 0 }
+}
+
+impl Call {
+    /// See [`Call::writes`].
+    fn writing(self, writes: usize) -> Self {
+        Self { writes, ..self }
+    }
+
+    /// Reads one of so many rows for each token.
+    fn looking_up(self, rows: usize) -> Self {
+        Self { weights: WeightsRead::RowOf(rows), ..self }
+    }
 }
 
 /// Words of a shard of packed weights.
@@ -535,6 +549,8 @@ pub fn embedding(shard: DenseShard) -> Call {
     ];
     let constants = constants.into_iter().chain(shard.format.constants());
     call(shader::EMBEDDING, constants, units.div_ceil(ELEMENT_LANES), Rows::Tokens)
+        .writing(shard.k)
+        .looking_up(shard.rows)
 }
 
 /// tokens, w, scales, out; of rows `base..base + rows`, whole tiles but the last.
@@ -543,6 +559,8 @@ pub fn group_embedding(matrix: GroupMatrix, base: usize, rows: usize) -> Call {
     let constants = constants.into_iter().chain(matrix.constants());
     let x = matrix.shape.k().div_ceil(ELEMENT_LANES);
     call(shader::GROUP_EMBEDDING, constants, x, Rows::Tokens)
+        .writing(matrix.shape.k())
+        .looking_up(padded_rows(rows))
 }
 
 /// x, w, y; of all tokens, or of those whose logits are wanted.
@@ -551,19 +569,21 @@ pub fn rmsnorm(k: usize, eps: f32, logit_rows: bool) -> Call {
     let mut call =
         call(shader::RMSNORM, [("K", k), ("LOGIT_ROWS", usize::from(logit_rows))], 1, rows);
     call.constants.push(("EPS", f64::from(eps)));
-    call
+    call.writing(k)
 }
 
 /// x, codes, act_scale, code_sum.
 pub fn quantize_absmax(k: usize, encoding: Encoding) -> Call {
     let constants = [("K", k), ("KC", k_chunks(k)), ("ENCODING", encoding.constant())];
     call(shader::QUANTIZE_ABSMAX, constants, 1, Rows::Tokens)
+        .writing(encoding.chunk_words() * k_chunks(k) + 2)
 }
 
 /// x, codes, act_scale.
 pub fn quantize_absmax_groups(k: usize, group: usize) -> Call {
     let constants = [("WG", GROUP_QUANTIZE_LANES), ("K", k), ("GROUP", group)];
     call(shader::QUANTIZE_ABSMAX_GROUPS, constants, k / group, Rows::Tokens)
+        .writing(k / 4 + k / group)
 }
 
 /// Largest block of [`hadamard`]: it fills a workgroup's memory.
@@ -590,7 +610,7 @@ pub fn hadamard(k: usize, block: usize, rotate: Rotate) -> Call {
     let constants = [("K", k), ("BLOCK", block), ("BACK", back), ("LOGIT_ROWS", logit_rows)];
     let mut call = call(shader::HADAMARD, constants, k / block, rows);
     call.constants.push(("FACTOR", f64::from(cpu_ref::hadamard::inv_sqrt(block))));
-    call
+    call.writing(k)
 }
 
 /// [`Variant::gemv_inputs`], acc; of tiles `tile_base..tile_base + tiles`.
@@ -608,7 +628,7 @@ pub fn gemv(plan: GemvPlan, shape: MatShape, tile_base: usize, tiles: usize) -> 
         Variant::PackedDot => vec![weight_words(k, tiles), codes, rows, 1, acc],
         Variant::SignedDot | Variant::HalfMagic => vec![weight_words(k, tiles), codes, 1, acc],
     };
-    call
+    call.writing(tiles * TILE_ROWS)
 }
 
 /// [`Variant::gemm_inputs`], acc; of tiles `tile_base..tile_base + tiles`.
@@ -619,7 +639,7 @@ pub fn gemm(variant: Variant, shape: MatShape, tile_base: usize, tiles: usize) -
         ("N_PAD", padded_rows(shape.n())),
         ("TILE_BASE", tile_base),
     ];
-    call(variant.gemm(), constants, tiles, Rows::TokenTiles(GEMM_TOKENS))
+    call(variant.gemm(), constants, tiles, Rows::TokenTiles(GEMM_TOKENS)).writing(tiles * TILE_ROWS)
 }
 
 /// w, scales, x, y; of the shard of whole tiles that `out` says.
@@ -636,14 +656,14 @@ pub fn group_gemv(
     } else {
         Rows::TokenTiles(tokens.count())
     };
-    call(shader::GROUP_GEMV, constants, out.rows.div_ceil(TILE_ROWS), rows)
+    call(shader::GROUP_GEMV, constants, out.rows.div_ceil(TILE_ROWS), rows).writing(out.rows)
 }
 
 /// w, scales, x, act_scale, y; of the shard of whole tiles that `out` says.
 pub fn group_gemv_int8(matrix: GroupMatrix, out: RowsOut, tokens: TokensPerLane) -> Call {
     let constants = group_constants(matrix, out, tokens);
     let x = out.rows.div_ceil(TILE_ROWS);
-    call(shader::GROUP_GEMV_INT8, constants, x, Rows::TokenTiles(tokens.count()))
+    call(shader::GROUP_GEMV_INT8, constants, x, Rows::TokenTiles(tokens.count())).writing(out.rows)
 }
 
 // The slices of `group_gemv_int8` are the lanes of its sum.
@@ -677,7 +697,7 @@ pub fn head_norm(heads: Heads, eps: f32, rows: &LinearRows) -> Call {
     let constants = constants.into_iter().chain(rows.constants());
     let mut call = call(shader::HEAD_NORM, constants, all, Rows::Tokens);
     call.constants.push(("EPS", f64::from(eps)));
-    call
+    call.writing(all * heads.dim)
 }
 
 /// acc, weight_scale, act_scale, angles, query, keys, values.
@@ -687,7 +707,7 @@ pub fn rope(heads: Heads, rows: &LinearRows) -> Call {
         [("WG", ELEMENT_LANES), ("HEADS", heads.query), ("KV_HEADS", heads.kv), ("DIM", heads.dim)];
     let constants = constants.into_iter().chain(rows.constants());
     let pairs = all * heads.dim / 2;
-    call(shader::ROPE, constants, pairs.div_ceil(ELEMENT_LANES), Rows::Tokens)
+    call(shader::ROPE, constants, pairs.div_ceil(ELEMENT_LANES), Rows::Tokens).writing(2 * pairs)
 }
 
 /// A linear layer's step in one dispatch: what all of them share.
@@ -743,7 +763,9 @@ impl Fused {
         let constants = [("HEADS", query), ("KV_HEADS", kv), ("DIM", dim), ("CAPACITY", capacity)];
         let cache = capacity * kv * dim;
         let after = [capacity * dim, query * dim, cache, cache];
+        // Every row of the tiles, which heads of whole tiles fill.
         self.call(shader::FUSED_QKV, constants, self.tiles.1, after)
+            .writing(self.tiles.1 * TILE_ROWS)
     }
 
     /// w, x, norm, rows, z.
@@ -754,7 +776,8 @@ impl Fused {
         let (first, tiles) = self.tiles;
         assert!(first.is_multiple_of(2) && tiles.is_multiple_of(2), "{tiles} tiles from {first}");
         let constants = [("F", intermediate), ("ACT", act(activation))];
-        self.call(shader::FUSED_GATED, constants, tiles / 2, [intermediate])
+        let rows = self.rows_of(intermediate, 2);
+        self.call(shader::FUSED_GATED, constants, tiles / 2, [intermediate]).writing(rows)
     }
 
     /// w, x, norm, rows, hidden, out.
@@ -763,6 +786,13 @@ impl Fused {
     /// If the plan does not take K.
     pub fn residual(self, n: usize) -> Call {
         self.call(shader::FUSED_RESIDUAL, [("N", n)], self.tiles.1, [n, n])
+            .writing(self.rows_of(n, 1))
+    }
+
+    /// How many of `n` rows of the output are this shard's, with so many tiles a tile of them.
+    fn rows_of(self, n: usize, tiles_a_workgroup: usize) -> usize {
+        let (first, count) = (self.tiles.0 / tiles_a_workgroup, self.tiles.1 / tiles_a_workgroup);
+        n.min((first + count) * TILE_ROWS) - n.min(first * TILE_ROWS)
     }
 }
 
@@ -783,7 +813,8 @@ pub fn attention(heads: Heads) -> Call {
     let mut call = call(shader::ATTENTION, constants, heads.query, Rows::Tokens);
     let inv_sqrt_dim = cpu_ref::attention::inv_sqrt_dim(heads.dim);
     call.constants.push(("INV_SQRT_DIM", f64::from(inv_sqrt_dim)));
-    call
+    call.cache_words = 2 * heads.kv * heads.dim;
+    call.writing(heads.query * heads.dim)
 }
 
 /// acc, weight_scale, act_scale, z.
@@ -791,14 +822,14 @@ pub fn gated_activation(intermediate: usize, activation: Activation, rows: &Line
     let constants = [("WG", ELEMENT_LANES), ("F", intermediate), ("ACT", act(activation))];
     let constants = constants.into_iter().chain(rows.constants());
     let x = intermediate.div_ceil(ELEMENT_LANES);
-    call(shader::GATED_ACTIVATION, constants, x, Rows::Tokens)
+    call(shader::GATED_ACTIVATION, constants, x, Rows::Tokens).writing(intermediate)
 }
 
 /// hidden, acc, weight_scale, act_scale, out.
 pub fn residual_add(n: usize, rows: &LinearRows) -> Call {
     let constants = [("WG", ELEMENT_LANES), ("N", n)];
     let constants = constants.into_iter().chain(rows.constants());
-    call(shader::RESIDUAL_ADD, constants, n.div_ceil(ELEMENT_LANES), Rows::Tokens)
+    call(shader::RESIDUAL_ADD, constants, n.div_ceil(ELEMENT_LANES), Rows::Tokens).writing(n)
 }
 
 /// x, table, scale, min, logits.
@@ -812,11 +843,12 @@ pub fn lm_head(shard: DenseShard, vocab_size: usize) -> Call {
     ];
     let constants = constants.into_iter().chain(shard.format.constants());
     call(shader::LM_HEAD, constants, shard.rows.div_ceil(HEAD_ROWS), Rows::LogitRows)
+        .writing(shard.rows)
 }
 
 /// logits, token.
 pub fn argmax(vocab_size: usize) -> Call {
-    call(shader::ARGMAX, [("V", vocab_size)], 1, Rows::One)
+    call(shader::ARGMAX, [("V", vocab_size)], 1, Rows::One).writing(1)
 }
 
 /// x, norm, y, token; without an eps x is normalised already and norm is not read.
@@ -830,7 +862,7 @@ pub fn head_input(k: usize, eps: Option<f32>) -> Call {
     call.constants.push(("EPS", f64::from(eps.unwrap_or_default())));
     call.constants.push(("HALF_SQRT_K", f64::from(half_sqrt(k))));
     call.constants.push(("GAMMA", f64::from(gamma(k))));
-    call
+    call.writing(k + 8 * chunks + 4)
 }
 
 /// table, token, seen, logits, bounds; of a head `[V, K]`, a shard of its tiles.
@@ -841,7 +873,9 @@ pub fn head_int8(shape: MatShape, tiles: Range<usize>) -> Call {
         ("TILES", shape.n().div_ceil(TILE_ROWS)),
         ("V", shape.n()),
     ];
-    call(shader::HEAD_INT8, constants, tiles.len(), Rows::One)
+    let rows = shape.n().min(tiles.end * TILE_ROWS) - tiles.start * TILE_ROWS;
+    let bounds = tiles.len() * (TILE_ROWS + 1);
+    call(shader::HEAD_INT8, constants, tiles.len(), Rows::One).writing(rows + bounds)
 }
 
 /// Shards of the exact table that [`head_rerank`] takes at once.
@@ -868,12 +902,15 @@ pub fn head_rerank(vocab_size: usize, shards: &[DenseShard], block_base: usize) 
     constants.extend(others.map(|(name, shard)| (name, shard.base - first.base)));
     let format = first.format.constants().into_iter().filter(|(name, _)| *name == "FORMAT");
     let constants = constants.into_iter().chain(format);
-    call(shader::HEAD_RERANK, constants, rows.div_ceil(RERANK_ROWS), Rows::One)
+    // Of all tables that are bound, the last one in the place of those that are not there.
+    let bound = (0..HEAD_TABLES).map(|i| shards[i.min(shards.len() - 1)].rows).sum();
+    let blocks = rows.div_ceil(RERANK_ROWS);
+    call(shader::HEAD_RERANK, constants, blocks, Rows::One).writing(4 * blocks).looking_up(bound)
 }
 
 /// best, tokens, counts.
 pub fn head_pick(blocks: usize) -> Call {
-    call(shader::HEAD_PICK, [("BLOCKS", blocks)], 1, Rows::One)
+    call(shader::HEAD_PICK, [("BLOCKS", blocks)], 1, Rows::One).writing(3)
 }
 
 /// Largest vocabulary of [`sample`]: the sums of weights have room for it.
@@ -912,20 +949,21 @@ impl SampleLens {
 /// logits, seen, bits, block_max.
 pub fn sample_blocks(vocab_size: usize) -> Call {
     let x = vocab_size.div_ceil(SAMPLE_BLOCK);
-    call(shader::SAMPLE_BLOCKS, [("V", vocab_size)], x, Rows::One)
+    call(shader::SAMPLE_BLOCKS, [("V", vocab_size)], x, Rows::One).writing(vocab_size + x)
 }
 
 /// bits, block_max, weights, levels.
 pub fn sample_weights(vocab_size: usize) -> Call {
     let x = vocab_size.div_ceil(SAMPLE_CHUNK);
-    call(shader::SAMPLE_WEIGHTS, [("V", vocab_size)], x, Rows::One)
+    let writes = vocab_size + SampleLens::new(vocab_size).levels;
+    call(shader::SAMPLE_WEIGHTS, [("V", vocab_size)], x, Rows::One).writing(writes)
 }
 
 /// bits, block_max, weights, levels, uniforms, seen, token; one draw, by the random number of the
 /// pass: `uniforms` is not read.
 pub fn sample(vocab_size: usize) -> Call {
     assert!(vocab_size <= MAX_SAMPLE_VOCAB, "{vocab_size} tokens");
-    call(shader::SAMPLE, [("V", vocab_size)], 1, Rows::One)
+    call(shader::SAMPLE, [("V", vocab_size)], 1, Rows::One).writing(2)
 }
 
 /// The same with one draw for each of `n_tokens`, by the numbers of `uniforms`: how distributions

@@ -200,10 +200,10 @@ impl GpuMatrix {
     pub fn upload(gpu: &Gpu, what: &str, host: &HostMatrix) -> Result<Self> {
         let mut slices = Vec::new();
         for part in host.parts(gpu) {
-            let slice = gpu.storage(what, part.len())?;
+            let slice = gpu.weights(what, part.len())?;
             for (i, words) in part.chunks(UPLOAD_BYTES / 4).enumerate() {
                 let offset = (i * UPLOAD_BYTES) as u64;
-                gpu.queue.write_buffer(&slice.buffer, offset, bytemuck::cast_slice(words));
+                gpu.write_weights(&slice, offset, bytemuck::cast_slice(words));
                 gpu.queue.submit([]);
                 gpu.wait("upload a table")?;
             }
@@ -396,7 +396,7 @@ impl GpuTable {
     pub fn upload(gpu: &Gpu, what: &str, table: &Table) -> Result<Self> {
         check_rotation(table.rotation().map(AsRef::as_ref))?;
         let rotation = table.rotation().map(|rotation| {
-            let signs = gpu.upload("rotation", &rotation.signs)?;
+            let signs = gpu.upload_weights("rotation", &rotation.signs)?;
             Ok::<_, Error>(GpuRotation { block: rotation.block, signs })
         });
         let data = match table.data() {
@@ -428,7 +428,7 @@ fn upload_dense(gpu: &Gpu, what: &str, table: &Table, format: DenseFormat) -> Re
     let mut shards = Vec::new();
     for base in (0..n).step_by(fit) {
         let rows = fit.min(n - base);
-        let slice = gpu.storage(what, rows * row_bytes / 4)?;
+        let slice = gpu.weights(what, rows * row_bytes / 4)?;
         let batch = (UPLOAD_BYTES / row_bytes).max(1);
         let mut bytes = vec![0u8; batch.min(rows) * row_bytes];
         for first in (0..rows).step_by(batch) {
@@ -438,7 +438,7 @@ fn upload_dense(gpu: &Gpu, what: &str, table: &Table, format: DenseFormat) -> Re
                 out[..row.len()].copy_from_slice(row);
             }
             let offset = (first * row_bytes) as u64;
-            gpu.queue.write_buffer(&slice.buffer, offset, &bytes[..count * row_bytes]);
+            gpu.write_weights(&slice, offset, &bytes[..count * row_bytes]);
             gpu.queue.submit([]);
             gpu.wait("upload a table")?;
         }
@@ -447,7 +447,7 @@ fn upload_dense(gpu: &Gpu, what: &str, table: &Table, format: DenseFormat) -> Re
                 let range = base * k / group..(base + rows) * k / group;
                 // Empty where there are none.
                 let min = min.get(range.clone()).unwrap_or_default();
-                [gpu.upload(what, &scale[range])?, gpu.upload(what, min)?]
+                [gpu.upload_weights(what, &scale[range])?, gpu.upload_weights(what, min)?]
             }
             _ => [gpu.storage(what, 1)?, gpu.storage(what, 1)?],
         };

@@ -1,12 +1,12 @@
 //! Reading results back.
 
 use std::collections::VecDeque;
-use std::sync::atomic::Ordering;
 use std::sync::mpsc::{Receiver, sync_channel};
 use std::time::{Duration, Instant};
 
 use super::buffer::Slice;
 use super::device::Gpu;
+use super::record::WorkDone;
 use crate::error::Result;
 
 /// A buffer that the host can map, made at load for what every step reads back.
@@ -50,7 +50,7 @@ impl Gpu {
     fn map(&self, staging: &Staging, len_words: usize) -> Mapped {
         let (sender, receiver) = sync_channel(1);
         let range = 0..len_words as u64 * 4;
-        self.work.readback_bytes.fetch_add(range.end, Ordering::Relaxed);
+        self.work.add(WorkDone { readback_bytes: range.end, ..WorkDone::default() });
         staging.buffer.map_async(wgpu::MapMode::Read, range, move |result| {
             // Nobody receives what was forgotten.
             let _ = sender.send(result);
@@ -68,8 +68,8 @@ impl Gpu {
     ) -> Result<T> {
         // Another thread's poll may still be on its way to the callback.
         mapped
-            .recv()
-            .map_err(|_| self.error(READ_BACK, "the buffer was not mapped"))?
+            .recv_timeout(self.patience())
+            .map_err(|_| self.silent(READ_BACK))?
             .map_err(|source| self.error(READ_BACK, source.to_string()))?;
         let result = {
             let bytes = staging
@@ -177,7 +177,7 @@ impl TokenRing {
     pub(super) fn land(&mut self, gpu: &Gpu) -> Result<Option<Landing>> {
         let Some(flight) = self.flights.pop_front() else { return Ok(None) };
         let Flight { staging, mapped, submission, submitted, first_position, count } = flight;
-        gpu.wait_for(READ_BACK, submission)?;
+        gpu.wait_for(Some(submission), READ_BACK)?;
         let ready = &mut self.ready;
         gpu.use_mapped(&staging, &mapped, 2 * count, |words| {
             let tokens = words.chunks_exact(2).zip(first_position..);

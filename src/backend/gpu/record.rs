@@ -1,8 +1,7 @@
 //! Operations: a pipeline, its bind group and its grid, made at load and recorded at decode.
 
 use std::collections::HashMap;
-use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, PoisonError};
 
 use super::buffer::Slice;
 use super::device::Gpu;
@@ -40,6 +39,13 @@ pub struct Call {
     pub y: Rows,
     /// The least length in words of each storage binding, where the kernel runs unchecked.
     pub(super) words: Vec<usize>,
+    /// Words that it writes: for each token, for each row of logits, or in all, as `y` follows them.
+    /// At most, where a token may be another shard's.
+    pub writes: usize,
+    /// How much of the weights that are bound it reads.
+    pub weights: WeightsRead,
+    /// Words of the KV cache that it reads for each position, each counted once.
+    pub cache_words: usize,
 }
 
 impl Call {
@@ -65,6 +71,45 @@ impl Call {
         }
         Ok(())
     }
+
+    /// Words that it writes in such a pass, at most.
+    pub fn words_written(&self, params: &PassParams) -> u64 {
+        self.writes as u64 * u64::from(self.y.units(params))
+    }
+}
+
+/// How much of its weights a dispatch reads, each counted once however many workgroups load it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum WeightsRead {
+    /// All that is bound.
+    All,
+    /// One of so many rows, for each token.
+    RowOf(usize),
+}
+
+/// A kernel with the constants of a pipeline.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Specialised {
+    /// Which kernel.
+    pub kernel: Kernel,
+    /// Override constants.
+    pub constants: Vec<(&'static str, f64)>,
+}
+
+impl Kernel {
+    /// The checks that are compiled into the kernel.
+    pub fn runtime_checks(self) -> wgpu::ShaderRuntimeChecks {
+        if UNCHECKED.contains(&self) {
+            wgpu::ShaderRuntimeChecks::unchecked()
+        } else {
+            wgpu::ShaderRuntimeChecks::checked()
+        }
+    }
+
+    /// Whether workgroup memory starts as zeros.
+    pub fn zeroes_workgroup_memory(self) -> bool {
+        !UNCHECKED.contains(&self)
+    }
 }
 
 /// Workgroups along y, which follow the batch.
@@ -80,6 +125,25 @@ pub enum Rows {
     LogitRows,
     /// One for every so many rows of logits.
     LogitRowTiles(u32),
+}
+
+impl Rows {
+    /// How many there are.
+    fn workgroups(self, params: &PassParams) -> u32 {
+        match self {
+            Self::TokenTiles(size) | Self::LogitRowTiles(size) => self.units(params).div_ceil(size),
+            Self::One | Self::Tokens | Self::LogitRows => self.units(params),
+        }
+    }
+
+    /// What they follow: tokens, rows of logits, or one thing.
+    fn units(self, params: &PassParams) -> u32 {
+        match self {
+            Self::One => 1,
+            Self::Tokens | Self::TokenTiles(_) => params.n_tokens,
+            Self::LogitRows | Self::LogitRowTiles(_) => params.n_logit_rows,
+        }
+    }
 }
 
 /// The uniform of every kernel: `shaders/shared/pass.wgsl`.
@@ -141,6 +205,40 @@ pub struct Op {
     bind_group: wgpu::BindGroup,
     x: u32,
     y: Rows,
+    traffic: Traffic,
+}
+
+/// The bytes that a dispatch moves.
+#[derive(Debug, Clone, Copy)]
+struct Traffic {
+    weights: u64,
+    weights_a_token: u64,
+    cache_a_position: u64,
+    written_a_unit: u64,
+}
+
+impl Traffic {
+    fn new(call: &Call, read: u64) -> Self {
+        let (weights, weights_a_token) = match call.weights {
+            WeightsRead::All => (read, 0),
+            WeightsRead::RowOf(rows) => (0, read / rows as u64),
+        };
+        let cache_a_position = call.cache_words as u64 * 4;
+        let written_a_unit = call.writes as u64 * 4;
+        Self { weights, weights_a_token, cache_a_position, written_a_unit }
+    }
+
+    /// What it adds to the work done.
+    fn of(&self, y: Rows, params: &PassParams) -> WorkDone {
+        let tokens = u64::from(params.n_tokens);
+        WorkDone {
+            dispatches: 1,
+            weight_bytes: self.weights + self.weights_a_token * tokens,
+            cache_bytes: self.cache_a_position * (u64::from(params.start) + tokens),
+            bytes_written: self.written_a_unit * u64::from(y.units(params)),
+            ..WorkDone::default()
+        }
+    }
 }
 
 /// Bytes from one set of parameters in their buffer to the next: the largest offset alignment.
@@ -158,14 +256,7 @@ pub(super) struct Parameters {
 
 impl Op {
     fn record(&self, pass: &mut wgpu::ComputePass<'_>, parameters: &Parameters) {
-        let params = &parameters.values;
-        let y = match self.y {
-            Rows::One => 1,
-            Rows::Tokens => params.n_tokens,
-            Rows::TokenTiles(tokens) => params.n_tokens.div_ceil(tokens),
-            Rows::LogitRows => params.n_logit_rows,
-            Rows::LogitRowTiles(rows) => params.n_logit_rows.div_ceil(rows),
-        };
+        let y = self.y.workgroups(&parameters.values);
         pass.set_pipeline(&self.pipeline);
         pass.set_bind_group(0, &self.bind_group, &[parameters.slot * PARAMS_STRIDE]);
         pass.dispatch_workgroups(self.x, y, 1);
@@ -182,7 +273,7 @@ impl Recording {
     /// Records a dispatch.
     pub(super) fn dispatch(&mut self, gpu: &Gpu, op: &Op, parameters: &Parameters) {
         op.record(&mut self.pass, parameters);
-        gpu.work.dispatches.fetch_add(1, Ordering::Relaxed);
+        gpu.work.add(op.traffic.of(op.y, &parameters.values));
     }
 
     /// Ends the pass and lets `copies` add to the encoder.
@@ -202,8 +293,10 @@ impl Recording {
         gpu: &Gpu,
         copies: impl FnOnce(&mut wgpu::CommandEncoder),
     ) -> wgpu::SubmissionIndex {
-        gpu.work.submits.fetch_add(1, Ordering::Relaxed);
-        gpu.queue.submit([self.finish(copies)])
+        let index = gpu.queue.submit([self.finish(copies)]);
+        gpu.work.add(WorkDone { submits: 1, ..WorkDone::default() });
+        gpu.submitted(index.clone());
+        index
     }
 }
 
@@ -214,11 +307,13 @@ fn source_of(kernel: Kernel) -> wgpu::ShaderModuleDescriptor<'static> {
 
 /// Counts what a device was given to do.
 #[derive(Debug, Default)]
-pub(super) struct Work {
-    passes: AtomicU64,
-    dispatches: AtomicU64,
-    submits: AtomicU64,
-    pub(super) readback_bytes: AtomicU64,
+pub(super) struct Work(Mutex<WorkDone>);
+
+impl Work {
+    pub(super) fn add(&self, done: WorkDone) {
+        let mut all = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        *all = all.plus(done);
+    }
 }
 
 /// What a device was given to do since it was opened, counted where it is recorded.
@@ -232,17 +327,37 @@ pub struct WorkDone {
     pub submits: u64,
     /// Bytes read back.
     pub readback_bytes: u64,
+    /// Bytes of weights that dispatches read: what each binds, once; of tables whose rows are looked
+    /// up, those rows.
+    pub weight_bytes: u64,
+    /// Bytes of the KV cache that dispatches read, each once a dispatch.
+    pub cache_bytes: u64,
+    /// Bytes that dispatches write.
+    pub bytes_written: u64,
 }
 
 impl WorkDone {
     /// What was done since `earlier`.
     #[must_use]
     pub fn since(self, earlier: Self) -> Self {
+        self.combine(earlier, |a, b| a - b)
+    }
+
+    /// This and other work.
+    #[must_use]
+    pub fn plus(self, other: Self) -> Self {
+        self.combine(other, |a, b| a + b)
+    }
+
+    fn combine(self, other: Self, with: impl Fn(u64, u64) -> u64) -> Self {
         Self {
-            passes: self.passes - earlier.passes,
-            dispatches: self.dispatches - earlier.dispatches,
-            submits: self.submits - earlier.submits,
-            readback_bytes: self.readback_bytes - earlier.readback_bytes,
+            passes: with(self.passes, other.passes),
+            dispatches: with(self.dispatches, other.dispatches),
+            submits: with(self.submits, other.submits),
+            readback_bytes: with(self.readback_bytes, other.readback_bytes),
+            weight_bytes: with(self.weight_bytes, other.weight_bytes),
+            cache_bytes: with(self.cache_bytes, other.cache_bytes),
+            bytes_written: with(self.bytes_written, other.bytes_written),
         }
     }
 }
@@ -250,13 +365,12 @@ impl WorkDone {
 impl Gpu {
     /// What this device was given to do since it was opened.
     pub fn work_done(&self) -> WorkDone {
-        let read = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
-        WorkDone {
-            passes: read(&self.work.passes),
-            dispatches: read(&self.work.dispatches),
-            submits: read(&self.work.submits),
-            readback_bytes: read(&self.work.readback_bytes),
-        }
+        *self.work.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The pipelines that were made on this device, in that order.
+    pub fn compiled(&self) -> Vec<Specialised> {
+        self.compiled.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
     /// Makes an operation: `buffers` in the order of the kernel's storage bindings.
@@ -290,6 +404,9 @@ impl Gpu {
         {
             panic!("{problem}");
         }
+        assert!(call.writes > 0, "{} does not say what it writes", call.kernel.name);
+        let weights = buffers.iter().filter(|slice| slice.is_weights);
+        let traffic = Traffic::new(call, weights.map(|slice| slice.len_bytes()).sum());
         let mut storage = buffers.iter();
         let entries: Vec<_> = bindings
             .iter()
@@ -314,7 +431,7 @@ impl Gpu {
             entries: &entries,
         });
         self.pop(scope, call.kernel.name)?;
-        Ok(Op { pipeline, bind_group, x: call.x, y: call.y })
+        Ok(Op { pipeline, bind_group, x: call.x, y: call.y, traffic })
     }
 
     fn pop(&self, scope: wgpu::ErrorScopeGuard, kernel: &str) -> Result<()> {
@@ -332,7 +449,7 @@ impl Gpu {
         let constants: Vec<_> =
             call.constants.iter().map(|&(name, value)| (name, value.to_bits())).collect();
         let key = (call.kernel, constants);
-        let lock = || pipelines.made.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+        let lock = || pipelines.made.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(pipeline) = lock().get(&key) {
             return Ok(pipeline.clone());
         }
@@ -389,6 +506,9 @@ impl Gpu {
         });
         self.pop(scope, name)?;
         self.check("make a pipeline")?;
+        let (kernel, constants) = (call.kernel, call.constants.clone());
+        let mut compiled = self.compiled.lock().unwrap_or_else(PoisonError::into_inner);
+        compiled.push(Specialised { kernel, constants });
         Ok(Pipeline { pipeline, layout, bindings })
     }
 
@@ -437,7 +557,7 @@ impl Gpu {
         let mut encoder = self.device.create_command_encoder(&Default::default());
         let descriptor = wgpu::ComputePassDescriptor { label: None, timestamp_writes };
         let pass = encoder.begin_compute_pass(&descriptor).forget_lifetime();
-        self.work.passes.fetch_add(1, Ordering::Relaxed);
+        self.work.add(WorkDone { passes: 1, ..WorkDone::default() });
         Recording { pass, encoder }
     }
 

@@ -433,7 +433,7 @@ impl Clock {
             });
             Queries {
                 set,
-                resolved: Slice { buffer, offset: 0, size: LEN_BYTES },
+                resolved: Slice { buffer, offset: 0, size: LEN_BYTES, is_weights: false },
                 staging: gpu.staging(LEN_BYTES as usize / 4),
                 period: f64::from(gpu.queue.get_timestamp_period()),
             }
