@@ -11,7 +11,9 @@ use sterna::backend::gpu::kernels::{
 };
 use sterna::backend::gpu::self_test::GroupInput;
 use sterna::backend::gpu::shader::UNCHECKED;
-use sterna::backend::gpu::{Capabilities, Gpu, PassParams, Pipelines, row_offsets, self_test};
+use sterna::backend::gpu::{
+    Capabilities, Gpu, PassParams, Pipelines, WeightsRead, row_offsets, self_test,
+};
 use sterna::format::float::f16_to_f32;
 use sterna::layout::{Layout, Packed, Signs, group_scales};
 use sterna::random::Random;
@@ -1506,7 +1508,9 @@ fn fused_qkv(gpu: &Gpu, variant: Variant) -> Result<(), Failed> {
             }
         }
         // A position past the cache writes nothing.
-        let call = query.fused(variant.into(), tiles).qkv(heads, capacity);
+        let mut call = query.fused(variant.into(), tiles).qkv(heads, capacity);
+        // Less than it says.
+        call.weights = WeightsRead::RowOf(1);
         let params = PassParams { start: capacity as u32, ..tokens(1) };
         let lens = [query_size, capacity * kv_size, capacity * kv_size];
         let out = run_guarded(gpu, &call, params, &inputs, &lens)?;

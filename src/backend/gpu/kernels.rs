@@ -874,8 +874,9 @@ pub fn head_int8(shape: MatShape, tiles: Range<usize>) -> Call {
         ("V", shape.n()),
     ];
     let rows = shape.n().min(tiles.end * TILE_ROWS) - tiles.start * TILE_ROWS;
-    let bounds = tiles.len() * (TILE_ROWS + 1);
-    call(shader::HEAD_INT8, constants, tiles.len(), Rows::One).writing(rows + bounds)
+    // A logit and an upper bound each, and a lower bound a tile.
+    let writes = 2 * rows + tiles.len();
+    call(shader::HEAD_INT8, constants, tiles.len(), Rows::One).writing(writes)
 }
 
 /// Shards of the exact table that [`head_rerank`] takes at once.
