@@ -194,16 +194,17 @@ fn narrower(lid: u32, span: Span, goal: Goal) -> Span {
         if largest < span.lo {
             continue;
         }
-        let id = chunk * CHUNK + lid;
         // All loads before the first barrier.
-        let a = token_at(id, span);
-        let b = token_at(id + WG, span);
-        let c = token_at(id + 2u * WG, span);
-        let d = token_at(id + 3u * WG, span);
-        own = add_round(lid, a.counts, a.bits, a.weight, own);
-        own = add_round(lid, b.counts, b.bits, b.weight, own);
-        own = add_round(lid, c.counts, c.bits, c.weight, own);
-        own = add_round(lid, d.counts, d.bits, d.weight, own);
+        let id = chunk * CHUNK + lid;
+        var four = array<Token, 4>(
+            token_at(id, span),
+            token_at(id + WG, span),
+            token_at(id + 2u * WG, span),
+            token_at(id + 3u * WG, span),
+        );
+        for (var part = 0u; part < 4u; part += 1u) {
+            own = add_round(lid, four[part].counts, four[part].bits, four[part].weight, own);
+        }
     }
     let level = sum_lanes(lid, own, LEVELS);
     if lid < LEVELS {
@@ -307,45 +308,59 @@ fn find_in_list(lid: u32, goal: Goal) -> Found {
 // The first token by rank at which the goal is reached; all tokens together reach it.
 fn find_by_rank(lid: u32, all: Span, goal: Goal) -> Found {
     let old = workgroupUniformLoad(&listed);
-    if reaches(old.through, goal) && !reaches(old.before, goal) {
-        return find_in_list(lid, goal);
-    }
-    if lid < LEVELS {
-        thresholds[lid] = levels[lid];
-    }
-    var span = reached_level(lid, all, goal, 0u);
-    if span.through.count <= CAPACITY {
-        span.hi = all.hi;
-        span.before = NO_TALLY;
-    }
-    while span.through.count - span.before.count > CAPACITY {
-        if span.lo == span.hi {
-            return find_by_id(lid, 0u, V, span, goal);
+    if !reaches(old.through, goal) || reaches(old.before, goal) {
+        if lid < LEVELS {
+            thresholds[lid] = levels[lid];
         }
-        span = narrower(lid, span, goal);
+        var span = reached_level(lid, all, goal, 0u);
+        if span.through.count <= CAPACITY {
+            span.hi = all.hi;
+            span.before = NO_TALLY;
+        }
+        while span.through.count - span.before.count > CAPACITY {
+            if span.lo == span.hi {
+                return find_by_id(lid, 0u, V, span, goal);
+            }
+            span = narrower(lid, span, goal);
+        }
+        list(lid, span);
     }
-    list(lid, span);
     return find_in_list(lid, goal);
 }
 
-// The draw after a cut by rank.
+// The draw after a cut by rank: the cuts in turn, then the draw. One call in a loop, since compilers
+// put the whole search wherever it is called.
 fn draw_by_rank(lid: u32, all: Span, top_k: u32, uniform_: f32) -> u32 {
-    var kept = Found(0u, all.lo, all.through);
-    if top_k < kept.through.count {
-        kept = find_by_rank(lid, all, Goal(vec2(top_k, 0u), true));
-    }
-    if pass_.top_p < 1.0 {
-        let mass = mass_share(kept.through.mass, pass_.top_p);
-        kept = find_by_rank(lid, all, Goal(max(mass, vec2(select(1u, 0u, mass.y > 0u), 0u)), false));
-    }
     let min_p_bits = levels[LEVELS + 1u];
-    if min_p_bits > kept.bits {
-        let own = gather(lid, Span(min_p_bits, all.hi, NO_TALLY, NO_TALLY), false, 0u);
-        let count = sum_lanes(lid, Tally(own, vec2(0u, 0u)), 1u).count;
-        kept = find_by_rank(lid, all, Goal(vec2(count, 0u), true));
+    var kept = Found(0u, all.lo, all.through);
+    for (var stage = 0u; stage < 4u; stage += 1u) {
+        var goal = Goal(vec2(top_k, 0u), true);
+        var is_needed = top_k < all.through.count;
+        if stage == 1u {
+            let mass = mass_share(kept.through.mass, pass_.top_p);
+            goal = Goal(vec2(max(mass.x, select(1u, 0u, mass.y > 0u)), mass.y), false);
+            is_needed = pass_.top_p < 1.0;
+        } else if stage == 2u {
+            is_needed = min_p_bits > kept.bits;
+            if is_needed {
+                let above = Span(min_p_bits, all.hi, NO_TALLY, NO_TALLY);
+                let own = gather(lid, above, false, 0u);
+                let count = sum_lanes(lid, Tally(own, vec2(0u, 0u)), 1u).count;
+                if lid == 0u {
+                    told_span = Span(0u, 0u, NO_TALLY, Tally(count, vec2(0u, 0u)));
+                }
+                goal.target_ = vec2(workgroupUniformLoad(&told_span).through.count, 0u);
+            }
+        } else if stage == 3u {
+            let mass = mass_share(kept.through.mass, uniform_);
+            goal = Goal(mass_add(mass, vec2(1u, 0u)), false);
+            is_needed = true;
+        }
+        if is_needed {
+            kept = find_by_rank(lid, all, goal);
+        }
     }
-    let mass = mass_add(mass_share(kept.through.mass, uniform_), vec2(1u, 0u));
-    return find_by_rank(lid, all, Goal(mass, false)).id;
+    return kept.id;
 }
 
 // The draw among all tokens that min_p keeps.
