@@ -51,6 +51,8 @@ const RECORD: u32 = 50u;
 const BLOCK: u32 = 256u;
 // Lanes that go through a block together.
 const BLOCK_LANES: u32 = 16u;
+// Lanes of which one adds up what they hold.
+const RUN: u32 = 16u;
 const CAPACITY: u32 = 512u;
 // −∞ and +∞, ordered.
 const NEG_INFINITY: u32 = 0x007fffffu;
@@ -78,6 +80,7 @@ struct Goal {
 
 // Tallies of the levels: those of sample_weights, then those of the latest division.
 var<workgroup> level_tally: array<Tally, 32>;
+var<workgroup> run_tally: array<Tally, 16>;
 // What one lane tells all.
 var<workgroup> told_span: Span;
 var<workgroup> told_found: Found;
@@ -93,26 +96,28 @@ fn reaches(tally: Tally, goal: Goal) -> bool {
     return !mass_less(select(tally.mass, vec2(tally.count, 0u), goal.by_count), goal.target_);
 }
 
-// What lanes before this one hold; lane_tally[WG - 1] is what all hold.
+// What lanes before this one hold: in each run of 16 lanes, then by run, to need few barriers.
 fn tally_before(lid: u32, own: Tally) -> Tally {
     lane_tally[lid] = own;
     workgroupBarrier();
-    for (var step = 1u; step < WG; step *= 2u) {
-        var sum = lane_tally[lid];
-        if lid >= step {
-            sum = tally_add(lane_tally[lid - step], sum);
+    if lid < RUN {
+        var sum = NO_TALLY;
+        for (var i = lid * RUN; i < (lid + 1u) * RUN; i += 1u) {
+            let next = tally_add(sum, lane_tally[i]);
+            lane_tally[i] = sum;
+            sum = next;
         }
-        workgroupBarrier();
-        lane_tally[lid] = sum;
-        workgroupBarrier();
+        run_tally[lid] = sum;
     }
-    if lid == 0u {
-        return NO_TALLY;
+    workgroupBarrier();
+    var before = lane_tally[lid];
+    for (var run = 0u; run < lid / RUN; run += 1u) {
+        before = tally_add(before, run_tally[run]);
     }
-    return lane_tally[lid - 1u];
+    return before;
 }
 
-// Adds the levels of every chunk; all lanes get the sum.
+// Adds the levels of every chunk; all lanes get the sum. Nothing is listed yet.
 fn all_levels(lid: u32) -> Tally {
     var own = NO_TALLY;
     for (var chunk = lid / LEVELS; chunk < (V + CHUNK - 1u) / CHUNK; chunk += WG / LEVELS) {
@@ -123,9 +128,14 @@ fn all_levels(lid: u32) -> Tally {
     if lid < LEVELS {
         level_tally[lid] = level;
     }
-    let total = sum_lanes(lid, own, 1u);
+    workgroupBarrier();
     if lid == 0u {
+        var total = NO_TALLY;
+        for (var j = 0u; j < LEVELS; j += 1u) {
+            total = tally_add(total, level_tally[j]);
+        }
         told_span = Span(0u, 0u, NO_TALLY, total);
+        listed = Span(0u, 0u, NO_TALLY, NO_TALLY);
     }
     return workgroupUniformLoad(&told_span).through;
 }

@@ -40,7 +40,7 @@ fn main() -> ExitCode {
                 Err(error) => eprintln!("no adapter: {error}"),
             }
         }
-        let cases = kernels::cases().into_iter().chain(sample::cases());
+        let cases = kernels::cases().into_iter().chain(sample::cases(capabilities));
         let cases = cases.chain(model::cases(capabilities));
         trials.extend(cases.map(|(name, case)| {
             let name = format!("{label}::{name}");
