@@ -51,6 +51,8 @@ const RECORD: u32 = 50u;
 const BLOCK: u32 = 256u;
 // Lanes that go through a block together.
 const BLOCK_LANES: u32 = 16u;
+// Lanes of which one adds up what they hold.
+const RUN: u32 = 16u;
 const CAPACITY: u32 = 512u;
 // −∞ and +∞, ordered.
 const NEG_INFINITY: u32 = 0x007fffffu;
@@ -78,6 +80,7 @@ struct Goal {
 
 // Tallies of the levels: those of sample_weights, then those of the latest division.
 var<workgroup> level_tally: array<Tally, 32>;
+var<workgroup> run_tally: array<Tally, 16>;
 // What one lane tells all.
 var<workgroup> told_span: Span;
 var<workgroup> told_found: Found;
@@ -93,26 +96,28 @@ fn reaches(tally: Tally, goal: Goal) -> bool {
     return !mass_less(select(tally.mass, vec2(tally.count, 0u), goal.by_count), goal.target_);
 }
 
-// What lanes before this one hold; lane_tally[WG - 1] is what all hold.
+// What lanes before this one hold: in each run of 16 lanes, then by run, to need few barriers.
 fn tally_before(lid: u32, own: Tally) -> Tally {
     lane_tally[lid] = own;
     workgroupBarrier();
-    for (var step = 1u; step < WG; step *= 2u) {
-        var sum = lane_tally[lid];
-        if lid >= step {
-            sum = tally_add(lane_tally[lid - step], sum);
+    if lid < RUN {
+        var sum = NO_TALLY;
+        for (var i = lid * RUN; i < (lid + 1u) * RUN; i += 1u) {
+            let next = tally_add(sum, lane_tally[i]);
+            lane_tally[i] = sum;
+            sum = next;
         }
-        workgroupBarrier();
-        lane_tally[lid] = sum;
-        workgroupBarrier();
+        run_tally[lid] = sum;
     }
-    if lid == 0u {
-        return NO_TALLY;
+    workgroupBarrier();
+    var before = lane_tally[lid];
+    for (var run = 0u; run < lid / RUN; run += 1u) {
+        before = tally_add(before, run_tally[run]);
     }
-    return lane_tally[lid - 1u];
+    return before;
 }
 
-// Adds the levels of every chunk; all lanes get the sum.
+// Adds the levels of every chunk; all lanes get the sum. Nothing is listed yet.
 fn all_levels(lid: u32) -> Tally {
     var own = NO_TALLY;
     for (var chunk = lid / LEVELS; chunk < (V + CHUNK - 1u) / CHUNK; chunk += WG / LEVELS) {
@@ -123,9 +128,14 @@ fn all_levels(lid: u32) -> Tally {
     if lid < LEVELS {
         level_tally[lid] = level;
     }
-    let total = sum_lanes(lid, own, 1u);
+    workgroupBarrier();
     if lid == 0u {
+        var total = NO_TALLY;
+        for (var j = 0u; j < LEVELS; j += 1u) {
+            total = tally_add(total, level_tally[j]);
+        }
         told_span = Span(0u, 0u, NO_TALLY, total);
+        listed = Span(0u, 0u, NO_TALLY, NO_TALLY);
     }
     return workgroupUniformLoad(&told_span).through;
 }
@@ -194,16 +204,17 @@ fn narrower(lid: u32, span: Span, goal: Goal) -> Span {
         if largest < span.lo {
             continue;
         }
-        let id = chunk * CHUNK + lid;
         // All loads before the first barrier.
-        let a = token_at(id, span);
-        let b = token_at(id + WG, span);
-        let c = token_at(id + 2u * WG, span);
-        let d = token_at(id + 3u * WG, span);
-        own = add_round(lid, a.counts, a.bits, a.weight, own);
-        own = add_round(lid, b.counts, b.bits, b.weight, own);
-        own = add_round(lid, c.counts, c.bits, c.weight, own);
-        own = add_round(lid, d.counts, d.bits, d.weight, own);
+        let id = chunk * CHUNK + lid;
+        var four = array<Token, 4>(
+            token_at(id, span),
+            token_at(id + WG, span),
+            token_at(id + 2u * WG, span),
+            token_at(id + 3u * WG, span),
+        );
+        for (var part = 0u; part < 4u; part += 1u) {
+            own = add_round(lid, four[part].counts, four[part].bits, four[part].weight, own);
+        }
     }
     let level = sum_lanes(lid, own, LEVELS);
     if lid < LEVELS {
@@ -307,45 +318,59 @@ fn find_in_list(lid: u32, goal: Goal) -> Found {
 // The first token by rank at which the goal is reached; all tokens together reach it.
 fn find_by_rank(lid: u32, all: Span, goal: Goal) -> Found {
     let old = workgroupUniformLoad(&listed);
-    if reaches(old.through, goal) && !reaches(old.before, goal) {
-        return find_in_list(lid, goal);
-    }
-    if lid < LEVELS {
-        thresholds[lid] = levels[lid];
-    }
-    var span = reached_level(lid, all, goal, 0u);
-    if span.through.count <= CAPACITY {
-        span.hi = all.hi;
-        span.before = NO_TALLY;
-    }
-    while span.through.count - span.before.count > CAPACITY {
-        if span.lo == span.hi {
-            return find_by_id(lid, 0u, V, span, goal);
+    if !reaches(old.through, goal) || reaches(old.before, goal) {
+        if lid < LEVELS {
+            thresholds[lid] = levels[lid];
         }
-        span = narrower(lid, span, goal);
+        var span = reached_level(lid, all, goal, 0u);
+        if span.through.count <= CAPACITY {
+            span.hi = all.hi;
+            span.before = NO_TALLY;
+        }
+        while span.through.count - span.before.count > CAPACITY {
+            if span.lo == span.hi {
+                return find_by_id(lid, 0u, V, span, goal);
+            }
+            span = narrower(lid, span, goal);
+        }
+        list(lid, span);
     }
-    list(lid, span);
     return find_in_list(lid, goal);
 }
 
-// The draw after a cut by rank.
+// The draw after a cut by rank: the cuts in turn, then the draw. One call in a loop, since compilers
+// put the whole search wherever it is called.
 fn draw_by_rank(lid: u32, all: Span, top_k: u32, uniform_: f32) -> u32 {
-    var kept = Found(0u, all.lo, all.through);
-    if top_k < kept.through.count {
-        kept = find_by_rank(lid, all, Goal(vec2(top_k, 0u), true));
-    }
-    if pass_.top_p < 1.0 {
-        let mass = mass_share(kept.through.mass, pass_.top_p);
-        kept = find_by_rank(lid, all, Goal(max(mass, vec2(select(1u, 0u, mass.y > 0u), 0u)), false));
-    }
     let min_p_bits = levels[LEVELS + 1u];
-    if min_p_bits > kept.bits {
-        let own = gather(lid, Span(min_p_bits, all.hi, NO_TALLY, NO_TALLY), false, 0u);
-        let count = sum_lanes(lid, Tally(own, vec2(0u, 0u)), 1u).count;
-        kept = find_by_rank(lid, all, Goal(vec2(count, 0u), true));
+    var kept = Found(0u, all.lo, all.through);
+    for (var stage = 0u; stage < 4u; stage += 1u) {
+        var goal = Goal(vec2(top_k, 0u), true);
+        var is_needed = top_k < all.through.count;
+        if stage == 1u {
+            let mass = mass_share(kept.through.mass, pass_.top_p);
+            goal = Goal(vec2(max(mass.x, select(1u, 0u, mass.y > 0u)), mass.y), false);
+            is_needed = pass_.top_p < 1.0;
+        } else if stage == 2u {
+            is_needed = min_p_bits > kept.bits;
+            if is_needed {
+                let above = Span(min_p_bits, all.hi, NO_TALLY, NO_TALLY);
+                let own = gather(lid, above, false, 0u);
+                let count = sum_lanes(lid, Tally(own, vec2(0u, 0u)), 1u).count;
+                if lid == 0u {
+                    told_span = Span(0u, 0u, NO_TALLY, Tally(count, vec2(0u, 0u)));
+                }
+                goal.target_ = vec2(workgroupUniformLoad(&told_span).through.count, 0u);
+            }
+        } else if stage == 3u {
+            let mass = mass_share(kept.through.mass, uniform_);
+            goal = Goal(mass_add(mass, vec2(1u, 0u)), false);
+            is_needed = true;
+        }
+        if is_needed {
+            kept = find_by_rank(lid, all, goal);
+        }
     }
-    let mass = mass_add(mass_share(kept.through.mass, uniform_), vec2(1u, 0u));
-    return find_by_rank(lid, all, Goal(mass, false)).id;
+    return kept.id;
 }
 
 // The draw among all tokens that min_p keeps.
