@@ -961,7 +961,11 @@ pub fn sample_weights(vocab_size: usize) -> Call {
 }
 
 /// bits, block_max, weights, levels, uniforms, seen, token; one draw, by the random number of the
-/// pass: `uniforms` is not read.
+/// pass: `uniforms` is not read. Whether the token is one is for the caller to see: it is `u32::MAX`
+/// of logits that allow none.
+///
+/// # Panics
+/// If the vocabulary is larger than [`MAX_SAMPLE_VOCAB`].
 pub fn sample(vocab_size: usize) -> Call {
     assert!(vocab_size <= MAX_SAMPLE_VOCAB, "{vocab_size} tokens");
     call(shader::SAMPLE, [("V", vocab_size)], 1, Rows::One).writing(2)
@@ -969,6 +973,9 @@ pub fn sample(vocab_size: usize) -> Call {
 
 /// The same with one draw for each of `n_tokens`, by the numbers of `uniforms`: how distributions
 /// are tested.
+///
+/// # Panics
+/// As [`sample`].
 pub fn sample_draws(vocab_size: usize) -> Call {
     let mut call = sample(vocab_size);
     call.constants.push(("UNIFORMS", 1.0));
