@@ -57,12 +57,10 @@ fn row_len(pipeline: &Specialised) -> f64 {
 fn name(pipeline: &Specialised) -> String {
     let kernel = pipeline.kernel.name;
     let mut name = kernel.to_owned();
-    let variant = match constant(pipeline, "PLANES") {
-        Some(planes) if planes != 0.0 => Some(Variant::BitSerial),
-        Some(_) => Some(Variant::PackedDot),
-        None => None,
-    };
-    if let Some(variant) = variant {
+    let encoding = constant(pipeline, "ENCODING");
+    let is_read_by =
+        |variant: &Variant| encoding == Some(variant.gemv_encoding().constant() as f64);
+    if let Some(variant) = Variant::ALL.into_iter().find(is_read_by) {
         let gemv = variant.gemv().name;
         // A fused step is a GEMV; a quantisation only makes one's input.
         let layout = gemv.strip_prefix("gemv_").unwrap_or(gemv);

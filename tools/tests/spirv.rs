@@ -71,7 +71,7 @@ fn every_kernel_is_written_as_spirv() {
         validate(&out.join(file));
     }
     for kernel in ["fused_qkv", "fused_gated", "fused_residual"] {
-        for variant in ["gemv_planes", "gemv_i2"] {
+        for variant in ["gemv_planes", "gemv_i2", "gemv_i2_signed", "gemv_i2_half"] {
             assert!(files.contains_key(&format!("{kernel}.{variant}.spv")), "{kernel} {variant}");
         }
     }

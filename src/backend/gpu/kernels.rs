@@ -164,7 +164,7 @@ impl Encoding {
     }
 
     /// The constant `ENCODING`.
-    fn constant(self) -> usize {
+    pub fn constant(self) -> usize {
         match self {
             Self::Biased => 0,
             Self::Planes => 1,
