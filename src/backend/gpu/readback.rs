@@ -177,17 +177,23 @@ impl TokenRing {
     pub(super) fn land(&mut self, gpu: &Gpu) -> Result<Option<Landing>> {
         let Some(flight) = self.flights.pop_front() else { return Ok(None) };
         let Flight { staging, mapped, submission, submitted, first_position, count } = flight;
-        gpu.wait_for(Some(submission), READ_BACK)?;
         let ready = &mut self.ready;
-        gpu.use_mapped(&staging, &mapped, 2 * count, |words| {
-            let tokens = words.chunks_exact(2).zip(first_position..);
-            ready.extend(tokens.map(|(words, position)| ChosenToken {
-                token: words[0],
-                candidates: words[1],
-                position,
-            }));
-        })?;
+        let landed = gpu.wait_for(Some(submission), READ_BACK).and_then(|()| {
+            gpu.use_mapped(&staging, &mapped, 2 * count, |words| {
+                let tokens = words.chunks_exact(2).zip(first_position..);
+                ready.extend(tokens.map(|(words, position)| ChosenToken {
+                    token: words[0],
+                    candidates: words[1],
+                    position,
+                }));
+            })
+        });
+        if landed.is_err() {
+            staging.buffer.unmap();
+        }
+        // Also after an error: without buffers, the next caller would wait for nothing.
         self.free.push(staging);
+        landed?;
         Ok(Some(Landing { count, submitted }))
     }
 
