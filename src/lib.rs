@@ -30,6 +30,7 @@ pub mod model;
 pub mod random;
 pub mod sampler;
 pub mod shape;
+pub mod sparsity;
 pub mod synthetic;
 pub mod tensor_names;
 pub mod tokenizer;

@@ -2,16 +2,21 @@
 
 use std::collections::BTreeMap;
 use std::fmt::Write;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
-use anyhow::Result;
+use anyhow::{Context, Result};
 use serde::Serialize;
 use sterna::Checkpoint;
+use sterna::Transformer;
+use sterna::backend::{Device, LoadOptions};
 use sterna::config::{Activations, ModelConfig, WeightForm};
+use sterna::generate::Model;
+use sterna::sparsity::{LayerZeros, Sparsity};
 use sterna::tensor_names::{LINEARS, norms};
 use sterna::weights::WeightSource;
 
-use super::{FileArguments, open, print, print_json};
+use super::progress::Bar;
+use super::{FileArguments, open, print, print_json, say};
 
 /// Show what a model's files hold, and the memory that running it takes
 ///
@@ -25,6 +30,18 @@ pub(super) struct Arguments {
 
     #[command(flatten)]
     files: FileArguments,
+
+    /// Run a text through the model, and count the zeros that its MLPs multiply
+    ///
+    /// Where the activation is relu², the gate is often closed: that row of the up matrix and that column of
+    /// the down matrix add nothing, and need not be read. Shows the share of each layer. Runs on the
+    /// CPU.
+    #[arg(long)]
+    sparsity: bool,
+
+    /// The text for --sparsity [default: a short story]
+    #[arg(long, value_name = "FILE", requires = "sparsity")]
+    text: Option<PathBuf>,
 
     /// Write one JSON object
     #[arg(long)]
@@ -81,8 +98,106 @@ struct Tensor {
 
 pub(super) fn run(arguments: &Arguments) -> Result<()> {
     let checkpoint = open(arguments.model.as_deref(), arguments.files)?;
+    if arguments.sparsity {
+        let sparsity = measure_sparsity(&checkpoint, arguments.text.as_deref())?;
+        let report = SparsityReport::new(&checkpoint, &sparsity);
+        return if arguments.json { print_json(&report) } else { print(&sparsity_text(&report)?) };
+    }
     let report = report(&checkpoint)?;
     if arguments.json { print_json(&report) } else { print(&text(&report)?) }
+}
+
+/// What `--sparsity --json` prints.
+#[derive(Serialize)]
+struct SparsityReport {
+    model: String,
+    activation: String,
+    tokens: usize,
+    /// Share of all layers.
+    gated_zeros: f64,
+    /// Share of all layers; the same as `gated_zeros` where the model does not quantise.
+    down_input_zeros: f64,
+    /// Bytes of packed up and down matrices of all layers, and those of them that a token needs.
+    up_down_bytes: f64,
+    needed_bytes: f64,
+    layers: Vec<LayerReport>,
+}
+
+#[derive(Serialize)]
+struct LayerReport {
+    gated_zeros: f64,
+    down_input_zeros: f64,
+}
+
+impl SparsityReport {
+    fn new(checkpoint: &Checkpoint, sparsity: &Sparsity) -> Self {
+        let config = checkpoint.config();
+        let total = sparsity.total();
+        // Two bits a weight.
+        let matrix = (config.hidden_size * config.intermediate_size) as f64 / 4.0;
+        let matrices = matrix * sparsity.layers.len() as f64;
+        let of = |layer: &LayerZeros| LayerReport {
+            gated_zeros: layer.gated_share(),
+            down_input_zeros: layer.code_share(),
+        };
+        Self {
+            model: checkpoint.files().label().to_owned(),
+            activation: format!("{:?}", config.hidden_act),
+            tokens: sparsity.tokens,
+            gated_zeros: total.gated_share(),
+            down_input_zeros: total.code_share(),
+            up_down_bytes: 2.0 * matrices,
+            needed_bytes: matrices * (2.0 - total.gated_share() - total.code_share()),
+            layers: sparsity.layers.iter().map(of).collect(),
+        }
+    }
+}
+
+/// What a model is asked to read for `--sparsity`.
+const STORY: &str = "\
+Once upon a time, there was a little girl who lived near a wide river. Every morning she walked to the \
+bridge and looked at the boats. One day, an old man with a blue hat asked her for help. His small boat \
+had a hole, and he was sad. \"Do not worry,\" said the girl. \"My mother has a hammer and some wood.\" \
+They worked until the sun went down, and then the boat was as good as new. The man smiled and gave her \
+a shell that he had found far away by the sea. From that day on, they were friends.";
+
+fn measure_sparsity(checkpoint: &Checkpoint, text: Option<&Path>) -> Result<Sparsity> {
+    let text = match text {
+        Some(path) => std::fs::read_to_string(path).with_context(|| path.display().to_string())?,
+        None => STORY.to_owned(),
+    };
+    let mut tokens = Model::encode(checkpoint, &text)?;
+    let mut bar = Bar::load();
+    let options = LoadOptions::default();
+    let mut model = Transformer::load(checkpoint, Device::Cpu, &options, &mut |at| bar.layers(at))?;
+    drop(bar);
+    if tokens.len() > model.capacity() {
+        say(&format!("read the first {} of {} tokens", model.capacity(), tokens.len()));
+        tokens.truncate(model.capacity());
+    }
+    Ok(Sparsity::measure(&mut model, checkpoint, &tokens)?)
+}
+
+fn sparsity_text(report: &SparsityReport) -> Result<String> {
+    let mut text = String::new();
+    let SparsityReport { model, activation, tokens, .. } = report;
+    writeln!(text, "{model}: zeros in the MLPs ({activation}) over {tokens} tokens")?;
+    writeln!(text, "  {:8} {:>14} {:>18}", "layer", "closed gates", "zero down inputs")?;
+    let percent = |share: f64| format!("{:.1} %", 100.0 * share);
+    for (index, layer) in report.layers.iter().enumerate() {
+        let (gated, codes) = (percent(layer.gated_zeros), percent(layer.down_input_zeros));
+        writeln!(text, "  {index:<8} {gated:>14} {codes:>18}")?;
+    }
+    let (gated, codes) = (percent(report.gated_zeros), percent(report.down_input_zeros));
+    writeln!(text, "  {:8} {gated:>14} {codes:>18}", "all")?;
+    let megabytes = |bytes: f64| bytes / 1e6;
+    writeln!(
+        text,
+        "Of {:.2} MB of up and down weights, a token needs {:.2} MB on average.",
+        megabytes(report.up_down_bytes),
+        megabytes(report.needed_bytes)
+    )?;
+    Ok(text)
 }
 
 fn report(checkpoint: &Checkpoint) -> Result<Report> {

@@ -380,6 +380,28 @@ fn devices_are_listed() {
 }
 
 #[test]
+fn inspect_counts_zeros() {
+    let found = json(sterna("inspect --sparsity --json"));
+    let share = |key: &str| found[key].as_f64().unwrap();
+    // relu² closes about half of the gates, and never opens one again.
+    assert!((0.3..0.9).contains(&share("gated_zeros")), "{found}");
+    assert!((share("gated_zeros")..1.0).contains(&share("down_input_zeros")), "{found}");
+    let (all, needed) = (share("up_down_bytes"), share("needed_bytes"));
+    let zeros = share("gated_zeros") + share("down_input_zeros");
+    assert!((needed - all / 2.0 * (2.0 - zeros)).abs() < 1e-6 * all);
+    assert_eq!(found["layers"].as_array().unwrap().len(), 4);
+    // SiLU is zero only where its input is.
+    let llama = format!("inspect --sparsity --json {GOLDEN}/llama-a-bitlinear --text");
+    let text = tempfile::NamedTempFile::new().unwrap();
+    std::fs::write(text.path(), "a b c d").unwrap();
+    let llama = json(sterna(&format!("{llama} {}", text.path().display())));
+    assert!(llama["gated_zeros"].as_f64().unwrap() < 0.01, "{llama}");
+    assert!(stdout(sterna("inspect --sparsity")).contains("closed gates"));
+    failure(sterna("inspect --sparsity --text /no/such/file"), 1);
+    failure(sterna("inspect --text /no/such/file"), 2);
+}
+
+#[test]
 fn inspect_counts_what_is_there() {
     for name in ["bitnet-a-packed", "bitnet-a-bf16", "llama-a-bitlinear"] {
         let json = json(sterna(&format!("inspect --json {GOLDEN}/{name}")));
