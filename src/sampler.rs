@@ -126,6 +126,11 @@ impl Sampler {
         self.seen.iter().copied()
     }
 
+    /// Whether a token was noted for the penalty.
+    pub fn has_seen(&self, token: u32) -> bool {
+        self.seen.contains(&token)
+    }
+
     /// The random number in [0, 1) that makes the next choice, for a device that chooses by itself.
     pub fn next_uniform(&mut self) -> f64 {
         self.rng.next_f64()

@@ -12,7 +12,7 @@ use crate::reduce::{NORM_LANES, lane_sum};
 pub const MAX_K: usize = 32_768;
 
 /// Smallest largest magnitude of a row or an input whose products stay in the normal range.
-const LEAST: f32 = 1.0 / (1u64 << 40) as f32;
+pub const LEAST: f32 = 1.0 / (1u64 << 40) as f32;
 
 /// What belongs to a row beside its codes.
 #[derive(Debug, Clone, Copy, PartialEq)]

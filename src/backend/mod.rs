@@ -229,7 +229,8 @@ pub struct LoadOptions {
     pub tune: Tune,
 }
 
-/// What a device that chooses tokens by itself reads of the LM head. Logits that are handed out come
+/// What a device that chooses tokens reads of the LM head; the reference always reads the model's own
+/// rows. Logits that are handed out come
 /// from the model's own rows in any case.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum HeadChoice {

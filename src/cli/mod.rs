@@ -113,7 +113,7 @@ struct ModelArguments {
     #[arg(long, value_enum, value_name = "KIND", default_value = "model")]
     activations: ActivationChoice,
 
-    /// What a GPU chooses tokens by: int8 rows of the LM head, or the model's own
+    /// What tokens are chosen by: int8 rows of the LM head, or the model's own
     ///
     /// "int8" reads half the bytes or less. Greedy tokens are still those of the model's own rows:
     /// every row that could be the best is computed from those, too. With --temp above 0, the draw

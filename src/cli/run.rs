@@ -85,7 +85,7 @@ pub(super) struct Arguments {
     ///
     /// It has text (without the prompt), token_ids (with the stop token, if there is one),
     /// prompt_token_ids, model, device, finish_reason (stop, length, context or interrupted), seed
-    /// timings, and for a GPU's int8 head how many rows a greedy token needed of the model's own
+    /// timings, and for an int8 head how many rows a greedy token needed of the model's own
     /// (head_candidates: mean and most).
     #[arg(long)]
     json: bool,

@@ -2,6 +2,7 @@
 
 use std::collections::HashMap;
 
+use sterna::backend::HeadChoice;
 use sterna::{Device, GenerateOptions, LoadOptions, Model, Sampling, built_in};
 
 const PROMPT: &str = "Once upon a time";
@@ -22,6 +23,25 @@ fn greedy_text_is_the_same_on_ref_and_cpu() {
     let expected = tokens(&mut model(Device::Reference), &options);
     assert_eq!(expected.len(), 64);
     assert_eq!(tokens(&mut model(Device::Cpu), &options), expected);
+}
+
+#[test]
+fn the_int8_head_of_the_cpu_chooses_the_exact_rows() {
+    let checkpoint = built_in::checkpoint().unwrap();
+    let [mut int8, mut exact] = [HeadChoice::Int8, HeadChoice::Exact].map(|head| {
+        let options = LoadOptions { head, ..LoadOptions::default() };
+        Model::from_checkpoint(&checkpoint, Device::Cpu, &options, &mut |_| {}).unwrap()
+    });
+    for repetition_penalty in [1.0, 1.2] {
+        let max_tokens = 150;
+        let options =
+            GenerateOptions { max_tokens, repetition_penalty, ..GenerateOptions::default() };
+        assert_eq!(tokens(&mut int8, &options), tokens(&mut exact, &options));
+    }
+    let work = int8.transformer().head_work().unwrap();
+    assert!(work.tokens >= 200 && work.candidates >= work.tokens, "{work:?}");
+    assert!(work.most < 500, "{work:?}");
+    assert_eq!(exact.transformer().head_work(), None);
 }
 
 /// Ten seeds at temperature 0.7, 200 tokens: no run of 12 tokens comes three times.

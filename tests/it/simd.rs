@@ -2,7 +2,8 @@
 //! bound that stands beside the kernel and have the same bits on every level. One test a kernel and
 //! level.
 
-use cpu_ref::layout::{CHUNK_K, TILE_ROWS, k_chunks};
+use cpu_ref::head_int8::Input;
+use cpu_ref::layout::{CHUNK_K, TILE_ROWS, int8_rows, k_chunks};
 use cpu_ref::mlp::Activation;
 use sterna::backend::simd::{
     Activations, CacheHead, GroupLayout, GroupWeights, Kernels, Level, TableRows, TokenScale,
@@ -11,6 +12,7 @@ use sterna::format::float::{bf16_to_f32, f16_to_f32, f32_to_bf16};
 use sterna::layout::{Layout, Packed, Signs, group_scales};
 use sterna::random::Random;
 use sterna::shape::MatShape;
+use sterna::weights::{Int8Rows, Table, TableData};
 
 use crate::util::{assert_close, assert_same, first_difference, guarded};
 
@@ -58,6 +60,8 @@ on_every_level! {
     attention
     lm_head
     lm_head_of_codes
+    head_input
+    head_int8
     argmax
 }
 
@@ -675,6 +679,85 @@ fn lm_head_of_codes(kernels: &dyn Kernels) {
                     let variant = kernels.level().name();
                     assert_close("lm_head", (vocab, k, v), seed as u64, variant, pair, |_| bound);
                 }
+            }
+        }
+    }
+}
+
+fn empty_input(k: usize) -> Input {
+    let codes = int8_rows::chunks(k) * int8_rows::CHUNK_K;
+    let (hi, lo) = (vec![7; codes], vec![7; codes]);
+    Input { hi, lo, scale: 7.0, bound: 7.0, rest: 7.0 }
+}
+
+fn head_input(kernels: &dyn Kernels) {
+    let mut random = Random::new(8);
+    for k in [1, 15, 16, 17, 128, 300, 2560] {
+        for range in [0.0, 1e-42, 1e-35, 1e-3, 1.0, 3e4, 1e20] {
+            let mut x = random.floats(k, range);
+            for special in [None, Some(f32::NAN), Some(f32::INFINITY)] {
+                if let Some(special) = special {
+                    x[k / 2] = special;
+                }
+                let expected = cpu_ref::head_int8::quantize_input(&x);
+                let mut found = empty_input(k);
+                kernels.head_input(&x, &mut found);
+                assert_eq!((&found.hi[..k], &found.lo[..k]), (&expected.hi[..], &expected.lo[..]));
+                assert!(found.hi[k..].iter().chain(&found.lo[k..]).all(|&code| code == 0));
+                let values =
+                    |input: &Input| [input.scale, input.bound, input.rest].map(f32::to_bits);
+                assert_eq!(values(&found), values(&expected), "K = {k}, {range}, {special:?}");
+            }
+        }
+    }
+}
+
+fn head_int8(kernels: &dyn Kernels) {
+    for (seed, (n, k, m)) in
+        [(1, 1, 1), (31, 16, 2), (33, 17, 1), (64, 128, 8), (70, 300, 3), (40, 2560, 1)]
+            .into_iter()
+            .enumerate()
+    {
+        let mut random = Random::new(seed as u64);
+        let mut weights = random.floats(n * k, 2.0);
+        // Codes of −127 and 127 against limbs of −128.
+        weights[..k].iter_mut().for_each(|w| *w = w.signum());
+        let shape = MatShape::new(n, k).unwrap();
+        let table = Table::new(shape, TableData::F32(weights.clone()));
+        let words = Int8Rows::of(&table).unwrap().pack(0..n.div_ceil(TILE_ROWS)).unwrap();
+        let inputs: Vec<Input> = (0..m)
+            .map(|token| {
+                // 32512·2⁻ⁿ − 128·2⁻ⁿ has low limbs of −128.
+                let edge = |x: f32| if token == 1 { 1.0 - 128.0 / 32512.0 * x.signum() } else { x };
+                let x: Vec<f32> = random.floats(k, 1.0).into_iter().map(edge).collect();
+                let mut input = empty_input(k);
+                kernels.head_input(&x, &mut input);
+                input
+            })
+            .collect();
+        let len = n.next_multiple_of(TILE_ROWS) * m;
+        let mut bounds = Vec::new();
+        let logits = guarded("head_int8", len, 7.0, |logits| {
+            bounds = guarded("head_int8 bounds", 2 * len, 7.0, |bounds| {
+                kernels.head_int8(&words, &inputs, logits, bounds);
+            });
+        });
+        let mut codes = vec![0; k];
+        for (row, w) in weights.chunks_exact(k).enumerate() {
+            let values = cpu_ref::head_int8::quantize_row(w, 0.0, &mut codes);
+            for (token, input) in inputs.iter().enumerate() {
+                let (hi, lo) = (input.hi[..k].to_vec(), input.lo[..k].to_vec());
+                let input = Input { hi, lo, ..*input };
+                let sums = cpu_ref::head_int8::sums(&codes, &input);
+                let logit = cpu_ref::head_int8::logit(values, &input, sums);
+                let expected = cpu_ref::head_int8::bounds(values, &input, logit);
+                let tile = (row / TILE_ROWS * m + token) * TILE_ROWS;
+                let lane = row % TILE_ROWS;
+                let what = format!("{} {n}x{k}, row {row}, token {token}", kernels.level().name());
+                assert_eq!(logits[tile + lane].to_bits(), logit.to_bits(), "{what}");
+                let found = [bounds[2 * tile + lane], bounds[2 * tile + TILE_ROWS + lane]];
+                let expected = expected.unwrap_or([f32::NEG_INFINITY, f32::INFINITY]);
+                assert_eq!(found, expected, "{what}");
             }
         }
     }

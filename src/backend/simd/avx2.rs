@@ -18,6 +18,7 @@ use std::arch::x86_64::*;
 
 use cpu_ref::layout::{CHUNK_K, TILE_ROWS};
 
+use super::head::{CODE_WORDS, LimbSums};
 use super::portable::widen_scales;
 use super::tables::{FieldTables, build_tables};
 use super::{Activations, CHUNK_WORDS, Level, impl_kernels};
@@ -114,6 +115,46 @@ fn tokens_tile<const T: usize, const P: usize>(
             }
         }
     }
+}
+
+/// One tile of int8 rows and the two limbs of an input, in i16: no product of two bytes exceeds it.
+#[target_feature(enable = "avx2")]
+fn limb_sums(chunks: &[[u32; CODE_WORDS]], hi: &[i8], lo: &[i8], sums: &mut LimbSums) {
+    /// Pairs whose sums stay in registers.
+    const P: usize = 2;
+    for pass in 0..PAIRS / P {
+        let mut acc = [[_mm256_setzero_si256(); 2]; 2 * P];
+        let limbs = hi.as_chunks().0.iter().zip(lo.as_chunks().0);
+        for (chunk, (hi, lo)) in chunks.iter().zip(limbs) {
+            let limbs = [
+                widen(_mm256_castsi256_si128(field(hi))),
+                widen(_mm256_castsi256_si128(field(lo))),
+            ];
+            let pairs = &chunk.as_chunks().0[pass * P..][..P];
+            for (pair, acc) in pairs.iter().zip(acc.as_chunks_mut::<2>().0) {
+                let codes = load(pair);
+                let rows = [_mm256_castsi256_si128(codes), _mm256_extracti128_si256::<1>(codes)]
+                    .map(|row| widen(row));
+                for (acc, row) in acc.iter_mut().zip(rows) {
+                    for (acc, limb) in acc.iter_mut().zip(limbs) {
+                        *acc = _mm256_add_epi32(*acc, _mm256_madd_epi16(row, limb));
+                    }
+                }
+            }
+        }
+        for (row, acc) in acc.iter().enumerate() {
+            for (sums, &acc) in sums.iter_mut().zip(acc) {
+                sums[pass * 2 * P + row] = row_sums(acc).into_iter().sum();
+            }
+        }
+    }
+}
+
+/// 16 bytes as i16.
+#[inline]
+#[target_feature(enable = "avx2")]
+fn widen(bytes: __m128i) -> __m256i {
+    _mm256_cvtepi8_epi16(bytes)
 }
 
 /// One tile of [`super::GroupLayout::Signs`]: `acc[M][32]`.

@@ -21,6 +21,7 @@ use std::arch::x86_64::*;
 
 use cpu_ref::layout::{CHUNK_K, TILE_ROWS};
 
+use super::head::{CODE_WORDS, LimbSums};
 use super::tables::{NibbleTables, i2_column};
 use super::{Activations, CHUNK_WORDS, GroupLayout, GroupScales, Level, impl_kernels};
 
@@ -215,6 +216,33 @@ fn signs_tokens<const T: usize>(
             let negatives = sums_of_rows(&sums[t]);
             let rows = _mm512_sub_epi32(code_sum, _mm512_slli_epi32::<1>(negatives));
             store(rows, &mut acc.as_chunks_mut().0[pass]);
+        }
+    }
+}
+
+/// One tile of int8 rows: `Σ q·x = Σ (q + 128)·x − 128·Σ x`, for the two limbs of x.
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]
+fn limb_sums(chunks: &[[u32; CODE_WORDS]], hi: &[i8], lo: &[i8], sums: &mut LimbSums) {
+    let bias = _mm512_set1_epi8(i8::MIN);
+    let zero = _mm512_setzero_si512();
+    let (mut high, mut low, mut of_x) = ([zero; QUADS], [zero; QUADS], [zero; 2]);
+    let limbs = hi.as_chunks().0.iter().zip(lo.as_chunks().0);
+    for (chunk, (hi, lo)) in chunks.iter().zip(limbs) {
+        let (hi, lo) = (broadcast(hi), broadcast(lo));
+        of_x = [_mm512_dpbusd_epi32(of_x[0], bias, hi), _mm512_dpbusd_epi32(of_x[1], bias, lo)];
+        for (q, quad) in chunk.as_chunks::<QUAD_WORDS>().0.iter().enumerate() {
+            prefetch(quad);
+            let codes = _mm512_xor_si512(load(quad), bias);
+            high[q] = _mm512_dpbusd_epi32(high[q], codes, hi);
+            low[q] = _mm512_dpbusd_epi32(low[q], codes, lo);
+        }
+    }
+    for ((limb, of_x), sums) in [high, low].iter().zip(of_x).zip(sums) {
+        // A row's four lanes lack a lane of `of_x` each.
+        let halves = limb.as_chunks::<PASS_QUADS>().0.iter().zip(sums.as_chunks_mut().0);
+        for (quads, sums) in halves {
+            let rows = quads.map(|quad| _mm512_sub_epi32(quad, of_x));
+            store(sums_of_rows(&rows), sums);
         }
     }
 }

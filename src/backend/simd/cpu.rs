@@ -3,16 +3,18 @@
 use cpu_ref::layout::{CHUNK_K, TILE_ROWS};
 use cpu_ref::rope::Frequencies;
 
+use super::head::Int8Head;
 use super::matrix::{Head, Linears, Matrix, Scales};
 use super::pool::{Pool, Split};
 use super::{Activations, CHUNK_WORDS, CacheHead, Kernels, Level, TokenScale};
 use crate::backend::{
-    Backend, Batch, DeviceInfo, LoadOptions, OnProgress, Output, Progress, Tap, Tokens, Want,
+    Backend, Batch, DeviceInfo, HeadChoice, HeadWork, LoadOptions, OnProgress, Output, Progress,
+    Tap, Tokens, Want,
 };
 use crate::config::{Activations as Precision, ModelConfig};
 use crate::error::{Error, Result};
 use crate::kv_cache::KvCache;
-use crate::sampler::Sampler;
+use crate::sampler::{Sampler, Sampling};
 use crate::weights::WeightSource;
 
 /// A model on the CPU.
@@ -25,6 +27,8 @@ pub struct SimdBackend {
     max_batch: usize,
     embedding: Head,
     lm_head: Option<Head>,
+    /// The int8 rows that tokens are chosen by, where there are any.
+    int8_head: Option<Int8Head>,
     final_norm: Vec<f32>,
     layers: Vec<Layer>,
     frequencies: Frequencies,
@@ -371,6 +375,10 @@ impl SimdBackend {
         // The largest tensors first, while there is little beside their pages.
         let embedding = Head::pack(source.embedding()?)?;
         let lm_head = source.lm_head()?.map(Head::pack).transpose()?;
+        let int8_head = match (options.head, lm_head.as_ref().unwrap_or(&embedding)) {
+            (HeadChoice::Int8, Head::Plain(table)) => Int8Head::pack(table, 1)?,
+            _ => None,
+        };
         let total = config.num_hidden_layers;
         let mut layers = Vec::with_capacity(total);
         for index in 0..total {
@@ -398,12 +406,13 @@ impl SimdBackend {
                 name: "cpu".to_owned(),
                 description: describe(level, pool.threads()),
                 gemv: format!("{} {}", gemv_name(&layers), level.name()),
-                head: "lm_head".to_owned(),
+                head: if int8_head.is_some() { "head_int8" } else { "lm_head" }.to_owned(),
                 notes: Vec::new(),
             },
             max_batch,
             embedding,
             lm_head,
+            int8_head,
             final_norm: source.final_norm()?,
             frequencies: source.frequencies()?,
             cache: KvCache::new(total, capacity, config.kv_size()),
@@ -440,6 +449,10 @@ impl Backend for SimdBackend {
 
     fn capacity(&self) -> usize {
         self.cache.capacity()
+    }
+
+    fn head_work(&self) -> Option<HeadWork> {
+        self.int8_head.as_ref().map(Int8Head::work)
     }
 
     fn choose_with(&mut self, sampler: Sampler) -> Result<()> {
@@ -580,7 +593,7 @@ impl Backend for SimdBackend {
     fn head(&mut self) -> Result<()> {
         let (k, eps) = (self.config.hidden_size, self.config.rms_norm_eps);
         let rows = self.pass.logit_rows();
-        let Pass { tokens, hidden, normed, logits, .. } = &mut self.pass;
+        let Pass { want, tokens, hidden, normed, logits, .. } = &mut self.pass;
         let Work { pool, kernels, .. } = &mut self.work;
         let (kernels, final_norm) = (kernels.as_ref(), &self.final_norm);
 
@@ -602,6 +615,10 @@ impl Backend for SimdBackend {
             logits.resize(len, 0.0);
         }
         let logits = &mut logits[..len];
+        if let (Want::Token, Some(int8)) = (*want, &mut self.int8_head) {
+            int8.logits(pool, kernels, normed, logits);
+            return Ok(());
+        }
         match table {
             Head::Packed { matrix, .. } => multiply_floats(pool, kernels, matrix, normed, logits),
             Head::Plain(table) => {
@@ -622,6 +639,17 @@ impl Backend for SimdBackend {
         let position = self.pass.position_of_last();
         let vocab_size = if rows == 1 { self.config.vocab_size } else { 0 };
         let logits = &mut self.pass.logits[..vocab_size];
+        let table = self.lm_head.as_ref().unwrap_or(&self.embedding);
+        let is_greedy = self.sampler.sampling() == Sampling::Greedy;
+        if let (true, Some(int8), Head::Plain(table)) = (is_greedy, &mut self.int8_head, table) {
+            let x = &self.pass.normed[..self.config.hidden_size];
+            let kernels = self.work.kernels.as_ref();
+            let token = int8.greedy(kernels, table, (0, 1), x, &self.sampler);
+            let token = token.ok_or(Error::NanLogits { position })? as u32;
+            self.sampler.observe(&[token]);
+            self.chosen = Some(token);
+            return Ok(());
+        }
         self.chosen = Some(if self.sampler.is_argmax() {
             self.work.kernels.argmax(logits).ok_or(Error::NanLogits { position })? as u32
         } else {

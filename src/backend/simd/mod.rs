@@ -17,6 +17,7 @@ mod avx2;
 #[cfg(target_arch = "x86_64")]
 mod avx512;
 mod cpu;
+mod head;
 mod matrix;
 #[cfg(all(target_arch = "aarch64", target_endian = "little"))]
 mod neon;
@@ -29,7 +30,8 @@ mod tables;
 
 use std::ffi::OsStr;
 
-use cpu_ref::layout::{CHUNK_K, PIECE_WORDS, TILE_ROWS, signs};
+use cpu_ref::head_int8::Input;
+use cpu_ref::layout::{CHUNK_K, PIECE_WORDS, TILE_ROWS, int8_rows, signs};
 use cpu_ref::mlp::Activation;
 
 use crate::error::{Error, Result};
@@ -481,6 +483,15 @@ pub trait Kernels: Send + Sync {
     /// Logits of at most `32·tiles` table rows for M tokens `x[M,K]`, into `logits[tiles][M][32]`.
     fn lm_head(&self, rows: TableRows<'_>, x: &[f32], k: usize, logits: &mut [f32]);
 
+    /// The input of an int8 head: `cpu_ref::head_int8::quantize_input` of `x[K]`, into codes that are
+    /// there.
+    fn head_input(&self, x: &[f32], input: &mut Input);
+
+    /// `cpu_ref::head_int8`'s logits of whole tiles of int8 rows (`cpu_ref::layout::int8_rows`) for M
+    /// inputs, into `logits[tiles][M][32]`, and their bounds, into `bounds[tiles][M][2][32]`; −∞ and
+    /// ∞ where there are none.
+    fn head_int8(&self, words: &[u32], inputs: &[Input], logits: &mut [f32], bounds: &mut [f32]);
+
     /// The first of the largest logits; `None` if there is none or one is NaN.
     fn argmax(&self, logits: &[f32]) -> Option<usize>;
 }
@@ -492,6 +503,19 @@ fn check_gemm(words: &[u32], x: &Activations<'_>, acc: &[i32]) -> usize {
     assert_eq!(words.len(), tiles * tile_words, "words are [tiles, chunks, 32, 4]");
     assert_eq!(acc.len(), tiles * x.n_tokens() * TILE_ROWS, "acc is [tiles, M, 32]");
     tiles
+}
+
+/// Whether the shapes of [`Kernels::head_int8`] agree.
+fn head_fits(words: &[u32], inputs: &[Input], logits: &[f32], bounds: &[f32]) -> bool {
+    let Some(first) = inputs.first() else { return false };
+    let tile_len = inputs.len() * TILE_ROWS;
+    let tiles = logits.len() / tile_len;
+    logits.len() == tiles * tile_len
+        && bounds.len() == 2 * logits.len()
+        && words.len() == tiles * int8_rows::tile_words(first.hi.len())
+        && inputs
+            .iter()
+            .all(|input| input.hi.len() == first.hi.len() && input.lo.len() == first.hi.len())
 }
 
 /// Implements [`Kernels`] for a level: its own `gemm`, and the portable kernels compiled with its
@@ -614,6 +638,14 @@ macro_rules! impl_kernels {
                         && logits.len() == (rows.len() / k)
                             .next_multiple_of(cpu_ref::layout::TILE_ROWS) * (x.len() / k)
                     => super::portable::lm_head(rows, x, k, logits);
+                fn head_input(x: &[f32], input: &mut cpu_ref::head_int8::Input) -> ()
+                    where x.len() <= input.hi.len() && input.hi.len() == input.lo.len()
+                    => super::head::head_input(x, input);
+                fn head_int8(words: &[u32], inputs: &[cpu_ref::head_int8::Input],
+                    logits: &mut [f32], bounds: &mut [f32]) -> ()
+                    where super::head_fits(words, inputs, logits, bounds)
+                    => super::head::head_int8(words, inputs, logits, bounds,
+                        |chunks, hi, lo, sums| limb_sums(chunks, hi, lo, sums));
                 fn argmax(logits: &[f32]) -> Option<usize>
                     where true
                     => super::portable::argmax(logits);

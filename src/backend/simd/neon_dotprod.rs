@@ -7,6 +7,7 @@ use std::arch::{asm, is_aarch64_feature_detected};
 
 use cpu_ref::layout::{PIECE_WORDS, TILE_ROWS};
 
+use super::head::limb_sums;
 use super::neon::{
     Fields, PASS_ROWS, load_activations, load_bits, load_codes, load_signs_activations,
     lookup_chunk, tiles,
