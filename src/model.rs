@@ -4,6 +4,7 @@ use crate::backend::{self, Backend, Batch, Device, DeviceInfo, HeadWork, LoadOpt
 use crate::backend::{OnProgress, Output, Tap, Tokens, Want};
 use crate::config::ModelConfig;
 use crate::error::{Error, Result};
+use crate::kv_cache::SequenceId;
 use crate::sampler::Sampler;
 use crate::weights::WeightSource;
 
@@ -11,6 +12,8 @@ use crate::weights::WeightSource;
 pub struct Transformer {
     config: ModelConfig,
     backend: Box<dyn Backend>,
+    /// The sequence that is fed.
+    sequence: SequenceId,
     /// Tokens fed, of those whose successor was asked for.
     position: usize,
     /// Tokens in the KV cache: chosen ones may be fed before they are asked for.
@@ -38,8 +41,9 @@ impl Transformer {
     }
 
     /// A transformer over a backend that has been loaded from a source of this configuration.
-    pub fn new(config: ModelConfig, backend: Box<dyn Backend>) -> Self {
-        Self { config, backend, position: 0, fed: 0, untaken: 0 }
+    pub fn new(config: ModelConfig, mut backend: Box<dyn Backend>) -> Self {
+        let sequence = backend.sequences().open();
+        Self { config, backend, sequence, position: 0, fed: 0, untaken: 0 }
     }
 
     /// The model's dimensions.
@@ -105,7 +109,12 @@ impl Transformer {
     pub fn next_token(&mut self, limit: usize) -> Result<u32> {
         let wanted = self.backend.lead().min(limit).max(1);
         while self.untaken < wanted && (self.untaken == 0 || self.fed < self.capacity()) {
-            let batch = Batch { tokens: Tokens::Chosen, start: self.fed, want: Want::Token };
+            let batch = Batch {
+                sequence: self.sequence,
+                tokens: Tokens::Chosen,
+                start: self.fed,
+                want: Want::Token,
+            };
             self.forward(batch, &mut None)?;
             self.fed += 1;
             self.untaken += 1;
@@ -170,20 +179,22 @@ impl Transformer {
         }
         let chunk_len = self.backend.max_batch();
         let chunks = tokens.len().div_ceil(chunk_len);
-        let mut start = self.fed;
+        let (sequence, mut start) = (self.sequence, self.fed);
         let mut all_logits = Vec::new();
         for (index, chunk) in tokens.chunks(chunk_len).enumerate() {
             let last = index + 1 == chunks;
             let want = if last || want == Want::AllLogits { want } else { Want::Nothing };
             let tokens = Tokens::Given(chunk);
-            if let Output::Logits(logits) = self.forward(Batch { tokens, start, want }, tap)? {
+            if let Output::Logits(logits) =
+                self.forward(Batch { sequence, tokens, start, want }, tap)?
+            {
                 all_logits.extend(logits);
             }
             start += chunk.len();
         }
         (self.position, self.fed) = (start, start);
         Ok(match want {
-            Want::Nothing | Want::Token => Output::Nothing,
+            Want::Nothing | Want::Token | Want::Tokens => Output::Nothing,
             Want::LastLogits | Want::AllLogits => Output::Logits(all_logits),
         })
     }

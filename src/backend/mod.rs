@@ -72,11 +72,7 @@ impl Batch<'_> {
 
     /// How many rows of logits the pass computes, counted from its last token.
     pub fn logit_rows(&self) -> usize {
-        match self.want {
-            Want::Nothing => 0,
-            Want::Token | Want::LastLogits => 1,
-            Want::AllLogits | Want::Tokens => self.tokens.count(),
-        }
+        self.want.logit_rows(self.tokens.count())
     }
 }
 
@@ -96,6 +92,17 @@ pub enum Want {
     LastLogits,
     /// Logits `[M, V]` of all positions.
     AllLogits,
+}
+
+impl Want {
+    /// How many rows of logits a pass of `n_tokens` computes.
+    pub fn logit_rows(self, n_tokens: usize) -> usize {
+        match self {
+            Self::Nothing => 0,
+            Self::Token | Self::LastLogits => 1,
+            Self::AllLogits | Self::Tokens => n_tokens,
+        }
+    }
 }
 
 /// The result of a forward pass.

@@ -2,18 +2,19 @@
 //!
 //! Slow, and right by inspection; the other backends are judged by it.
 
+use cpu_ref::attention::{Cached, attention};
 use cpu_ref::gemv::{dequantize, ternary_dot};
 use cpu_ref::group_gemv::{group_dot, group_dot_int8, quantize_absmax_groups};
 use cpu_ref::quantize_absmax::quantize_absmax;
 use cpu_ref::rmsnorm::rmsnorm;
-use cpu_ref::{attention::attention, lm_head, mlp, residual::residual_add, rope};
+use cpu_ref::{lm_head, mlp, residual::residual_add, rope};
 
 use super::Want;
 use super::{Backend, Batch, DeviceInfo, LoadOptions, OnProgress, Output, Progress, Tap, Tokens};
 use crate::config::{Activations, ModelConfig};
 use crate::error::{Error, Result};
 use crate::format::float::f16_to_f32;
-use crate::kv_cache::KvCache;
+use crate::kv_cache::{Blocks, KvCache, KvFormat};
 use crate::sampler::Sampler;
 use crate::weights::{Input, Table, TernaryMatrix, WeightScale, WeightSource, runs_of_input};
 
@@ -28,6 +29,7 @@ pub struct Reference {
     layers: Vec<Layer>,
     frequencies: rope::Frequencies,
     cache: KvCache,
+    blocks: Blocks,
     pass: Pass,
     sampler: Sampler,
     chosen: Option<u32>,
@@ -195,6 +197,7 @@ impl Reference {
             layers,
             frequencies: source.frequencies()?,
             cache: KvCache::new(total, capacity, config.kv_size()),
+            blocks: Blocks::new(capacity),
             pass: Pass::default(),
             sampler: Sampler::default(),
             chosen: None,
@@ -219,6 +222,30 @@ impl Backend for Reference {
 
     fn capacity(&self) -> usize {
         self.cache.capacity()
+    }
+
+    fn sequences(&mut self) -> &mut Blocks {
+        &mut self.blocks
+    }
+
+    fn kv_format(&self) -> KvFormat {
+        todo!("kv")
+    }
+
+    fn kv_bytes(&self) -> u64 {
+        todo!("kv")
+    }
+
+    fn read_block(&mut self, _: u32) -> Result<Vec<u8>> {
+        todo!("kv")
+    }
+
+    fn write_block(&mut self, _: u32, _: &[u8]) -> Result<()> {
+        todo!("kv")
+    }
+
+    fn keep(&mut self, _: usize) -> Result<()> {
+        todo!("speculation")
     }
 
     fn choose_with(&mut self, sampler: Sampler) -> Result<()> {
@@ -280,7 +307,11 @@ impl Backend for Reference {
         self.pass.attended.clear();
         for (m, query) in self.pass.query.iter().enumerate() {
             let (keys, values) = self.cache.prefix(layer, self.pass.start + m + 1);
-            self.pass.attended.push(attention(query, keys, values, self.config.heads()));
+            self.pass.attended.push(attention(
+                query,
+                Cached { keys, values, scales: None },
+                self.config.heads(),
+            ));
         }
         Ok(())
     }

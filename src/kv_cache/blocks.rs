@@ -60,10 +60,9 @@ impl Blocks {
     pub fn fork(&mut self, of: SequenceId, positions: usize) -> Result<SequenceId> {
         let table = self.table(of)?;
         let blocks = positions.div_ceil(BLOCK);
-        let shared = table.get(..blocks).ok_or(Error::ContextOverflow {
-            needed: positions,
-            capacity: table.len() * BLOCK,
-        })?;
+        let shared = table
+            .get(..blocks)
+            .ok_or(Error::ContextOverflow { needed: positions, capacity: table.len() * BLOCK })?;
         let shared = shared.to_vec();
         for &block in &shared {
             self.references[block as usize] += 1;

@@ -11,7 +11,7 @@ use crate::backend::{
 };
 use crate::config::{Activations as Precision, ModelConfig};
 use crate::error::{Error, Result};
-use crate::kv_cache::KvCache;
+use crate::kv_cache::{Blocks, KvCache, KvFormat};
 use crate::sampler::Sampler;
 use crate::weights::WeightSource;
 
@@ -29,6 +29,7 @@ pub struct SimdBackend {
     layers: Vec<Layer>,
     frequencies: Frequencies,
     cache: KvCache,
+    blocks: Blocks,
     work: Work,
     pass: Pass,
     sampler: Sampler,
@@ -107,8 +108,7 @@ impl Pass {
 
     /// How many rows of logits are wanted.
     fn logit_rows(&self) -> usize {
-        let tokens = Tokens::Given(&self.tokens);
-        Batch { tokens, start: self.start, want: self.want }.logit_rows()
+        self.want.logit_rows(self.tokens.len())
     }
 }
 
@@ -407,6 +407,7 @@ impl SimdBackend {
             final_norm: source.final_norm()?,
             frequencies: source.frequencies()?,
             cache: KvCache::new(total, capacity, config.kv_size()),
+            blocks: Blocks::new(capacity),
             work: Work::new(pool, kernels, precision, &config, max_batch, &layers),
             layers,
             pass: Pass {
@@ -440,6 +441,30 @@ impl Backend for SimdBackend {
 
     fn capacity(&self) -> usize {
         self.cache.capacity()
+    }
+
+    fn sequences(&mut self) -> &mut Blocks {
+        &mut self.blocks
+    }
+
+    fn kv_format(&self) -> KvFormat {
+        todo!("kv")
+    }
+
+    fn kv_bytes(&self) -> u64 {
+        todo!("kv")
+    }
+
+    fn read_block(&mut self, _: u32) -> Result<Vec<u8>> {
+        todo!("kv")
+    }
+
+    fn write_block(&mut self, _: u32, _: &[u8]) -> Result<()> {
+        todo!("kv")
+    }
+
+    fn keep(&mut self, _: usize) -> Result<()> {
+        todo!("speculation")
     }
 
     fn choose_with(&mut self, sampler: Sampler) -> Result<()> {
@@ -645,7 +670,7 @@ impl Backend for SimdBackend {
                 }
                 Output::Logits(all)
             }
-            Want::Nothing | Want::Token => Output::Nothing,
+            Want::Nothing | Want::Token | Want::Tokens => Output::Nothing,
         })
     }
 
