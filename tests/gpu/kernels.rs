@@ -1,7 +1,7 @@
 //! Every kernel against its twin in `cpu-ref`: random shapes and edges.
 
+use cpu_ref::attention::Cached;
 use cpu_ref::attention::Heads;
-use cpu_ref::attention::{Cached, attention};
 use cpu_ref::group_gemv::{bound, group_dot, group_dot_int8, quantize_absmax_groups};
 use cpu_ref::mlp::Activation;
 use libtest_mimic::Failed;
@@ -491,7 +491,7 @@ fn attention(gpu: &Gpu) -> Result<(), Failed> {
         let found = as_f32(&out[0]);
         for token in 0..m {
             let seen = (start + token + 1) * kv_size;
-            let expected = attention(
+            let expected = cpu_ref::attention::attention(
                 &query[token * query_size..][..query_size],
                 Cached { keys: &keys[..seen], values: &values[..seen], scales: None },
                 heads,
