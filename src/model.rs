@@ -1,7 +1,7 @@
 //! The transformer, written once over the `Backend` steps: prefill and decode.
 
 use crate::backend::{self, Backend, Batch, Device, DeviceInfo, HeadWork, LoadOptions};
-use crate::backend::{OnProgress, Output, Tap, Tokens, Want};
+use crate::backend::{MAX_DRAFT, OnProgress, Output, Tap, Tokens, Want};
 use crate::config::ModelConfig;
 use crate::error::{Error, Result};
 use crate::kv_cache::SequenceId;
@@ -125,6 +125,56 @@ impl Transformer {
         Ok(token)
     }
 
+    /// The longest draft that [`Transformer::check_draft`] takes here; 0 also where the next token has
+    /// not been taken.
+    pub fn draft_limit(&self) -> usize {
+        let room = self.capacity() - self.position;
+        let tokens = room.min(self.backend.max_batch()).min(MAX_DRAFT + 1);
+        if self.untaken == 0 { tokens.saturating_sub(1) } else { 0 }
+    }
+
+    /// Checks what may come after `last`, the token that was taken and not yet fed, in one forward pass.
+    /// Returns the tokens that [`Transformer::next_token`] would have: those of the draft as long as
+    /// they are right, then the one that comes instead, or after them. A token that `ends` the text is
+    /// the last one.
+    ///
+    /// # Errors
+    /// If the draft is longer than [`Transformer::draft_limit`], a token is outside the vocabulary,
+    /// the device fails, or logits are NaN; then what had been checked is not part of the sequence.
+    pub fn check_draft(
+        &mut self,
+        last: u32,
+        draft: &[u32],
+        ends: impl Fn(u32) -> bool,
+    ) -> Result<Vec<u32>> {
+        let (found, max) = (draft.len(), self.draft_limit());
+        if found > max {
+            return Err(Error::Dimension { name: "tokens of a draft", found, max });
+        }
+        let tokens = [&[last], draft].concat();
+        self.forget();
+        let batch = Batch {
+            sequence: self.sequence,
+            tokens: Tokens::Given(&tokens),
+            start: self.position,
+            want: Want::Tokens,
+        };
+        self.forward(batch, &mut None)?;
+        let mut found = Vec::with_capacity(tokens.len());
+        let mut drafted = draft.iter();
+        loop {
+            let token = self.backend.take()?;
+            found.push(token);
+            if drafted.next() != Some(&token) || ends(token) {
+                break;
+            }
+        }
+        self.backend.keep(found.len())?;
+        self.position += found.len();
+        self.forget();
+        Ok(found)
+    }
+
     /// Feeds tokens after the current position: a prompt in chunks, or one token of a decode.
     ///
     /// Returns what `want` asks for, of the last token (or of all, for [`Want::AllLogits`]). After an
@@ -224,7 +274,7 @@ impl Transformer {
         if batch.want != Want::Nothing {
             backend.head()?;
         }
-        if batch.want == Want::Token {
+        if matches!(batch.want, Want::Token | Want::Tokens) {
             backend.choose()?;
         }
         backend.finish()

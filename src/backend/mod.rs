@@ -1,5 +1,6 @@
 //! The `Backend` trait: a loaded model that runs in steps, and the choice of a device.
 
+mod choices;
 pub mod gpu;
 pub mod reference;
 pub mod simd;
@@ -49,7 +50,7 @@ impl Batch<'_> {
     /// Checks the batch against a backend's limits.
     ///
     /// # Errors
-    /// If there is no token, more than `max_batch`, one outside the vocabulary, or the last
+    /// If there is no token, more than `max_batch` or than [`Want`] takes, one outside the vocabulary, or the last
     /// position is past the capacity.
     pub fn check(&self, max_batch: usize, capacity: usize, vocab_size: usize) -> Result<()> {
         let found = self.tokens.count();
@@ -58,6 +59,10 @@ impl Batch<'_> {
         }
         if found > max_batch {
             return Err(Error::Dimension { name: "tokens of a batch", found, max: max_batch });
+        }
+        if self.want == Want::Tokens && found > MAX_DRAFT + 1 {
+            let name = "tokens of a batch that all have a token after them";
+            return Err(Error::Dimension { name, found, max: MAX_DRAFT + 1 });
         }
         let needed = self.start + found;
         if needed > capacity {
@@ -223,7 +228,7 @@ pub trait Backend: Send {
     /// # Errors
     /// If the device fails.
     fn head(&mut self) -> Result<()>;
-    /// Chooses a token by the last row of logits.
+    /// Chooses a token by the last row of logits; for [`Want::Tokens`], one by each.
     ///
     /// # Errors
     /// If the device fails, or the logits are NaN.
@@ -240,11 +245,12 @@ pub trait Backend: Send {
     /// forgotten.
     fn take(&mut self) -> Result<u32>;
 
-    /// Of the tokens that a pass of [`Want::Tokens`] chose, the first `n` are text: what is chosen next
-    /// follows them, with the sampler's random numbers and memory as if only they had been chosen.
+    /// Of the tokens that a pass of [`Want::Tokens`] chose and that were taken, the first `n` are text:
+    /// what is chosen next follows them, with the sampler's random numbers and memory as if only they
+    /// had been chosen. The others are forgotten.
     ///
     /// # Errors
-    /// If the device fails.
+    /// [`Error::NoToken`] if `n` is 0 or fewer were taken; if the device fails.
     fn keep(&mut self, n: usize) -> Result<()>;
 
     /// Completes what has been recorded so far and reads a step's result; the pass goes on after

@@ -6,6 +6,7 @@ use cpu_ref::rope::Frequencies;
 use super::matrix::{Head, Linears, Matrix, Scales};
 use super::pool::{Pool, Split};
 use super::{Activations, CHUNK_WORDS, CacheHead, Kernels, Level, TokenScale};
+use crate::backend::choices::Choices;
 use crate::backend::{
     Backend, Batch, DeviceInfo, LoadOptions, OnProgress, Output, Progress, Tap, Tokens, Want,
 };
@@ -32,8 +33,9 @@ pub struct SimdBackend {
     blocks: Blocks,
     work: Work,
     pass: Pass,
-    sampler: Sampler,
-    chosen: Option<u32>,
+    choices: Choices,
+    /// A row of logits of several, `[V]`.
+    row: Vec<f32>,
 }
 
 struct Layer {
@@ -423,8 +425,8 @@ impl SimdBackend {
                 normed: vec![0.0; max_batch * hidden],
                 logits: vec![0.0; config.vocab_size.next_multiple_of(TILE_ROWS)],
             },
-            sampler: Sampler::default(),
-            chosen: None,
+            choices: Choices::default(),
+            row: Vec::new(),
             config,
         })
     }
@@ -463,12 +465,12 @@ impl Backend for SimdBackend {
         todo!("kv")
     }
 
-    fn keep(&mut self, _: usize) -> Result<()> {
-        todo!("speculation")
+    fn keep(&mut self, n: usize) -> Result<()> {
+        self.choices.keep(n)
     }
 
     fn choose_with(&mut self, sampler: Sampler) -> Result<()> {
-        (self.sampler, self.chosen) = (sampler, None);
+        self.choices.choose_with(sampler);
         Ok(())
     }
 
@@ -478,7 +480,7 @@ impl Backend for SimdBackend {
         pass.tokens.clear();
         match batch.tokens {
             Tokens::Given(tokens) => pass.tokens.extend_from_slice(tokens),
-            Tokens::Chosen => pass.tokens.push(self.chosen.ok_or(Error::NoToken)?),
+            Tokens::Chosen => pass.tokens.push(self.choices.last()?),
         }
         (pass.start, pass.want) = (batch.start, batch.want);
         let half = self.frequencies.inv_freq.len();
@@ -643,16 +645,26 @@ impl Backend for SimdBackend {
     }
 
     fn choose(&mut self) -> Result<()> {
-        let rows = self.pass.logit_rows();
-        let position = self.pass.position_of_last();
-        let vocab_size = if rows == 1 { self.config.vocab_size } else { 0 };
-        let logits = &mut self.pass.logits[..vocab_size];
-        self.chosen = Some(if self.sampler.is_argmax() {
-            self.work.kernels.argmax(logits).ok_or(Error::NanLogits { position })? as u32
-        } else {
-            self.sampler.sample(logits, position)?
-        });
-        Ok(())
+        let vocab_size = self.config.vocab_size;
+        let kernels = self.work.kernels.as_ref();
+        let pick = |sampler: &mut Sampler, logits: &mut [f32], position| {
+            if sampler.is_argmax() {
+                let token = kernels.argmax(logits);
+                return token.map(|token| token as u32).ok_or(Error::NanLogits { position });
+            }
+            sampler.sample(logits, position)
+        };
+        let (rows, last) = (self.pass.logit_rows(), self.pass.position_of_last());
+        let Pass { tokens, start, want, logits, .. } = &mut self.pass;
+        if *want == Want::Tokens {
+            self.choices.each(tokens, |sampler, m| {
+                self.row.clear();
+                self.row.extend(row_of(logits, m, rows).take(vocab_size));
+                pick(sampler, &mut self.row, *start + m)
+            });
+            return Ok(());
+        }
+        self.choices.one(|sampler| pick(sampler, &mut logits[..vocab_size], last))
     }
 
     fn finish(&mut self) -> Result<Output> {
@@ -664,9 +676,7 @@ impl Backend for SimdBackend {
                 let rows = self.pass.logit_rows();
                 let mut all = Vec::with_capacity(rows * vocab_size);
                 for m in 0..rows {
-                    let tiles = logits.chunks_exact(rows * TILE_ROWS);
-                    let row = tiles.flat_map(|tile| &tile[m * TILE_ROWS..][..TILE_ROWS]);
-                    all.extend(row.take(vocab_size));
+                    all.extend(row_of(logits, m, rows).take(vocab_size));
                 }
                 Output::Logits(all)
             }
@@ -675,7 +685,7 @@ impl Backend for SimdBackend {
     }
 
     fn take(&mut self) -> Result<u32> {
-        self.chosen.ok_or(Error::NoToken)
+        self.choices.take()
     }
 
     fn read(&mut self, tap: Tap) -> Result<Vec<f32>> {
@@ -688,6 +698,12 @@ impl Backend for SimdBackend {
         };
         Ok(values[..n_tokens * width].to_vec())
     }
+}
+
+/// Row `m` of `[ceil(V/32)][rows][32]` logits, and what pads it.
+fn row_of(logits: &[f32], m: usize, rows: usize) -> impl Iterator<Item = f32> {
+    let tiles = logits.chunks_exact(rows * TILE_ROWS);
+    tiles.flat_map(move |tile| tile[m * TILE_ROWS..][..TILE_ROWS].iter().copied())
 }
 
 /// `cpu_ref::rope::angles` into buffers that are there.
