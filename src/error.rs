@@ -288,6 +288,9 @@ pub enum Error {
         /// Positions there are.
         capacity: usize,
     },
+    /// A sequence of the KV cache has been closed, or belongs to another model.
+    #[error("the sequence is not open")]
+    NoSequence,
     /// A sampling option is out of range.
     #[error("{option}: expected {expected}, found {found}")]
     Sampling {

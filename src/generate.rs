@@ -10,6 +10,7 @@ use crate::error::{Error, Result};
 use crate::format::{Bytes, ModelFiles};
 use crate::model::Transformer;
 use crate::sampler::{Sampler, Sampling};
+use crate::speculate::{Speculate, Speculation, SpeculationWork};
 use crate::tokenizer::{
     ChatTemplate, DecodeStream, GgufVocabulary, Message, Source, Tokenizer, stop_ids,
 };
@@ -33,12 +34,20 @@ pub struct GenerateOptions {
     pub sampling: Sampling,
     /// Above 1 makes the tokens of prompt and text less likely to occur again; 1 changes nothing.
     pub repetition_penalty: f32,
+    /// Whether tokens are guessed ahead and checked together. The text is the same, but for rounding in
+    /// the last bits where a device computes several tokens in another order than one.
+    pub speculate: Speculate,
 }
 
 impl Default for GenerateOptions {
-    /// 512 tokens, greedily.
+    /// 512 tokens, greedily, one a forward pass.
     fn default() -> Self {
-        Self { max_tokens: 512, sampling: Sampling::Greedy, repetition_penalty: 1.0 }
+        Self {
+            max_tokens: 512,
+            sampling: Sampling::Greedy,
+            repetition_penalty: 1.0,
+            speculate: Speculate::Off,
+        }
     }
 }
 
@@ -219,6 +228,10 @@ impl Model {
             stream: self.tokenizer.stream(&prompt)?,
             transformer: &mut self.transformer,
             stop_ids: &self.stop_ids,
+            speculation: match options.speculate {
+                Speculate::Off => None,
+                Speculate::Prompt => Some(Speculation::new(&prompt)),
+            },
             prompt,
             tokens: Vec::new(),
             max_tokens: options.max_tokens,
@@ -322,6 +335,7 @@ impl Timings {
 pub struct Generation<'a> {
     transformer: &'a mut Transformer,
     stop_ids: &'a [u32],
+    speculation: Option<Speculation>,
     stream: DecodeStream<'a>,
     prompt: Vec<u32>,
     tokens: Vec<u32>,
@@ -353,6 +367,11 @@ impl Generation<'_> {
         self.transformer.head_work()
     }
 
+    /// How well guessing ahead has gone so far; `None` if it is off.
+    pub fn speculation(&self) -> Option<SpeculationWork> {
+        self.speculation.as_ref().map(Speculation::work)
+    }
+
     /// How long it has taken so far.
     pub fn timings(&self) -> Timings {
         Timings {
@@ -376,7 +395,7 @@ impl Generation<'_> {
             Some(FinishReason::Stop)
         } else if self.tokens.len() >= self.max_tokens {
             Some(FinishReason::Length)
-        } else if self.transformer.position() >= self.transformer.capacity() {
+        } else if self.text_len() >= self.transformer.capacity() {
             Some(FinishReason::ContextFull)
         } else {
             None
@@ -389,12 +408,25 @@ impl Generation<'_> {
         Ok(Piece { token, text })
     }
 
+    /// Tokens of the text that were fed: all but the last.
+    fn text_len(&self) -> usize {
+        self.transformer.position() - self.speculation.as_ref().map_or(0, Speculation::ahead)
+    }
+
     /// Feeds the prompt if that has not been done, and takes the next token.
     fn next_token(&mut self) -> Result<u32> {
         if self.tokens.is_empty() {
             self.transformer.prompt(&self.prompt)?;
         }
-        self.transformer.next_token(self.max_tokens - self.tokens.len())
+        let (last, left) = (self.tokens.last().copied(), self.max_tokens - self.tokens.len());
+        let stop_ids = self.stop_ids;
+        match &mut self.speculation {
+            None => self.transformer.next_token(left),
+            Some(speculation) => {
+                let ends = |token| stop_ids.binary_search(&token).is_ok();
+                speculation.next_token(self.transformer, last, left, ends)
+            }
+        }
     }
 }
 

@@ -1,9 +1,10 @@
 //! The transformer, written once over the `Backend` steps: prefill and decode.
 
 use crate::backend::{self, Backend, Batch, Device, DeviceInfo, HeadWork, LoadOptions};
-use crate::backend::{OnProgress, Output, Tap, Tokens, Want};
+use crate::backend::{MAX_DRAFT, OnProgress, Output, Tap, Tokens, Want};
 use crate::config::ModelConfig;
 use crate::error::{Error, Result};
+use crate::kv_cache::SequenceId;
 use crate::sampler::Sampler;
 use crate::weights::WeightSource;
 
@@ -11,6 +12,8 @@ use crate::weights::WeightSource;
 pub struct Transformer {
     config: ModelConfig,
     backend: Box<dyn Backend>,
+    /// The sequence that is fed.
+    sequence: SequenceId,
     /// Tokens fed, of those whose successor was asked for.
     position: usize,
     /// Tokens in the KV cache: chosen ones may be fed before they are asked for.
@@ -38,8 +41,9 @@ impl Transformer {
     }
 
     /// A transformer over a backend that has been loaded from a source of this configuration.
-    pub fn new(config: ModelConfig, backend: Box<dyn Backend>) -> Self {
-        Self { config, backend, position: 0, fed: 0, untaken: 0 }
+    pub fn new(config: ModelConfig, mut backend: Box<dyn Backend>) -> Self {
+        let sequence = backend.sequences().open();
+        Self { config, backend, sequence, position: 0, fed: 0, untaken: 0 }
     }
 
     /// The model's dimensions.
@@ -105,7 +109,12 @@ impl Transformer {
     pub fn next_token(&mut self, limit: usize) -> Result<u32> {
         let wanted = self.backend.lead().min(limit).max(1);
         while self.untaken < wanted && (self.untaken == 0 || self.fed < self.capacity()) {
-            let batch = Batch { tokens: Tokens::Chosen, start: self.fed, want: Want::Token };
+            let batch = Batch {
+                sequence: self.sequence,
+                tokens: Tokens::Chosen,
+                start: self.fed,
+                want: Want::Token,
+            };
             self.forward(batch, &mut None)?;
             self.fed += 1;
             self.untaken += 1;
@@ -114,6 +123,56 @@ impl Transformer {
         self.untaken -= 1;
         self.position = self.fed - self.untaken;
         Ok(token)
+    }
+
+    /// The longest draft that [`Transformer::check_draft`] takes here; 0 also where the next token has
+    /// not been taken.
+    pub fn draft_limit(&self) -> usize {
+        let room = self.capacity() - self.position;
+        let tokens = room.min(self.backend.max_batch()).min(MAX_DRAFT + 1);
+        if self.untaken == 0 { tokens.saturating_sub(1) } else { 0 }
+    }
+
+    /// Checks what may come after `last`, the token that was taken and not yet fed, in one forward pass.
+    /// Returns the tokens that [`Transformer::next_token`] would have: those of the draft as long as
+    /// they are right, then the one that comes instead, or after them. A token that `ends` the text is
+    /// the last one.
+    ///
+    /// # Errors
+    /// If the draft is longer than [`Transformer::draft_limit`], a token is outside the vocabulary,
+    /// the device fails, or logits are NaN; then what had been checked is not part of the sequence.
+    pub fn check_draft(
+        &mut self,
+        last: u32,
+        draft: &[u32],
+        ends: impl Fn(u32) -> bool,
+    ) -> Result<Vec<u32>> {
+        let (found, max) = (draft.len(), self.draft_limit());
+        if found > max {
+            return Err(Error::Dimension { name: "tokens of a draft", found, max });
+        }
+        let tokens = [&[last], draft].concat();
+        self.forget();
+        let batch = Batch {
+            sequence: self.sequence,
+            tokens: Tokens::Given(&tokens),
+            start: self.position,
+            want: Want::Tokens,
+        };
+        self.forward(batch, &mut None)?;
+        let mut found = Vec::with_capacity(tokens.len());
+        let mut drafted = draft.iter();
+        loop {
+            let token = self.backend.take()?;
+            found.push(token);
+            if drafted.next() != Some(&token) || ends(token) {
+                break;
+            }
+        }
+        self.backend.keep(found.len())?;
+        self.position += found.len();
+        self.forget();
+        Ok(found)
     }
 
     /// Feeds tokens after the current position: a prompt in chunks, or one token of a decode.
@@ -170,20 +229,22 @@ impl Transformer {
         }
         let chunk_len = self.backend.max_batch();
         let chunks = tokens.len().div_ceil(chunk_len);
-        let mut start = self.fed;
+        let (sequence, mut start) = (self.sequence, self.fed);
         let mut all_logits = Vec::new();
         for (index, chunk) in tokens.chunks(chunk_len).enumerate() {
             let last = index + 1 == chunks;
             let want = if last || want == Want::AllLogits { want } else { Want::Nothing };
             let tokens = Tokens::Given(chunk);
-            if let Output::Logits(logits) = self.forward(Batch { tokens, start, want }, tap)? {
+            if let Output::Logits(logits) =
+                self.forward(Batch { sequence, tokens, start, want }, tap)?
+            {
                 all_logits.extend(logits);
             }
             start += chunk.len();
         }
         (self.position, self.fed) = (start, start);
         Ok(match want {
-            Want::Nothing | Want::Token => Output::Nothing,
+            Want::Nothing | Want::Token | Want::Tokens => Output::Nothing,
             Want::LastLogits | Want::AllLogits => Output::Logits(all_logits),
         })
     }
@@ -213,7 +274,7 @@ impl Transformer {
         if batch.want != Want::Nothing {
             backend.head()?;
         }
-        if batch.want == Want::Token {
+        if matches!(batch.want, Want::Token | Want::Tokens) {
             backend.choose()?;
         }
         backend.finish()

@@ -61,9 +61,19 @@ pub struct Sampler {
     sampling: Sampling,
     repetition_penalty: f32,
     seen: BTreeSet<u32>,
+    /// The tokens of `seen` in the order in which they first occurred.
+    noted: Vec<u32>,
     rng: Xoshiro256PlusPlus,
     /// Kept between calls for its memory.
     candidates: Vec<Candidate>,
+}
+
+/// A point in a sampler's text, to go back to.
+#[derive(Debug, Clone)]
+pub struct Mark {
+    rng: Xoshiro256PlusPlus,
+    /// How many tokens had been noted.
+    noted: usize,
 }
 
 impl Default for Sampler {
@@ -73,6 +83,7 @@ impl Default for Sampler {
             sampling: Sampling::Greedy,
             repetition_penalty: 1.0,
             seen: BTreeSet::new(),
+            noted: Vec::new(),
             rng: Xoshiro256PlusPlus::from_seed(0),
             candidates: Vec::new(),
         }
@@ -144,8 +155,29 @@ impl Sampler {
     /// Notes tokens of the prompt, or chosen elsewhere, for the repetition penalty.
     pub fn observe(&mut self, tokens: &[u32]) {
         if self.repetition_penalty != 1.0 {
-            self.seen.extend(tokens);
+            self.noted.extend(tokens.iter().filter(|&&token| self.seen.insert(token)));
         }
+    }
+
+    /// Where the text is now.
+    pub fn mark(&self) -> Mark {
+        Mark { rng: self.rng.clone(), noted: self.noted.len() }
+    }
+
+    /// Goes back to a mark of this sampler, as if nothing had been chosen or noted since.
+    pub fn rewind(&mut self, mark: &Mark) {
+        self.rng = mark.rng.clone();
+        for token in self.noted.drain(mark.noted.min(self.noted.len())..) {
+            self.seen.remove(&token);
+        }
+    }
+
+    /// Goes on as if the next choice had been `token`: uses up its random number and notes it.
+    pub fn follow(&mut self, token: u32) {
+        if self.sampling != Sampling::Greedy {
+            self.next_uniform();
+        }
+        self.observe(&[token]);
     }
 
     /// Chooses a token from logits `[V]` and notes it; the penalty changes `logits` in place.
@@ -326,6 +358,37 @@ mod tests {
             (count as f64 - expected).powi(2) / expected
         };
         counts.iter().zip(weights).map(term).sum()
+    }
+
+    #[test]
+    fn a_text_goes_on_from_a_mark_as_if_nothing_had_been_since() {
+        let logits = [0.3f32, 1.0, -0.5, 0.8, 0.9, 0.0, 0.1, 0.6];
+        for sampling in [Sampling::Greedy, random(1.3, Some(6), 0.9, 0.01, 5)] {
+            for penalty in [1.0, 1.7] {
+                let fresh = || {
+                    let mut sampler = Sampler::new(sampling, penalty).unwrap();
+                    sampler.observe(&[1, 1, 3]);
+                    sampler
+                };
+                let draw = |sampler: &mut Sampler| sampler.sample(&mut logits.to_vec(), 0).unwrap();
+                let mut sampler = fresh();
+                let expected: Vec<u32> = (0..12).map(|_| draw(&mut sampler)).collect();
+                for kept in 0..expected.len() {
+                    let mut sampler = fresh();
+                    let mark = sampler.mark();
+                    (0..5).for_each(|_| {
+                        draw(&mut sampler);
+                    });
+                    sampler.observe(&[0, 1, 6]);
+                    sampler.rewind(&mark);
+                    assert_eq!(sampler.seen, fresh().seen);
+                    expected[..kept].iter().for_each(|&token| sampler.follow(token));
+                    let rest: Vec<u32> =
+                        expected[kept..].iter().map(|_| draw(&mut sampler)).collect();
+                    assert_eq!(rest, expected[kept..], "{sampling:?} {penalty}, {kept} kept");
+                }
+            }
+        }
     }
 
     #[test]

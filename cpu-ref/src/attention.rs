@@ -14,48 +14,76 @@ pub struct Heads {
     pub dim: usize,
 }
 
-/// `softmax(q·Kᵀ/√D)·V` for every query head of one token, by online softmax.
+/// What a token may see of the KV cache, as it gives it back ([`crate::kv`]): all positions up to
+/// the token's own, S ≥ 1.
+#[derive(Debug, Clone, Copy)]
+pub struct Cached<'a> {
+    /// `[S, G, D]`.
+    pub keys: &'a [f32],
+    /// `[S, G, D]`.
+    pub values: &'a [f32],
+    /// `(keys, values)`: scales `[S, G]`; `None` where the format has none.
+    pub scales: Option<(&'a [f32], &'a [f32])>,
+}
+
+/// `softmax(q·Kᵀ/√D)·V` for every query head of one token.
 ///
-/// Shapes: `q[H,D]` after RoPE, `keys[S,G,D]` and `values[S,G,D]` of all positions the token may
-/// see (itself included, S ≥ 1), result `[H,D]`. Keys are taken 128 at a time: scores by 16-lane dot
-/// products, their maximum, [`exp`] of the differences, a 128-lane sum of those weights; what was
-/// summed before is scaled down to the new maximum, and the weighted values are added in order.
+/// Shapes: `q[H,D]` after RoPE, result `[H,D]`. Positions are taken in blocks of 64 ([`KEY_LANES`]).
+/// Of each block by itself: scores `s = (q·k)·(1/√D)·key_scale`, the dot product over 16 lanes; their
+/// maximum *m*; `w = exp(s − m)`; *l*, the 64-lane sum of the *w*; `o = Σ (w·value_scale)·v`, in the
+/// order of positions. Then blocks are merged in order into (M, L, O), at first (lowest f32, 0, 0):
+///
+/// ```text
+/// M' = max(M, m);  a = exp(M − M');  b = exp(m − M');  L = L·a + l·b;  O = O·a + o·b;  M = M'
+/// ```
+///
+/// and the result is O/L. So blocks may be computed apart, by anybody, and give the same bits.
 ///
 /// Source: Vaswani et al. 2017; GQA: Ainslie et al. 2023, arXiv:2305.13245; online softmax:
-/// Milakov & Gimelshein 2018, arXiv:1805.02867.
-pub fn attention(q: &[f32], keys: &[f32], values: &[f32], heads: Heads) -> Vec<f32> {
+/// Milakov & Gimelshein 2018, arXiv:1805.02867; blocks apart: Dao et al. 2023, "Flash-Decoding".
+pub fn attention(q: &[f32], cached: Cached<'_>, heads: Heads) -> Vec<f32> {
     let Heads { query, kv, dim } = heads;
     assert_eq!(q.len(), query * dim);
     assert!(kv > 0 && query.is_multiple_of(kv));
+    let Cached { keys, values, scales } = cached;
     assert!(keys.len() == values.len() && keys.len().is_multiple_of(kv * dim));
     let positions = keys.len() / (kv * dim);
     assert!(positions > 0);
+    if let Some((key_scale, value_scale)) = scales {
+        assert!(key_scale.len() == positions * kv && value_scale.len() == positions * kv);
+    }
     let mut out = Vec::with_capacity(query * dim);
     for (head, q_head) in q.chunks_exact(dim).enumerate() {
         let group = head / (query / kv);
         let at = |position: usize| (position * kv + group) * dim;
+        let key_scale = |position: usize| scales.map_or(1.0, |(s, _)| s[position * kv + group]);
+        let value_scale = |position: usize| scales.map_or(1.0, |(_, s)| s[position * kv + group]);
         let score = |position: usize| {
             let key = &keys[at(position)..][..dim];
             let products = q_head.iter().zip(key).map(|(&a, &b)| a * b);
-            lane_sum::<DOT_LANES>(products) * inv_sqrt_dim(dim)
+            lane_sum::<DOT_LANES>(products) * inv_sqrt_dim(dim) * key_scale(position)
         };
-        let mut running_max = f32::MIN;
+        let mut merged_max = f32::MIN;
         let mut total = 0.0f32;
         let mut sums = vec![0.0f32; dim];
         for block in (0..positions).step_by(KEY_LANES) {
             let end = (block + KEY_LANES).min(positions);
             let scores: Vec<f32> = (block..end).map(score).collect();
-            let new_max = scores.iter().fold(running_max, |max, &score| maximum(max, score));
-            let weights: Vec<f32> = scores.iter().map(|&score| exp(score - new_max)).collect();
-            let decay = exp(running_max - new_max);
-            total = total * decay + lane_sum::<KEY_LANES>(weights.iter().copied());
+            let block_max = scores.iter().fold(f32::MIN, |max, &score| maximum(max, score));
+            let weights: Vec<f32> = scores.iter().map(|&score| exp(score - block_max)).collect();
+            let block_total = lane_sum::<KEY_LANES>(weights.iter().copied());
+            let new_max = maximum(merged_max, block_max);
+            let decay = exp(merged_max - new_max);
+            let growth = exp(block_max - new_max);
+            total = total * decay + block_total * growth;
             for (d, sum) in sums.iter_mut().enumerate() {
-                *sum *= decay;
+                let mut block_sum = 0.0f32;
                 for (position, &weight) in (block..end).zip(&weights) {
-                    *sum += weight * values[at(position) + d];
+                    block_sum += (weight * value_scale(position)) * values[at(position) + d];
                 }
+                *sum = *sum * decay + block_sum * growth;
             }
-            running_max = new_max;
+            merged_max = new_max;
         }
         out.extend(sums.iter().map(|sum| sum / total));
     }
@@ -76,10 +104,14 @@ fn maximum(a: f32, b: f32) -> f32 {
 mod tests {
     use super::*;
 
+    fn plain<'a>(keys: &'a [f32], values: &'a [f32]) -> Cached<'a> {
+        Cached { keys, values, scales: None }
+    }
+
     #[test]
     fn one_position_returns_its_value() {
         let heads = Heads { query: 4, kv: 2, dim: 2 };
-        let out = attention(&[9.0; 8], &[1.0; 4], &[1.0, 2.0, 3.0, 4.0], heads);
+        let out = attention(&[9.0; 8], plain(&[1.0; 4], &[1.0, 2.0, 3.0, 4.0]), heads);
         assert_eq!(out, [1.0, 2.0, 1.0, 2.0, 3.0, 4.0, 3.0, 4.0]);
     }
 
@@ -95,7 +127,7 @@ mod tests {
             (dot / 3f64.sqrt()).exp()
         });
         let total: f64 = scores.clone().sum();
-        for (d, found) in attention(&q, &keys, &values, heads).into_iter().enumerate() {
+        for (d, found) in attention(&q, plain(&keys, &values), heads).into_iter().enumerate() {
             let terms = scores.clone().enumerate().map(|(s, w)| w * f64::from(values[3 * s + d]));
             let expected = terms.sum::<f64>() / total;
             assert!((f64::from(found) - expected).abs() < 1e-6, "{found} {expected}");
@@ -103,10 +135,21 @@ mod tests {
     }
 
     #[test]
+    fn scales_multiply_back() {
+        let heads = Heads { query: 1, kv: 1, dim: 2 };
+        let (keys, values) = ([1.0, -2.0, 3.0, 4.0], [5.0, 6.0, -7.0, 8.0]);
+        let (halved, doubled) = (keys.map(|k| 0.5 * k), values.map(|v| 2.0 * v));
+        let q = [0.25, 0.5];
+        let scales = Some((&[2.0f32; 2][..], &[0.5f32; 2][..]));
+        let found = attention(&q, Cached { keys: &halved, values: &doubled, scales }, heads);
+        assert_eq!(found, attention(&q, plain(&keys, &values), heads));
+    }
+
+    #[test]
     fn two_positions_mix_by_softmax() {
         let heads = Heads { query: 1, kv: 1, dim: 1 };
         // Scores 0 and ln 3: weights 1/4 and 3/4.
-        let out = attention(&[1.0], &[0.0, 3.0f32.ln()], &[0.0, 4.0], heads);
+        let out = attention(&[1.0], plain(&[0.0, 3.0f32.ln()], &[0.0, 4.0]), heads);
         assert!((out[0] - 3.0).abs() < 1e-6);
     }
 }

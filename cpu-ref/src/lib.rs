@@ -27,6 +27,7 @@ pub mod gemv;
 pub mod group_gemv;
 pub mod hadamard;
 pub mod head_int8;
+pub mod kv;
 pub mod layout;
 pub mod lm_head;
 pub mod mlp;

@@ -12,7 +12,7 @@ pub const DOT_LANES: usize = 16;
 /// Lanes of the sum over groups in `group_gemv` with int8 activations.
 pub const GROUP_LANES: usize = 8;
 /// Keys that attention takes at a time, and lanes of the sum of their weights.
-pub const KEY_LANES: usize = 128;
+pub const KEY_LANES: usize = 64;
 
 /// The sum of `values` over `L` lanes; `L` is a power of two.
 pub fn lane_sum<const L: usize>(values: impl IntoIterator<Item = f32>) -> f32 {

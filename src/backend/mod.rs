@@ -1,11 +1,13 @@
 //! The `Backend` trait: a loaded model that runs in steps, and the choice of a device.
 
+mod choices;
 pub mod gpu;
 pub mod reference;
 pub mod simd;
 
 use crate::config::{Activations, ModelConfig};
 use crate::error::{Error, Result};
+use crate::kv_cache::{Blocks, KvFormat, SequenceId};
 use crate::sampler::Sampler;
 use crate::weights::WeightSource;
 
@@ -34,6 +36,8 @@ impl Tokens<'_> {
 /// The tokens of one forward pass and what is wanted of it.
 #[derive(Debug, Clone, Copy)]
 pub struct Batch<'a> {
+    /// Whose positions these are.
+    pub sequence: SequenceId,
     /// What the pass reads.
     pub tokens: Tokens<'a>,
     /// Position of the first token; the KV cache holds all positions before it.
@@ -46,7 +50,7 @@ impl Batch<'_> {
     /// Checks the batch against a backend's limits.
     ///
     /// # Errors
-    /// If there is no token, more than `max_batch`, one outside the vocabulary, or the last
+    /// If there is no token, more than `max_batch` or than [`Want`] takes, one outside the vocabulary, or the last
     /// position is past the capacity.
     pub fn check(&self, max_batch: usize, capacity: usize, vocab_size: usize) -> Result<()> {
         let found = self.tokens.count();
@@ -55,6 +59,10 @@ impl Batch<'_> {
         }
         if found > max_batch {
             return Err(Error::Dimension { name: "tokens of a batch", found, max: max_batch });
+        }
+        if self.want == Want::Tokens && found > MAX_DRAFT + 1 {
+            let name = "tokens of a batch that all have a token after them";
+            return Err(Error::Dimension { name, found, max: MAX_DRAFT + 1 });
         }
         let needed = self.start + found;
         if needed > capacity {
@@ -69,11 +77,7 @@ impl Batch<'_> {
 
     /// How many rows of logits the pass computes, counted from its last token.
     pub fn logit_rows(&self) -> usize {
-        match self.want {
-            Want::Nothing => 0,
-            Want::Token | Want::LastLogits => 1,
-            Want::AllLogits => self.tokens.count(),
-        }
+        self.want.logit_rows(self.tokens.count())
     }
 }
 
@@ -85,22 +89,40 @@ pub enum Want {
     /// The token after the last position, as the sampler of [`Backend::choose_with`] chooses it;
     /// [`Backend::take`] hands it out.
     Token,
+    /// A token after every position of the batch, each chosen as if the tokens before it in the batch were
+    /// text; [`Backend::take`] hands out M of them, and [`Backend::keep`] says how many were. M
+    /// is at most [`MAX_DRAFT`] + 1.
+    Tokens,
     /// Logits `[V]` of the last position.
     LastLogits,
     /// Logits `[M, V]` of all positions.
     AllLogits,
 }
 
+impl Want {
+    /// How many rows of logits a pass of `n_tokens` computes.
+    pub fn logit_rows(self, n_tokens: usize) -> usize {
+        match self {
+            Self::Nothing => 0,
+            Self::Token | Self::LastLogits => 1,
+            Self::AllLogits | Self::Tokens => n_tokens,
+        }
+    }
+}
+
 /// The result of a forward pass.
 #[derive(Debug, Clone, PartialEq)]
 pub enum Output {
-    /// For [`Want::Nothing`]; of a backend also for [`Want::Token`].
+    /// For [`Want::Nothing`]; of a backend also for [`Want::Token`] and [`Want::Tokens`].
     Nothing,
     /// For [`Want::Token`].
     Token(u32),
     /// For [`Want::LastLogits`] and [`Want::AllLogits`].
     Logits(Vec<f32>),
 }
+
+/// Most tokens that are proposed to a model at once, to be checked in one pass.
+pub const MAX_DRAFT: usize = 7;
 
 /// A step's result, as a tap sees it: row-major f32.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -126,8 +148,28 @@ pub trait Backend: Send {
     fn device(&self) -> &DeviceInfo;
     /// Most tokens of one pass.
     fn max_batch(&self) -> usize;
-    /// Positions the KV cache holds.
+    /// Positions a sequence may have.
     fn capacity(&self) -> usize;
+
+    /// The sequences in the KV cache: [`Backend::begin`] gives them blocks, the caller opens, forks and
+    /// closes them.
+    fn sequences(&mut self) -> &mut Blocks;
+    /// How keys and values are held.
+    fn kv_format(&self) -> KvFormat;
+    /// Bytes that the KV cache has allocated.
+    fn kv_bytes(&self) -> u64;
+    /// A block's contents in the order that every backend has outside: for each layer the keys
+    /// `[64, G, D]`, then the values, little-endian in [`Backend::kv_format`]; after int8 values the
+    /// scales of the keys `[64, G]`, then of the values, f32. What was recorded before is complete.
+    ///
+    /// # Errors
+    /// If the device fails.
+    fn read_block(&mut self, block: u32) -> Result<Vec<u8>>;
+    /// Writes what [`Backend::read_block`] returns, into a block of a sequence that was prepared.
+    ///
+    /// # Errors
+    /// If the length is not a block's, or the device fails.
+    fn write_block(&mut self, block: u32, bytes: &[u8]) -> Result<()>;
     /// How many chosen tokens should wait to be taken, so that the device never idles: 1 where a
     /// pass is complete when `finish` returns. It may change from token to token.
     fn lead(&self) -> usize {
@@ -186,7 +228,7 @@ pub trait Backend: Send {
     /// # Errors
     /// If the device fails.
     fn head(&mut self) -> Result<()>;
-    /// Chooses a token by the last row of logits.
+    /// Chooses a token by the last row of logits; for [`Want::Tokens`], one by each.
     ///
     /// # Errors
     /// If the device fails, or the logits are NaN.
@@ -203,6 +245,14 @@ pub trait Backend: Send {
     /// forgotten.
     fn take(&mut self) -> Result<u32>;
 
+    /// Of the tokens that a pass of [`Want::Tokens`] chose and that were taken, the first `n` are text:
+    /// what is chosen next follows them, with the sampler's random numbers and memory as if only they
+    /// had been chosen. The others are forgotten.
+    ///
+    /// # Errors
+    /// [`Error::NoToken`] if `n` is 0 or fewer were taken; if the device fails.
+    fn keep(&mut self, n: usize) -> Result<()>;
+
     /// Completes what has been recorded so far and reads a step's result; the pass goes on after
     /// it. For finding where two backends part.
     ///
@@ -216,6 +266,8 @@ pub trait Backend: Send {
 pub struct LoadOptions {
     /// Positions of the KV cache; `None`: the model's maximum, at most 4096.
     pub context: Option<usize>,
+    /// How keys and values are held; `None`: see [`LoadOptions::kv_format`].
+    pub kv: Option<KvFormat>,
     /// Most tokens of one prompt chunk.
     pub max_batch: usize,
     /// CPU threads; `None`: one per physical core.
@@ -269,6 +321,7 @@ impl Default for LoadOptions {
     fn default() -> Self {
         Self {
             context: None,
+            kv: None,
             max_batch: 64,
             threads: None,
             int8_activations: false,
@@ -281,6 +334,11 @@ impl Default for LoadOptions {
 /// Positions of the KV cache where neither the caller nor the model says less.
 const DEFAULT_CONTEXT: usize = 4096;
 
+/// Bytes of a whole context up to which keys and values are f32 by default.
+pub const F32_CACHE: u64 = 64 << 20;
+/// Bytes of a whole context up to which they are f16 by default.
+pub const F16_CACHE: u64 = 2 << 30;
+
 impl LoadOptions {
     /// What the linear layers of this model multiply with.
     ///
@@ -292,6 +350,20 @@ impl LoadOptions {
             (_, true) => Err(Error::Int8Activations),
             (activations, false) => Ok(activations),
         }
+    }
+
+    /// How keys and values are held: as asked for, else f32 where a whole context of it takes at most
+    /// [`F32_CACHE`], f16 up to [`F16_CACHE`], int8 beyond.
+    ///
+    /// # Errors
+    /// As for [`LoadOptions::capacity`].
+    pub fn kv_format(&self, config: &ModelConfig) -> Result<KvFormat> {
+        let values = 2 * config.num_hidden_layers * config.kv_size() * self.capacity(config)?;
+        Ok(self.kv.unwrap_or(match values as u64 {
+            values if 4 * values <= F32_CACHE => KvFormat::F32,
+            values if 2 * values <= F16_CACHE => KvFormat::F16,
+            _ => KvFormat::Int8,
+        }))
     }
 
     /// Positions the KV cache gets for this model.

@@ -2,18 +2,20 @@
 //!
 //! Slow, and right by inspection; the other backends are judged by it.
 
+use cpu_ref::attention::{Cached, attention};
 use cpu_ref::gemv::{dequantize, ternary_dot};
 use cpu_ref::group_gemv::{group_dot, group_dot_int8, quantize_absmax_groups};
 use cpu_ref::quantize_absmax::quantize_absmax;
 use cpu_ref::rmsnorm::rmsnorm;
-use cpu_ref::{attention::attention, lm_head, mlp, residual::residual_add, rope};
+use cpu_ref::{lm_head, mlp, residual::residual_add, rope};
 
 use super::Want;
+use super::choices::Choices;
 use super::{Backend, Batch, DeviceInfo, LoadOptions, OnProgress, Output, Progress, Tap, Tokens};
 use crate::config::{Activations, ModelConfig};
 use crate::error::{Error, Result};
 use crate::format::float::f16_to_f32;
-use crate::kv_cache::KvCache;
+use crate::kv_cache::{Blocks, KvCache, KvFormat};
 use crate::sampler::Sampler;
 use crate::weights::{Input, Table, TernaryMatrix, WeightScale, WeightSource, runs_of_input};
 
@@ -28,9 +30,9 @@ pub struct Reference {
     layers: Vec<Layer>,
     frequencies: rope::Frequencies,
     cache: KvCache,
+    blocks: Blocks,
     pass: Pass,
-    sampler: Sampler,
-    chosen: Option<u32>,
+    choices: Choices,
 }
 
 /// Matrices that read the same vector, `[N, K]` one after another.
@@ -195,9 +197,9 @@ impl Reference {
             layers,
             frequencies: source.frequencies()?,
             cache: KvCache::new(total, capacity, config.kv_size()),
+            blocks: Blocks::new(capacity),
             pass: Pass::default(),
-            sampler: Sampler::default(),
-            chosen: None,
+            choices: Choices::default(),
             config,
         })
     }
@@ -221,8 +223,32 @@ impl Backend for Reference {
         self.cache.capacity()
     }
 
+    fn sequences(&mut self) -> &mut Blocks {
+        &mut self.blocks
+    }
+
+    fn kv_format(&self) -> KvFormat {
+        todo!("kv")
+    }
+
+    fn kv_bytes(&self) -> u64 {
+        todo!("kv")
+    }
+
+    fn read_block(&mut self, _: u32) -> Result<Vec<u8>> {
+        todo!("kv")
+    }
+
+    fn write_block(&mut self, _: u32, _: &[u8]) -> Result<()> {
+        todo!("kv")
+    }
+
+    fn keep(&mut self, n: usize) -> Result<()> {
+        self.choices.keep(n)
+    }
+
     fn choose_with(&mut self, sampler: Sampler) -> Result<()> {
-        (self.sampler, self.chosen) = (sampler, None);
+        self.choices.choose_with(sampler);
         Ok(())
     }
 
@@ -230,7 +256,7 @@ impl Backend for Reference {
         batch.check(self.max_batch, self.capacity(), self.config.vocab_size)?;
         let tokens = match batch.tokens {
             Tokens::Given(tokens) => tokens.to_vec(),
-            Tokens::Chosen => vec![self.chosen.ok_or(Error::NoToken)?],
+            Tokens::Chosen => vec![self.choices.last()?],
         };
         self.pass = Pass { tokens, start: batch.start, want: Some(batch.want), ..Pass::default() };
         Ok(())
@@ -280,7 +306,11 @@ impl Backend for Reference {
         self.pass.attended.clear();
         for (m, query) in self.pass.query.iter().enumerate() {
             let (keys, values) = self.cache.prefix(layer, self.pass.start + m + 1);
-            self.pass.attended.push(attention(query, keys, values, self.config.heads()));
+            self.pass.attended.push(attention(
+                query,
+                Cached { keys, values, scales: None },
+                self.config.heads(),
+            ));
         }
         Ok(())
     }
@@ -318,7 +348,7 @@ impl Backend for Reference {
     fn head(&mut self) -> Result<()> {
         let table = self.lm_head.as_ref().unwrap_or(&self.embedding);
         let first = match self.pass.want {
-            Some(Want::AllLogits) => 0,
+            Some(Want::AllLogits | Want::Tokens) => 0,
             _ => self.pass.hidden.len() - 1,
         };
         let mut row = vec![0.0; self.config.hidden_size];
@@ -337,14 +367,22 @@ impl Backend for Reference {
     }
 
     fn choose(&mut self) -> Result<()> {
-        let position = self.pass.start + self.pass.tokens.len() - 1;
-        let logits = self.pass.logits.last_mut().map(Vec::as_mut_slice).unwrap_or_default();
-        self.chosen = Some(if self.sampler.is_argmax() {
-            cpu_ref::argmax::argmax(logits).ok_or(Error::NanLogits { position })? as u32
-        } else {
-            self.sampler.sample(logits, position)?
-        });
-        Ok(())
+        let Pass { tokens, start, want, logits, .. } = &mut self.pass;
+        let last = *start + tokens.len() - 1;
+        let pick = |sampler: &mut Sampler, logits: &mut Vec<f32>, position| {
+            if sampler.is_argmax() {
+                let token = cpu_ref::argmax::argmax(logits);
+                return token.map(|token| token as u32).ok_or(Error::NanLogits { position });
+            }
+            sampler.sample(logits, position)
+        };
+        if *want == Some(Want::Tokens) {
+            let start = *start;
+            self.choices.each(tokens, |sampler, row| pick(sampler, &mut logits[row], start + row));
+            return Ok(());
+        }
+        let logits = logits.last_mut().expect("head makes a row at least");
+        self.choices.one(|sampler| pick(sampler, logits, last))
     }
 
     fn finish(&mut self) -> Result<Output> {
@@ -356,7 +394,7 @@ impl Backend for Reference {
     }
 
     fn take(&mut self) -> Result<u32> {
-        self.chosen.ok_or(Error::NoToken)
+        self.choices.take()
     }
 
     fn read(&mut self, tap: Tap) -> Result<Vec<f32>> {

@@ -10,6 +10,7 @@ use serde::Serialize;
 use sterna::backend::HeadWork;
 use sterna::generate::{GenerateOptions, Generation, Model};
 use sterna::sampler::Sampling;
+use sterna::speculate::{Speculate, SpeculationWork};
 use sterna::tokenizer::{Message, Role};
 
 use super::progress::Bar;
@@ -69,6 +70,13 @@ pub(super) struct Arguments {
     #[arg(long)]
     seed: Option<u64>,
 
+    /// Guess tokens from where the same ones stood before, and check several in one pass
+    ///
+    /// "prompt" looks in the prompt and in the text so far. The text is the same, but for rounding on
+    /// some GPUs; it comes faster where it repeats itself or the prompt, as code, lists and quotations do.
+    #[arg(long, value_name = "HOW", value_enum, default_value_t = SpeculateArgument::Off)]
+    speculate: SpeculateArgument,
+
     /// Most tokens of prompt and text together [default: the model's maximum, at most 4096]
     #[arg(long, value_name = "N", value_parser = at_least_one)]
     context: Option<usize>,
@@ -85,10 +93,29 @@ pub(super) struct Arguments {
     ///
     /// It has text (without the prompt), token_ids (with the stop token, if there is one),
     /// prompt_token_ids, model, device, finish_reason (stop, length, context or interrupted), seed
-    /// timings, and for an int8 head how many rows a greedy token needed of the model's own
-    /// (head_candidates: mean and most).
+    /// timings, for an int8 head how many rows a greedy token needed of the model's own
+    /// (head_candidates: mean and most), and with --speculate how it went (speculation: tokens
+    /// proposed and accepted, forward passes, and tokens_per_pass).
     #[arg(long)]
     json: bool,
+}
+
+/// `--speculate`.
+#[derive(Debug, Clone, Copy, clap::ValueEnum)]
+enum SpeculateArgument {
+    /// One token a pass
+    Off,
+    /// Prompt lookup
+    Prompt,
+}
+
+impl From<SpeculateArgument> for Speculate {
+    fn from(argument: SpeculateArgument) -> Self {
+        match argument {
+            SpeculateArgument::Off => Self::Off,
+            SpeculateArgument::Prompt => Self::Prompt,
+        }
+    }
 }
 
 const EXAMPLES: &str = "\
@@ -97,6 +124,7 @@ Examples:
   sterna run --temp 0 -n 50 \"The little dog\"         always the same text
   sterna run --seed 7 --top-p 0.9 \"The little dog\"   the same text for the same seed
   cat story.txt | sterna run -                       continue a file
+  sterna run --speculate prompt \"One, two, one, two\"   the same text in fewer passes
   sterna run -m DIR --chat --system \"Be brief.\" \"Why is the sky blue?\"
   sterna run --json \"Once\" | jq .text";
 
@@ -115,6 +143,23 @@ struct Report<'a> {
     timings: ReportTimings,
     #[serde(skip_serializing_if = "Option::is_none")]
     head_candidates: Option<ReportCandidates>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    speculation: Option<ReportSpeculation>,
+}
+
+#[derive(Serialize)]
+struct ReportSpeculation {
+    proposed: u64,
+    accepted: u64,
+    passes: u64,
+    tokens_per_pass: Option<f64>,
+}
+
+impl From<SpeculationWork> for ReportSpeculation {
+    fn from(work: SpeculationWork) -> Self {
+        let SpeculationWork { proposed, accepted, passes } = work;
+        Self { proposed, accepted, passes, tokens_per_pass: work.tokens_per_pass() }
+    }
 }
 
 #[derive(Serialize)]
@@ -191,6 +236,7 @@ pub(super) fn run(arguments: Arguments) -> Result<()> {
             seed,
             timings: report_timings(&generation, load_time),
             head_candidates: generation.head_work().and_then(ReportCandidates::of),
+            speculation: generation.speculation().map(ReportSpeculation::from),
         });
     }
     let seed = seed.map(|seed| format!("; seed {seed}")).unwrap_or_default();
@@ -199,7 +245,9 @@ pub(super) fn run(arguments: Arguments) -> Result<()> {
     let candidates = candidates
         .map(|ReportCandidates { mean, .. }| format!("; {mean:.1} rows a token re-ranked exactly"))
         .unwrap_or_default();
-    let status = format!("{device}: {}{candidates}; {finish_reason}{seed}", speed(&generation));
+    let guesses = generation.speculation().map(guesses).unwrap_or_default();
+    let speed = speed(&generation);
+    let status = format!("{device}: {speed}{candidates}{guesses}; {finish_reason}{seed}");
     // The text is out: a closed standard error is no failure.
     let _ = writeln!(io::stderr(), "{status}");
     Ok(())
@@ -218,7 +266,8 @@ fn options(arguments: &Arguments) -> GenerateOptions {
         }
     };
     let repetition_penalty = arguments.repetition_penalty;
-    GenerateOptions { max_tokens: arguments.max_tokens, sampling, repetition_penalty }
+    let (max_tokens, speculate) = (arguments.max_tokens, arguments.speculate.into());
+    GenerateOptions { max_tokens, sampling, repetition_penalty, speculate }
 }
 
 /// A seed that is short to type again; the standard library seeds its hash maps at random.
@@ -279,6 +328,16 @@ fn speed(generation: &Generation<'_>) -> String {
         timings.generated_tokens,
         rate(timings.decode_rate()).unwrap_or_default()
     )
+}
+
+fn guesses(work: SpeculationWork) -> String {
+    let SpeculationWork { proposed, accepted, .. } = work;
+    let rate = match proposed {
+        0 => String::new(),
+        _ => format!(" ({:.0} %)", 100.0 * accepted as f64 / proposed as f64),
+    };
+    let tokens = work.tokens_per_pass().map(|tokens| format!(", {tokens:.2} tokens a pass"));
+    format!("; guessed {proposed} tokens, {accepted} right{rate}{}", tokens.unwrap_or_default())
 }
 
 fn report_timings(generation: &Generation<'_>, load_time: Duration) -> ReportTimings {

@@ -386,7 +386,7 @@ fn float_cases(kernels: &dyn Kernels) -> Result<Vec<FloatCase>> {
             kernel: "attention",
             shape: format!("{heads:?}, {positions} positions"),
             found: kernels.attention(&q, &keys, &values, heads)?,
-            expected: cpu_ref::attention::attention(&q, &keys, &values, heads),
+            expected: ref_attention(&q, &keys, &values, heads),
             // A score's error is the relative error of its weight.
             bound: 16.0 * FEW_ULP,
         });
@@ -565,6 +565,11 @@ fn first_distance(shape: &str, expected: &[f32], found: &[f32], bound: f32) -> O
     Some(format!("{shape}: [{at}]: expected {} ± {bound}, found {}", expected[at], found[at]))
 }
 
+fn ref_attention(q: &[f32], keys: &[f32], values: &[f32], heads: Heads) -> Vec<f32> {
+    let cached = cpu_ref::attention::Cached { keys, values, scales: None };
+    cpu_ref::attention::attention(q, cached, heads)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -601,7 +606,7 @@ mod tests {
             Ok(head)
         }
         fn attention(&self, q: &[f32], k: &[f32], v: &[f32], heads: Heads) -> Result<Vec<f32>> {
-            Ok(cpu_ref::attention::attention(q, k, v, heads))
+            Ok(ref_attention(q, k, v, heads))
         }
         fn gated_activation(&self, gate: &[f32], up: &[f32], act: Activation) -> Result<Vec<f32>> {
             Ok(cpu_ref::mlp::gated_activation(gate, up, act))

@@ -1,5 +1,6 @@
 //! Every kernel against its twin in `cpu-ref`: random shapes and edges.
 
+use cpu_ref::attention::Cached;
 use cpu_ref::attention::Heads;
 use cpu_ref::group_gemv::{bound, group_dot, group_dot_int8, quantize_absmax_groups};
 use cpu_ref::mlp::Activation;
@@ -492,8 +493,7 @@ fn attention(gpu: &Gpu) -> Result<(), Failed> {
             let seen = (start + token + 1) * kv_size;
             let expected = cpu_ref::attention::attention(
                 &query[token * query_size..][..query_size],
-                &keys[..seen],
-                &values[..seen],
+                Cached { keys: &keys[..seen], values: &values[..seen], scales: None },
                 heads,
             );
             // Scores up to 6·√D with f32 sums over D: their error, about √D·D ULP at most and far

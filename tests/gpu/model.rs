@@ -605,8 +605,9 @@ fn decode_step(capabilities: Capabilities) -> Result<(), Failed> {
     let layers = source.config().num_hidden_layers;
     // Per layer: one for each of the five steps; embedding, and of the int8 head input, rows, candidates and pick.
     let dispatches_a_token = 5 * layers as u64 + 5;
+    let sequence = backend.sequences().open();
     let step = |backend: &mut GpuBackend, tokens: Tokens, position: usize| -> Result<(), Error> {
-        backend.begin(Batch { tokens, start: position, want: Want::Token })?;
+        backend.begin(Batch { sequence, tokens, start: position, want: Want::Token })?;
         backend.embed()?;
         for layer in 0..layers {
             backend.qkv(layer)?;

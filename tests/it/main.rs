@@ -25,4 +25,5 @@ mod model;
 mod refusals;
 mod shaders;
 mod simd;
+mod speculate;
 mod util;

@@ -11,6 +11,7 @@ use crate::backend::{
 };
 use crate::config::ModelConfig;
 use crate::error::{Error, Result};
+use crate::kv_cache::{Blocks, KvFormat};
 use crate::model::Transformer;
 use crate::sampler::Sampler;
 use crate::synthetic::{Shapes, bitnet_2b4t, published};
@@ -255,6 +256,30 @@ impl Backend for Counted {
 
     fn capacity(&self) -> usize {
         self.backend.capacity()
+    }
+
+    fn sequences(&mut self) -> &mut Blocks {
+        self.backend.sequences()
+    }
+
+    fn kv_format(&self) -> KvFormat {
+        self.backend.kv_format()
+    }
+
+    fn kv_bytes(&self) -> u64 {
+        self.backend.kv_bytes()
+    }
+
+    fn read_block(&mut self, block: u32) -> Result<Vec<u8>> {
+        self.backend.read_block(block)
+    }
+
+    fn write_block(&mut self, block: u32, bytes: &[u8]) -> Result<()> {
+        self.backend.write_block(block, bytes)
+    }
+
+    fn keep(&mut self, n: usize) -> Result<()> {
+        self.count(Part::Pass, |backend| backend.keep(n))
     }
 
     fn lead(&self) -> usize {

@@ -36,6 +36,7 @@ use super::{
 };
 use crate::config::{Activations, ModelConfig};
 use crate::error::{Error, Result};
+use crate::kv_cache::{Blocks, KvFormat};
 use crate::sampler::{Sampler, Sampling};
 use crate::shape::MatShape;
 use crate::weights::{Input, LayerWeights, Table, TernaryMatrix, WeightScale, WeightSource};
@@ -58,6 +59,7 @@ pub struct GpuBackend {
     config: ModelConfig,
     max_batch: usize,
     capacity: usize,
+    blocks: Blocks,
     layers: Vec<LayerOps>,
     embed: Vec<Op>,
     head: Head,
@@ -285,6 +287,7 @@ impl GpuBackend {
             device,
             max_batch,
             capacity,
+            blocks: Blocks::new(capacity),
             layers,
             embed,
             head,
@@ -960,6 +963,30 @@ impl Backend for GpuBackend {
         2 * self.pace.steps()
     }
 
+    fn sequences(&mut self) -> &mut Blocks {
+        &mut self.blocks
+    }
+
+    fn kv_format(&self) -> KvFormat {
+        todo!("kv")
+    }
+
+    fn kv_bytes(&self) -> u64 {
+        todo!("kv")
+    }
+
+    fn read_block(&mut self, _: u32) -> Result<Vec<u8>> {
+        todo!("kv")
+    }
+
+    fn write_block(&mut self, _: u32, _: &[u8]) -> Result<()> {
+        todo!("kv")
+    }
+
+    fn keep(&mut self, _: usize) -> Result<()> {
+        todo!("speculation")
+    }
+
     fn choose_with(&mut self, sampler: Sampler) -> Result<()> {
         self.forget();
         let mut seen = vec![0u32; self.config.vocab_size.div_ceil(32)];
@@ -1083,6 +1110,7 @@ impl Backend for GpuBackend {
                 self.chunk = Some((submission, Instant::now(), n_tokens));
                 Ok(Output::Nothing)
             }
+            Want::Tokens => todo!("speculation"),
             Want::Token => {
                 let is_given = self.batch.values.token_in == 0;
                 if is_given || self.chosen.recorded >= self.pace.steps() {

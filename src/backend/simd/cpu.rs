@@ -7,13 +7,14 @@ use super::head::Int8Head;
 use super::matrix::{Head, Linears, Matrix, Scales};
 use super::pool::{Pool, Split};
 use super::{Activations, CHUNK_WORDS, CacheHead, Kernels, Level, TokenScale};
+use crate::backend::choices::Choices;
 use crate::backend::{
-    Backend, Batch, DeviceInfo, HeadChoice, HeadWork, LoadOptions, OnProgress, Output, Progress,
-    Tap, Tokens, Want,
+    Backend, Batch, DeviceInfo, HeadChoice, HeadWork, LoadOptions, MAX_DRAFT, OnProgress, Output,
+    Progress, Tap, Tokens, Want,
 };
 use crate::config::{Activations as Precision, ModelConfig};
 use crate::error::{Error, Result};
-use crate::kv_cache::KvCache;
+use crate::kv_cache::{Blocks, KvCache, KvFormat};
 use crate::sampler::{Sampler, Sampling};
 use crate::weights::WeightSource;
 
@@ -33,10 +34,12 @@ pub struct SimdBackend {
     layers: Vec<Layer>,
     frequencies: Frequencies,
     cache: KvCache,
+    blocks: Blocks,
     work: Work,
     pass: Pass,
-    sampler: Sampler,
-    chosen: Option<u32>,
+    choices: Choices,
+    /// A row of logits of several, `[V]`.
+    row: Vec<f32>,
 }
 
 struct Layer {
@@ -111,8 +114,7 @@ impl Pass {
 
     /// How many rows of logits are wanted.
     fn logit_rows(&self) -> usize {
-        let tokens = Tokens::Given(&self.tokens);
-        Batch { tokens, start: self.start, want: self.want }.logit_rows()
+        self.want.logit_rows(self.tokens.len())
     }
 }
 
@@ -376,7 +378,9 @@ impl SimdBackend {
         let embedding = Head::pack(source.embedding()?)?;
         let lm_head = source.lm_head()?.map(Head::pack).transpose()?;
         let int8_head = match (options.head, lm_head.as_ref().unwrap_or(&embedding)) {
-            (HeadChoice::Int8, Head::Plain(table)) => Int8Head::pack(table, 1)?,
+            (HeadChoice::Int8, Head::Plain(table)) => {
+                Int8Head::pack(table, max_batch.min(MAX_DRAFT + 1))?
+            }
             _ => None,
         };
         let total = config.num_hidden_layers;
@@ -416,6 +420,7 @@ impl SimdBackend {
             final_norm: source.final_norm()?,
             frequencies: source.frequencies()?,
             cache: KvCache::new(total, capacity, config.kv_size()),
+            blocks: Blocks::new(capacity),
             work: Work::new(pool, kernels, precision, &config, max_batch, &layers),
             layers,
             pass: Pass {
@@ -431,8 +436,8 @@ impl SimdBackend {
                 normed: vec![0.0; max_batch * hidden],
                 logits: vec![0.0; config.vocab_size.next_multiple_of(TILE_ROWS)],
             },
-            sampler: Sampler::default(),
-            chosen: None,
+            choices: Choices::default(),
+            row: Vec::new(),
             config,
         })
     }
@@ -455,8 +460,32 @@ impl Backend for SimdBackend {
         self.int8_head.as_ref().map(Int8Head::work)
     }
 
+    fn sequences(&mut self) -> &mut Blocks {
+        &mut self.blocks
+    }
+
+    fn kv_format(&self) -> KvFormat {
+        todo!("kv")
+    }
+
+    fn kv_bytes(&self) -> u64 {
+        todo!("kv")
+    }
+
+    fn read_block(&mut self, _: u32) -> Result<Vec<u8>> {
+        todo!("kv")
+    }
+
+    fn write_block(&mut self, _: u32, _: &[u8]) -> Result<()> {
+        todo!("kv")
+    }
+
+    fn keep(&mut self, n: usize) -> Result<()> {
+        self.choices.keep(n)
+    }
+
     fn choose_with(&mut self, sampler: Sampler) -> Result<()> {
-        (self.sampler, self.chosen) = (sampler, None);
+        self.choices.choose_with(sampler);
         Ok(())
     }
 
@@ -466,7 +495,7 @@ impl Backend for SimdBackend {
         pass.tokens.clear();
         match batch.tokens {
             Tokens::Given(tokens) => pass.tokens.extend_from_slice(tokens),
-            Tokens::Chosen => pass.tokens.push(self.chosen.ok_or(Error::NoToken)?),
+            Tokens::Chosen => pass.tokens.push(self.choices.last()?),
         }
         (pass.start, pass.want) = (batch.start, batch.want);
         let half = self.frequencies.inv_freq.len();
@@ -615,7 +644,7 @@ impl Backend for SimdBackend {
             logits.resize(len, 0.0);
         }
         let logits = &mut logits[..len];
-        if let (Want::Token, Some(int8)) = (*want, &mut self.int8_head) {
+        if let (Want::Token | Want::Tokens, Some(int8)) = (*want, &mut self.int8_head) {
             int8.logits(pool, kernels, normed, logits);
             return Ok(());
         }
@@ -635,27 +664,36 @@ impl Backend for SimdBackend {
     }
 
     fn choose(&mut self) -> Result<()> {
-        let rows = self.pass.logit_rows();
-        let position = self.pass.position_of_last();
-        let vocab_size = if rows == 1 { self.config.vocab_size } else { 0 };
-        let logits = &mut self.pass.logits[..vocab_size];
+        let (vocab_size, k) = (self.config.vocab_size, self.config.hidden_size);
+        let kernels = self.work.kernels.as_ref();
+        let (rows, last) = (self.pass.logit_rows(), self.pass.position_of_last());
+        let Pass { tokens, start, want, normed, logits, .. } = &mut self.pass;
         let table = self.lm_head.as_ref().unwrap_or(&self.embedding);
-        let is_greedy = self.sampler.sampling() == Sampling::Greedy;
-        if let (true, Some(int8), Head::Plain(table)) = (is_greedy, &mut self.int8_head, table) {
-            let x = &self.pass.normed[..self.config.hidden_size];
-            let kernels = self.work.kernels.as_ref();
-            let token = int8.greedy(kernels, table, (0, 1), x, &self.sampler);
-            let token = token.ok_or(Error::NanLogits { position })? as u32;
-            self.sampler.observe(&[token]);
-            self.chosen = Some(token);
+        let mut pick = |sampler: &mut Sampler, m: usize, logits: &mut [f32], position| {
+            let no_token = || Error::NanLogits { position };
+            let is_greedy = sampler.sampling() == Sampling::Greedy;
+            if let (true, Some(int8), Head::Plain(table)) = (is_greedy, &mut self.int8_head, table)
+            {
+                let x = &normed[m * k..][..k];
+                let token = int8.greedy(kernels, table, (m, rows), x, sampler);
+                let token = token.ok_or_else(no_token)? as u32;
+                sampler.observe(&[token]);
+                return Ok(token);
+            }
+            if sampler.is_argmax() {
+                return kernels.argmax(logits).map(|token| token as u32).ok_or_else(no_token);
+            }
+            sampler.sample(logits, position)
+        };
+        if *want == Want::Tokens {
+            self.choices.each(tokens, |sampler, m| {
+                self.row.clear();
+                self.row.extend(row_of(logits, m, rows).take(vocab_size));
+                pick(sampler, m, &mut self.row, *start + m)
+            });
             return Ok(());
         }
-        self.chosen = Some(if self.sampler.is_argmax() {
-            self.work.kernels.argmax(logits).ok_or(Error::NanLogits { position })? as u32
-        } else {
-            self.sampler.sample(logits, position)?
-        });
-        Ok(())
+        self.choices.one(|sampler| pick(sampler, 0, &mut logits[..vocab_size], last))
     }
 
     fn finish(&mut self) -> Result<Output> {
@@ -667,18 +705,16 @@ impl Backend for SimdBackend {
                 let rows = self.pass.logit_rows();
                 let mut all = Vec::with_capacity(rows * vocab_size);
                 for m in 0..rows {
-                    let tiles = logits.chunks_exact(rows * TILE_ROWS);
-                    let row = tiles.flat_map(|tile| &tile[m * TILE_ROWS..][..TILE_ROWS]);
-                    all.extend(row.take(vocab_size));
+                    all.extend(row_of(logits, m, rows).take(vocab_size));
                 }
                 Output::Logits(all)
             }
-            Want::Nothing | Want::Token => Output::Nothing,
+            Want::Nothing | Want::Token | Want::Tokens => Output::Nothing,
         })
     }
 
     fn take(&mut self) -> Result<u32> {
-        self.chosen.ok_or(Error::NoToken)
+        self.choices.take()
     }
 
     fn read(&mut self, tap: Tap) -> Result<Vec<f32>> {
@@ -691,6 +727,12 @@ impl Backend for SimdBackend {
         };
         Ok(values[..n_tokens * width].to_vec())
     }
+}
+
+/// Row `m` of `[ceil(V/32)][rows][32]` logits, and what pads it.
+fn row_of(logits: &[f32], m: usize, rows: usize) -> impl Iterator<Item = f32> {
+    let tiles = logits.chunks_exact(rows * TILE_ROWS);
+    tiles.flat_map(move |tile| tile[m * TILE_ROWS..][..TILE_ROWS].iter().copied())
 }
 
 /// `cpu_ref::rope::angles` into buffers that are there.

@@ -1,5 +1,10 @@
 //! The KV cache of the CPU backends: keys and values of every position, one buffer pair a layer.
 
+mod blocks;
+
+pub use blocks::{BLOCK, Blocks, Prepared, SequenceId};
+pub use cpu_ref::kv::KvFormat;
+
 /// Keys and values of all layers, f32, `[capacity, G·D]` a layer; keys have RoPE applied.
 #[derive(Debug)]
 pub struct KvCache {
