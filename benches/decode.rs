@@ -1,5 +1,7 @@
 //! `decode` and `prefill` of a whole model of random weights, in tokens per second.
 //!
+//! `decode_speculate`: the same with drafts of a text that repeats itself, all of them right.
+//!
 //! The shape is BitNet b1.58 2B4T's; as a test it is a tiny one. All threads of the machine.
 //! `sample`: the choice of a token on the GPU, one submit each.
 
@@ -10,7 +12,7 @@ use criterion::{
 };
 use sterna::backend::gpu::kernels::{self, SampleLens};
 use sterna::backend::gpu::{AdapterKind, PassParams, Pipelines};
-use sterna::backend::{Device, LoadOptions, Output, Want};
+use sterna::backend::{Device, LoadOptions, MAX_DRAFT, Output, Want};
 use sterna::model::Transformer;
 use sterna::random::Random;
 use sterna::synthetic::{SyntheticModel, bitnet_2b4t, tiny_bitnet};
@@ -66,6 +68,43 @@ fn decode(criterion: &mut Criterion) {
                     Ok(Output::Token(next)) => token = next,
                     other => panic!("{other:?}"),
                 }
+            });
+        });
+        group.finish();
+        let id = |len| BenchmarkId::new(label, format!("{name}-{variant}/draft-{len}"));
+        speculate(criterion, &mut transformer, id);
+    }
+}
+
+/// A text's tokens by drafts of 0, 3 and 7 that are right: what a pass costs for what it makes.
+fn speculate(
+    criterion: &mut Criterion,
+    transformer: &mut Transformer,
+    id: impl Fn(usize) -> BenchmarkId,
+) {
+    transformer.reset();
+    transformer.prompt(&[1]).expect("a sound model");
+    let next = |_| transformer.next_token(1).expect("a sound model");
+    let text: Vec<u32> = (0..DECODED).map(next).collect();
+    for len in [0, 3, MAX_DRAFT] {
+        let mut group = criterion.benchmark_group("decode_speculate");
+        group.throughput(Throughput::Elements(len as u64 + 1)).sampling_mode(SamplingMode::Flat);
+        group.sample_size(10).measurement_time(std::time::Duration::from_secs(5));
+        // Position 0 holds the prompt, position p the token p − 1 of the text.
+        let mut at = text.len();
+        group.bench_function(id(len), |bencher| {
+            bencher.iter(|| {
+                if at + len + 1 >= text.len() {
+                    transformer.reset();
+                    transformer.prompt(&[1]).expect("a sound model");
+                    transformer.next_token(1).expect("a sound model");
+                    at = 0;
+                }
+                let draft = &text[at + 1..][..len];
+                let found = transformer.check_draft(text[at], draft, |_| false);
+                let found = found.expect("a sound model");
+                assert_eq!(found, text[at + 1..][..len + 1]);
+                at += found.len();
             });
         });
         group.finish();

@@ -3,15 +3,16 @@
 //!
 //! A quarter of BitNet b1.58 2B4T's vocabulary, so that every machine has the memory; the rows are
 //! Gaussian, as a head's are. The GPU rows, where there is an adapter, wait for the device inside the
-//! timed region, many steps a submit.
+//! timed region, many steps a submit. Of 4 and 8 rows of logits, as the check of a draft has them, the
+//! table's bytes count once.
 
 mod shapes;
 
 use std::time::{Duration, Instant};
 
 use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
-use sterna::backend::gpu::Op;
 use sterna::backend::gpu::self_test::Heads;
+use sterna::backend::gpu::{Gpu, LOGIT_ROWS, Op};
 use sterna::random::Random;
 use sterna::shape::MatShape;
 use sterna::weights::{Table, TableData};
@@ -25,14 +26,14 @@ fn gaussian(random: &mut Random) -> f32 {
 }
 
 /// The time of `count` steps, many in a submit.
-fn time(gpu: &sterna::backend::gpu::Gpu, heads: &Heads<'_>, step: &[&Op], count: u64) -> Duration {
+fn time(gpu: &Gpu, heads: &Heads<'_>, (step, m): (&[&Op], u32), count: u64) -> Duration {
     const IN_A_SUBMIT: u64 = 16;
     let start = Instant::now();
     let mut left = count;
     while left > 0 {
         let now = left.min(IN_A_SUBMIT);
         let ops = (0..now).flat_map(|_| step.iter().copied());
-        gpu.run_all(heads.uniform(), Heads::params(1.0), ops).expect("the device runs");
+        gpu.run_all(heads.uniform(), Heads::params(m, 1.0), ops).expect("the device runs");
         left -= now;
     }
     start.elapsed()
@@ -47,24 +48,30 @@ fn head(criterion: &mut Criterion) {
         let table = Table::new(shape, TableData::Bf16(bits.collect()));
         let norm: Vec<f32> = (0..k).map(|_| 1.0).collect();
         let heads = Heads::new(&gpu, &table, Some((&norm, 1e-5))).expect("device memory");
-        let hidden: Vec<f32> = (0..k).map(|_| gaussian(&mut random)).collect();
-        let exact = heads.find_exact(&hidden).expect("the device runs");
-        let seen = vec![0; v.div_ceil(32)];
-        let (found, _) = heads.find_int8(&hidden, &seen, 1.0).expect("the device runs");
-        assert_eq!(found.token, exact.token);
-        let (exact, int8) = (&heads.exact, &heads.int8);
-        let rows: [(&str, usize, Vec<&Op>); 4] = [
-            ("lm_head", 2, exact.iter().collect()),
-            ("head_int8", 1, int8.logits.iter().collect()),
-            ("lm_head_greedy", 2, exact.iter().chain([&heads.argmax]).collect()),
-            ("head_int8_greedy", 1, int8.logits.iter().chain(&int8.greedy).collect()),
-        ];
-        for (name, bytes, step) in rows {
-            let mut group = criterion.benchmark_group(name);
-            group.throughput(Throughput::Bytes((v * k * bytes) as u64)).sample_size(10);
-            let id = BenchmarkId::new(format!("{v}x{k}"), "gpu");
-            group.bench_function(id, |b| b.iter_custom(|count| time(&gpu, &heads, &step, count)));
-            group.finish();
+        let hidden: Vec<f32> = (0..LOGIT_ROWS * k).map(|_| gaussian(&mut random)).collect();
+        let exact = heads.find_exact_rows(&hidden).expect("the device runs");
+        let seen = vec![0; LOGIT_ROWS * v.div_ceil(32)];
+        let found = heads.find_int8_rows(&hidden, &seen, 1.0).expect("the device runs");
+        for ((found, _), exact) in found.iter().zip(&exact) {
+            assert_eq!(found.token, exact.token);
+        }
+        for m in [1, 4, LOGIT_ROWS as u32] {
+            let (exact, int8) = (|| heads.exact(m), || heads.int8.logits(m));
+            let rows: [(&str, usize, Vec<&Op>); 4] = [
+                ("lm_head", 2, exact().collect()),
+                ("head_int8", 1, int8().collect()),
+                ("lm_head_greedy", 2, exact().chain([&heads.argmax]).collect()),
+                ("head_int8_greedy", 1, int8().chain(&heads.int8.greedy).collect()),
+            ];
+            for (name, bytes, step) in rows {
+                let mut group = criterion.benchmark_group(name);
+                group.throughput(Throughput::Bytes((v * k * bytes) as u64)).sample_size(10);
+                let id = BenchmarkId::new(format!("{v}x{k}/M{m}"), "gpu");
+                group.bench_function(id, |b| {
+                    b.iter_custom(|count| time(&gpu, &heads, (&step, m), count));
+                });
+                group.finish();
+            }
         }
     }
 }

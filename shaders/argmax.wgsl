@@ -1,10 +1,10 @@
-// argmax: greedy token of the last row of logits.
-//   token[token_out] = the lowest n with logits[last, n] = max_n logits[last, n]; 0xffffffff if one is NaN
+// argmax: greedy token of each row of logits.
+//   token[token_out + m] = the lowest n with logits[m, n] = max_n logits[m, n]; 0xffffffff if one is NaN
 // | # | name   | type           | shape  | notes             |
-// | 0 | pass   | uniform        | Pass   | n_logit_rows      |
+// | 0 | pass   | uniform        | Pass   | token_out         |
 // | 1 | logits | read f32       | [M, V] |                   |
-// | 2 | token  | read_write u32 | [any]  | at token_out      |
-// Workgroup: WG lanes; grid (1, 1, 1).
+// | 2 | token  | read_write u32 | [any]  | from token_out, one a row |
+// Workgroup: WG lanes; grid (1, logit rows, 1).
 // Twin: cpu-ref/src/argmax.rs. Exact.
 #import pass
 #import ordered
@@ -18,8 +18,8 @@ override V: u32 = 1u;
 @group(0) @binding(2) var<storage, read_write> token: array<u32>;
 
 @compute @workgroup_size(WG)
-fn main(@builtin(local_invocation_index) lid: u32) {
-    let from_ = (pass_.n_logit_rows - 1u) * V;
+fn main(@builtin(workgroup_id) wg: vec3<u32>, @builtin(local_invocation_index) lid: u32) {
+    let from_ = wg.y * V;
     var mine = NONE;
     for (var n = lid; n < V; n += WG) {
         let candidate = Best(ordered(logits[from_ + n]), n);
@@ -29,6 +29,6 @@ fn main(@builtin(local_invocation_index) lid: u32) {
     }
     let best = reduce_best(lid, mine);
     if lid == 0u {
-        token[pass_.token_out] = select(best.index, 0xffffffffu, best.bits == NAN_ORDERED);
+        token[pass_.token_out + wg.y] = select(best.index, 0xffffffffu, best.bits == NAN_ORDERED);
     }
 }

@@ -1,15 +1,15 @@
-// head_input: the int8 head's input: norm of the last wanted token, and its values in 16 bits.
+// head_input: the int8 head's input: norm of the wanted tokens, and their values in 16 bits.
 //   y[k] = norm[k] · (x[k] · r) as in rmsnorm.wgsl, or x[k] if NORM = 0
 //   scale = the smallest power of two with max_k |y[k]| ≤ 32512·scale
 //   v[k] = round_half_even(y[k] / scale) = 256·hi[k] + lo[k],   hi ∈ [−127,127], lo ∈ [−128,127]
 //   bound ≥ ‖y‖₂, ‖scale·v‖₂;   rest = ½√K·scale + GAMMA·bound, see head_int8.wgsl
-// | # | name  | type           | shape         | notes                                         |
-// | 0 | pass  | uniform        | Pass          | the token: first_logit_row + n_logit_rows − 1 |
-// | 1 | x     | read f32       | [M, K]        | NORM = 0: of the logit rows only              |
-// | 2 | norm  | read f32       | [K]           | NORM = 0: unused                              |
-// | 3 | y     | read_write f32 | [K]           |                                               |
-// | 4 | token | read_write u32 | [8·CHUNKS + 4]| bytes of hi, of lo, padded with 0; then scale, bound, rest, 0 |
-// Workgroup: WG lanes; grid (1, 1, 1).
+// | # | name  | type           | shape                     | notes                             |
+// | 0 | pass  | uniform        | Pass                      | first_logit_row                   |
+// | 1 | x     | read f32       | [M, K]                    | NORM = 0: of the logit rows only  |
+// | 2 | norm  | read f32       | [K]                       | NORM = 0: unused                  |
+// | 3 | y     | read_write f32 | [logit rows, K]           |                                   |
+// | 4 | token | read_write u32 | [logit rows, 8·CHUNKS + 4]| bytes of hi, of lo, padded with 0; then scale, bound, rest, 0 |
+// Workgroup: WG lanes; grid (1, logit rows, 1).
 // A power of two makes quotient, rounding and remainder exact: equal codes on every device. Zeros
 // below 2⁻¹⁰⁰; scale is NaN if a value is not finite. Outside of 2⁻⁴⁰ to 2⁴⁰ bound is infinite:
 // squares might not stay in range.
@@ -39,8 +39,10 @@ fn value_at(from_: u32, k: u32, r: f32) -> f32 {
 }
 
 @compute @workgroup_size(WG)
-fn main(@builtin(local_invocation_index) lid: u32) {
-    var m = pass_.n_logit_rows - 1u;
+fn main(@builtin(workgroup_id) wg: vec3<u32>, @builtin(local_invocation_index) lid: u32) {
+    let y_from = wg.y * K;
+    let token_from = wg.y * (8u * CHUNKS + 4u);
+    var m = wg.y;
     var r = 1.0;
     if NORM == 1u {
         m += pass_.first_logit_row;
@@ -52,7 +54,7 @@ fn main(@builtin(local_invocation_index) lid: u32) {
     var squares = 0.0;
     for (var k = lid; k < K; k += WG) {
         let value = value_at(from_, k, r);
-        y[k] = value;
+        y[y_from + k] = value;
         max_bits = max(max_bits, bitcast<u32>(value) & 0x7fffffffu);
         squares += value * value;
     }
@@ -80,16 +82,17 @@ fn main(@builtin(local_invocation_index) lid: u32) {
                 lo |= (bitcast<u32>(v - 256 * high) & 0xffu) << (8u * b);
             }
         }
-        token[word] = hi;
-        token[4u * CHUNKS + word] = lo;
+        token[token_from + word] = hi;
+        token[token_from + 4u * CHUNKS + word] = lo;
     }
     if lid == 0u {
         let half_step = bitcast<f32>(scale_bits) * HALF_SQRT_K;
         let bound = sqrt(sum) * (1.0 + GAMMA) + half_step;
         let in_range = absmax >= 0x2b800000u && absmax <= 0x53800000u;
-        token[8u * CHUNKS] = select(0x7fc00000u, scale_bits, is_finite);
-        token[8u * CHUNKS + 1u] = select(0x7f800000u, bitcast<u32>(bound), in_range);
-        token[8u * CHUNKS + 2u] = bitcast<u32>(half_step + GAMMA * bound);
-        token[8u * CHUNKS + 3u] = 0u;
+        let rest = token_from + 8u * CHUNKS;
+        token[rest] = select(0x7fc00000u, scale_bits, is_finite);
+        token[rest + 1u] = select(0x7f800000u, bitcast<u32>(bound), in_range);
+        token[rest + 2u] = bitcast<u32>(half_step + GAMMA * bound);
+        token[rest + 3u] = 0u;
     }
 }

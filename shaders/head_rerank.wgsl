@@ -4,16 +4,16 @@
 // bound exceeds. So are all rows that equal it.
 // | # | name    | type                 | shape          | notes                                     |
 // | 0 | pass    | uniform              | Pass           | penalty                                   |
-// | 1 | x       | read f32             | [K]            | y of head_input.wgsl                      |
-// | 2 | bounds  | read u32             | [33·TILES]     | of head_int8.wgsl                         |
-// | 3 | seen    | read u32             | [ceil(V/32)]   | shared/penalty                            |
+// | 1 | x       | read f32             | [logit rows, K]          | y of head_input.wgsl            |
+// | 2 | bounds  | read u32             | [logit rows, 33·TILES]   | of head_int8.wgsl               |
+// | 3 | seen    | read u32             | [logit rows, ceil(V/32)] | shared/penalty                  |
 // | 4 | table_0 | read vec4<u32>       | [rows, UNITS]  | rows from ROW_BASE; shared/dense, no codes|
 // | 5 | table_1 | read vec4<u32>       | [rows, UNITS]  | rows from ROW_BASE + ROW_1, if below ROWS |
 // | 6 | table_2 | read vec4<u32>       | [rows, UNITS]  | rows from ROW_BASE + ROW_2, if below ROWS |
-// | 7 | best    | read_write vec4<u32> | [blocks]       | from BLOCK_BASE: ordered bits of the best |
-// |   |         |                      |                | logit, its row, candidates, 0             |
+// | 7 | best    | read_write vec4<u32> | [logit rows, BLOCKS] | from BLOCK_BASE: bits of the best   |
+// |   |         |                      |                | logit, ordered; its row, candidates, 0    |
 // Workgroup: 256 rows; their candidates in turn as in lm_head.wgsl, 32 lanes each;
-// grid (ceil(ROWS/256), 1, 1), once for every three shards.
+// grid (ceil(ROWS/256), logit rows, 1), once for every three shards.
 // Twin: cpu-ref/src/head_int8.rs. A logit has the bits of lm_head.wgsl where the device rounds the
 // same text alike.
 #import pass
@@ -34,6 +34,7 @@ override ROWS: u32 = 1u;
 override ROW_1: u32 = 0xffffffffu;
 override ROW_2: u32 = 0xffffffffu;
 override BLOCK_BASE: u32 = 0u;
+override BLOCKS: u32 = 1u;
 
 @group(0) @binding(0) var<uniform> pass_: Pass;
 @group(0) @binding(1) var<storage, read> x: array<f32>;
@@ -53,7 +54,7 @@ var<workgroup> count: u32;
 
 fn x_at(m: u32, k: u32) -> f32 {
     if k < K {
-        return x[k];
+        return x[m * K + k];
     }
     return 0.0;
 }
@@ -68,18 +69,20 @@ fn unit_at(row: u32, unit: u32) -> vec4<u32> {
     return table_0[row * UNITS + unit];
 }
 
-// Lists the candidates of the workgroup's rows; every lane must call and gets how many there are.
-fn list_candidates(lid: u32, row: u32) -> u32 {
+// Lists the candidates of the workgroup's rows for logit row m; every lane must call and gets how many
+// there are.
+fn list_candidates(lid: u32, m: u32, row: u32) -> u32 {
+    let from_ = m * 33u * TILES;
     var lower = 0u;
     for (var tile = lid; tile < TILES; tile += WG) {
-        lower = max(lower, bounds[32u * TILES + tile]);
+        lower = max(lower, bounds[from_ + 32u * TILES + tile]);
     }
     let least = reduce_max_u32(lid, lower);
     let lane = lid & 31u;
     let group = lid >> 5u;
     var mine = 0u;
     if row < ROWS {
-        mine = select(0u, 1u, bounds[ROW_BASE + row] >= least);
+        mine = select(0u, 1u, bounds[from_ + ROW_BASE + row] >= least);
     }
     is_candidate[lid] = mine;
     workgroupBarrier();
@@ -106,7 +109,8 @@ fn list_candidates(lid: u32, row: u32) -> u32 {
 
 @compute @workgroup_size(WG)
 fn main(@builtin(workgroup_id) wg: vec3<u32>, @builtin(local_invocation_index) lid: u32) {
-    let found = list_candidates(lid, wg.x * WG + lid);
+    let m = wg.y;
+    let found = list_candidates(lid, m, wg.x * WG + lid);
     var mine = NONE;
     for (var first = 0u; first < found; first += 8u) {
         let at = first + (lid >> 5u);
@@ -115,13 +119,13 @@ fn main(@builtin(workgroup_id) wg: vec3<u32>, @builtin(local_invocation_index) l
         if at < found {
             row = candidates[at];
             for (var unit = lid & 31u; unit < UNITS; unit += 32u) {
-                sum = add_unit(sum, unit_at(row, unit), 0u, unit);
+                sum = add_unit(sum, unit_at(row, unit), m, unit);
             }
         }
         let logit = sum_of_lanes(lid, sum);
         if at < found && (lid & 31u) == 0u {
             let n = ROW_BASE + row;
-            let exact = Best(ordered(penalised(n, logit)), n);
+            let exact = Best(ordered(penalised(m * TILES, n, logit)), n);
             if is_better(exact, mine) {
                 mine = exact;
             }
@@ -129,6 +133,6 @@ fn main(@builtin(workgroup_id) wg: vec3<u32>, @builtin(local_invocation_index) l
     }
     let block = reduce_best(lid, mine);
     if lid == 0u {
-        best[BLOCK_BASE + wg.x] = vec4(block.bits, block.index, found, 0u);
+        best[m * BLOCKS + BLOCK_BASE + wg.x] = vec4(block.bits, block.index, found, 0u);
     }
 }

@@ -10,7 +10,7 @@
 // | 3 | weights   | read f32       | [V]                | of sample_weights                         |
 // | 4 | levels    | read u32       | [18 + 50·⌈V/1024⌉] | of sample_weights                         |
 // | 5 | uniforms  | read f32       | [any]              | u of each draw, if UNIFORMS               |
-// | 6 | seen      | read_write u32 | [⌈V/32⌉]           | the token's bit is set, by one lane       |
+// | 6 | seen      | read_write u32 | [logit rows, ⌈V/32⌉] | the token's bit is set, by one lane, in the last row |
 // | 7 | token     | read_write u32 | [any]              | at token_out, one a draw                  |
 // Workgroup: 256 lanes; grid (1, draws, 1), one draw unless UNIFORMS; the first draw sets the bit.
 // Twin: cpu-ref/src/sample.rs. Exact but for the weights: counts and masses are integers
@@ -446,7 +446,7 @@ fn main(
     if lid == 0u {
         token[pass_.token_out + draw] = id;
         if draw == 0u {
-            seen[id / 32u] |= 1u << (id % 32u);
+            seen[(pass_.n_logit_rows - 1u) * ((V + 31u) / 32u) + id / 32u] |= 1u << (id % 32u);
         }
     }
 }

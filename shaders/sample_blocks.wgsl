@@ -4,7 +4,7 @@
 // | # | name      | type           | shape     | notes                          |
 // | 0 | pass      | uniform        | Pass      | n_logit_rows, penalty          |
 // | 1 | logits    | read f32       | [M, V]    |                                |
-// | 2 | seen      | read u32       | [⌈V/32⌉]  | bit n%32 of word n/32: token n |
+// | 2 | seen      | read u32       | [M, ⌈V/32⌉] | bit n%32 of word n/32: token n |
 // | 3 | bits      | read_write u32 | [V]       |                                |
 // | 4 | block_max | read_write u32 | [⌈V/256⌉] |                                |
 // Workgroup: one token a lane; grid (⌈V/256⌉, 1, 1).
@@ -31,9 +31,10 @@ fn main(
     let id = group.x * WG + lid;
     var value = 0u;
     if id < V {
-        let logit = logits[(pass_.n_logit_rows - 1u) * V + id];
+        let row = pass_.n_logit_rows - 1u;
+        let logit = logits[row * V + id];
         let is_nan = ordered(logit) == NAN_ORDERED;
-        value = select(ordered(penalised(id, logit)), NAN_ORDERED, is_nan);
+        value = select(ordered(penalised(row * ((V + 31u) / 32u), id, logit)), NAN_ORDERED, is_nan);
         bits[id] = value;
     }
     let largest = reduce_max_u32(lid, value);

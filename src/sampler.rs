@@ -376,9 +376,9 @@ mod tests {
                 for kept in 0..expected.len() {
                     let mut sampler = fresh();
                     let mark = sampler.mark();
-                    (0..5).for_each(|_| {
+                    for _ in 0..5 {
                         draw(&mut sampler);
-                    });
+                    }
                     sampler.observe(&[0, 1, 6]);
                     sampler.rewind(&mark);
                     assert_eq!(sampler.seen, fresh().seen);

@@ -204,7 +204,7 @@ impl super::Kernels for OnGpu<'_> {
 
     fn lm_head(&self, table: &[f32], x: &[f32]) -> Result<Vec<f32>> {
         let (rows, shard) = self.table(table, x.len())?;
-        let call = kernels::lm_head(shard, shard.rows);
+        let call = kernels::lm_head(shard, shard.rows, kernels::LogitTile::One);
         let (x, none) = (self.upload(x)?, self.upload(&[0u32])?);
         self.run_f32(&call, one(), &[&x, &rows, &none, &none], shard.rows)
     }

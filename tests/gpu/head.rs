@@ -1,10 +1,13 @@
 //! The int8 head: its kernels against their twins, and its greedy token against the exact head's.
 
+use std::ops::Range;
+
 use cpu_ref::head_int8::{self, Input, Row};
 use cpu_ref::layout::{TILE_ROWS, int8_rows};
 use libtest_mimic::Failed;
+use sterna::backend::gpu::kernels::LogitTile;
 use sterna::backend::gpu::self_test::{self, Heads};
-use sterna::backend::gpu::{Capabilities, Gpu, PassParams, kernels};
+use sterna::backend::gpu::{Capabilities, Gpu, LOGIT_ROWS, PassParams, Slice, kernels};
 use sterna::format::float::{bf16_to_f32, f16_to_f32};
 use sterna::random::Random;
 use sterna::shape::MatShape;
@@ -41,6 +44,8 @@ pub fn cases(capabilities: Capabilities) -> Vec<Case> {
             Box::new(move |gpu| near_rows(gpu, format, (700, 333), 6)),
         );
     }
+    add("head_int8::many_rows".into(), Box::new(int8_many_rows));
+    add("head_rerank::many_rows".into(), Box::new(rerank_many_rows));
     add("head_rerank::equal_rows".into(), Box::new(equal_rows));
     add("head_rerank::rounding".into(), Box::new(rounding));
     add("head_rerank::outliers".into(), Box::new(outliers));
@@ -149,9 +154,22 @@ fn head_input(
     let params = PassParams { n_tokens: m as u32, first_logit_row: m as u32 - 1, ..one_row() };
     let x = gpu.upload("x", if norm.is_some() { x } else { &x[(m - 1) * k..] })?;
     let weight = gpu.upload("norm", norm.map_or(&[][..], |(weight, _)| weight))?;
-    let call = kernels::head_input(k, norm.map(|(_, eps)| eps));
-    let lens = [k, 8 * int8_rows::chunks(k) + 4];
-    let mut out = run_guarded(gpu, &call, params, &[&x, &weight], &lens)?;
+    let (y, token) = head_input_rows(gpu, params, [&x, &weight], k, norm.map(|(_, eps)| eps))?;
+    Ok((y, token))
+}
+
+/// `head_input` on `[M, K]`: y and the words of all wanted tokens.
+fn head_input_rows(
+    gpu: &Gpu,
+    params: PassParams,
+    [x, weight]: [&Slice; 2],
+    k: usize,
+    eps: Option<f32>,
+) -> Result<(Vec<f32>, Vec<u32>), Failed> {
+    let call = kernels::head_input(k, eps);
+    let rows = params.n_logit_rows as usize;
+    let lens = [rows * k, rows * (8 * int8_rows::chunks(k) + 4)];
+    let mut out = run_guarded(gpu, &call, params, &[x, weight], &lens)?;
     let token = out.remove(1);
     Ok((as_f32(&out[0]), token))
 }
@@ -251,13 +269,56 @@ fn unordered(bits: u32) -> f32 {
     f32::from_bits(if bits >> 31 == 1 { bits & 0x7fff_ffff } else { !bits })
 }
 
-/// `head_int8` of a table in shards of two tiles against its twin; the logits.
+/// `head_int8` of a table in shards of two tiles against its twin.
 fn check_int8(
     gpu: &Gpu,
     what: &str,
     table: &Table,
     token: &[u32],
     (seen, penalty): (&[u32], f32),
+) -> Result<(), Failed> {
+    check_int8_rows(gpu, what, table, (token, 1), (seen, penalty), LogitTile::One)
+}
+
+/// The same for several logit rows, as many a lane as `tile` says.
+fn check_int8_rows(
+    gpu: &Gpu,
+    what: &str,
+    table: &Table,
+    (tokens, rows): (&[u32], usize),
+    (seen, penalty): (&[u32], f32),
+    tile: LogitTile,
+) -> Result<(), Failed> {
+    let (v, tiles) = (table.shape().n(), table.shape().n().div_ceil(TILE_ROWS));
+    let host = Int8Rows::of(table).ok_or("a float table")?;
+    let inputs = [&gpu.upload("token", tokens)?, &gpu.upload("seen", seen)?];
+    let (n_tokens, n_logit_rows) = (rows as u32, rows as u32);
+    let params = PassParams { n_tokens, n_logit_rows, penalty, ..one_row() };
+    for first in (0..tiles).step_by(2) {
+        let shard = first..(first + 2).min(tiles);
+        let call = kernels::head_int8(table.shape(), shard.clone(), tile);
+        let words = gpu.upload("table", &host.pack(shard.clone())?)?;
+        let lens = [rows * v, rows * 33 * tiles];
+        let out = run_guarded(gpu, &call, params, &[&words, inputs[0], inputs[1]], &lens)?;
+        for row in 0..rows {
+            let token = &tokens[row * tokens.len() / rows..][..tokens.len() / rows];
+            let seen = &seen[row * seen.len() / rows..][..seen.len() / rows];
+            let out = [&out[0][row * v..][..v], &out[1][row * 33 * tiles..][..33 * tiles]];
+            let what = format!("{what} logit row {row} of {rows}, {tile:?} a lane");
+            judge_int8(&what, table, shard.clone(), token, (seen, penalty), out)?;
+        }
+    }
+    Ok(())
+}
+
+/// Compares logits and bounds of a shard with the twin's.
+fn judge_int8(
+    what: &str,
+    table: &Table,
+    shard: Range<usize>,
+    token: &[u32],
+    (seen, penalty): (&[u32], f32),
+    out: [&[u32]; 2],
 ) -> Result<(), Failed> {
     let (v, k) = (table.shape().n(), table.shape().k());
     let rows = Int8Rows::of(table).ok_or("a float table")?;
@@ -268,65 +329,48 @@ fn check_int8(
     let [scale, bound, rest] = [0, 1, 2].map(|i| f32::from_bits(token[8 * chunks + i]));
     let (hi, lo) = (bytes[..k].to_vec(), bytes[16 * chunks..][..k].to_vec());
     let x = Input { hi, lo, scale, bound, rest };
-    let inputs = [&gpu.upload("token", token)?, &gpu.upload("seen", seen)?];
-    let params = PassParams { penalty, ..one_row() };
-    for first in (0..tiles).step_by(2) {
-        let shard = first..(first + 2).min(tiles);
-        let call = kernels::head_int8(table.shape(), shard.clone());
-        let words = rows.pack(shard.clone())?;
-        let words = gpu.upload("table", &words)?;
-        let lens = [v, 33 * tiles];
-        let out = run_guarded(gpu, &call, params, &[&words, inputs[0], inputs[1]], &lens)?;
-        let mine = first * TILE_ROWS..(shard.end * TILE_ROWS).min(v);
-        for tile in shard {
-            let mut largest = 0;
-            for n in (tile * TILE_ROWS..(tile + 1) * TILE_ROWS).filter(|n| mine.contains(n)) {
-                let what = format!("{what} row {n}");
-                let [scale, error, norm] = int8_rows::row(&packed, chunks, n);
-                let row = Row { scale, error, norm };
-                let codes: Vec<i8> =
-                    (0..k).map(|k| int8_rows::get(&packed, chunks, n, k)).collect();
-                let logit = head_int8::logit(row, &x, head_int8::sums(&codes, &x));
-                let found = f32::from_bits(out[0][n]);
-                if found != logit && !(found.is_nan() && logit.is_nan()) {
-                    return Err(format!("{what}: logit {found}, expected {logit}").into());
-                }
-                let penalised = |logit| {
-                    let is_seen = penalty != 1.0 && seen[n / 32] >> (n % 32) & 1 == 1;
-                    if is_seen { head_int8::penalised(logit, penalty) } else { logit }
-                };
-                let upper = out[1][n];
-                match head_int8::bounds(row, &x, logit) {
-                    None => same(&format!("{what}: upper bound"), &[upper], &[u32::MAX])?,
-                    Some([low, high]) => {
-                        // A few roundings of the largest of both.
-                        let bound =
-                            |_| 4e-6 * (high.abs() + low.abs()) * penalty.max(1.0 / penalty);
-                        let (low, high) = (penalised(low), penalised(high));
-                        close(
-                            &format!("{what}: upper bound"),
-                            &[unordered(upper)],
-                            &[high],
-                            bound,
-                        )?;
-                        if unordered(upper) < high {
-                            return Err(format!("{what}: upper bound too low").into());
-                        }
-                        largest = largest.max(ordered(low));
+    let mine = shard.start * TILE_ROWS..(shard.end * TILE_ROWS).min(v);
+    for tile in shard {
+        let mut largest = 0;
+        for n in (tile * TILE_ROWS..(tile + 1) * TILE_ROWS).filter(|n| mine.contains(n)) {
+            let what = format!("{what} row {n}");
+            let [scale, error, norm] = int8_rows::row(&packed, chunks, n);
+            let row = Row { scale, error, norm };
+            let codes: Vec<i8> = (0..k).map(|k| int8_rows::get(&packed, chunks, n, k)).collect();
+            let logit = head_int8::logit(row, &x, head_int8::sums(&codes, &x));
+            let found = f32::from_bits(out[0][n]);
+            if found != logit && !(found.is_nan() && logit.is_nan()) {
+                return Err(format!("{what}: logit {found}, expected {logit}").into());
+            }
+            let penalised = |logit| {
+                let is_seen = penalty != 1.0 && seen[n / 32] >> (n % 32) & 1 == 1;
+                if is_seen { head_int8::penalised(logit, penalty) } else { logit }
+            };
+            let upper = out[1][n];
+            match head_int8::bounds(row, &x, logit) {
+                None => same(&format!("{what}: upper bound"), &[upper], &[u32::MAX])?,
+                Some([low, high]) => {
+                    // A few roundings of the largest of both.
+                    let bound = |_| 4e-6 * (high.abs() + low.abs()) * penalty.max(1.0 / penalty);
+                    let (low, high) = (penalised(low), penalised(high));
+                    close(&format!("{what}: upper bound"), &[unordered(upper)], &[high], bound)?;
+                    if unordered(upper) < high {
+                        return Err(format!("{what}: upper bound too low").into());
                     }
+                    largest = largest.max(ordered(low));
                 }
             }
-            let lower = out[1][32 * tiles + tile];
-            let what = format!("{what} tile {tile}: lower bound");
-            if largest == 0 {
-                same(&what, &[lower], &[0])?;
-            } else {
-                let expected = unordered(largest);
-                let bound = |_| 1e-5 * expected.abs() + f32::MIN_POSITIVE;
-                close(&what, &[unordered(lower)], &[expected], bound)?;
-                if unordered(lower) > expected {
-                    return Err(format!("{what} too high").into());
-                }
+        }
+        let lower = out[1][32 * tiles + tile];
+        let what = format!("{what} tile {tile}: lower bound");
+        if largest == 0 {
+            same(&what, &[lower], &[0])?;
+        } else {
+            let expected = unordered(largest);
+            let bound = |_| 1e-5 * expected.abs() + f32::MIN_POSITIVE;
+            close(&what, &[unordered(lower)], &[expected], bound)?;
+            if unordered(lower) > expected {
+                return Err(format!("{what} too high").into());
             }
         }
     }
@@ -363,6 +407,81 @@ fn int8_shapes(gpu: &Gpu) -> Result<(), Failed> {
             for penalty in [1.0, 1.3, 0.7] {
                 let what = format!("head_int8 {v}×{k}{label} penalty {penalty}");
                 check_int8(gpu, &what, &table, &token, (&seen, penalty))?;
+            }
+        }
+    }
+    Ok(())
+}
+
+/// 1 to 8 logit rows at once, each with a penalty of its own tokens, by every number a lane.
+fn int8_many_rows(gpu: &Gpu) -> Result<(), Failed> {
+    let mut random = Random::new(72);
+    for (v, k) in [(33, 17), (97, 130), (70, 640)] {
+        let table = Table::new(MatShape::new(v, k)?, TableData::F32(random.floats(v * k, 0.2)));
+        for rows in 1..=LOGIT_ROWS {
+            // The last of them are wanted.
+            let (before, eps) = (2, 1e-5);
+            let x = random.floats((before + rows) * k, 3.0);
+            let norm = random.floats(k, 2.0);
+            let params = PassParams {
+                n_tokens: (before + rows) as u32,
+                first_logit_row: before as u32,
+                n_logit_rows: rows as u32,
+                ..PassParams::default()
+            };
+            let inputs = [&gpu.upload("x", &x)?, &gpu.upload("norm", &norm)?];
+            let (y, tokens) = head_input_rows(gpu, params, inputs, k, Some(eps))?;
+            let each = y.chunks_exact(k).zip(tokens.chunks_exact(tokens.len() / rows));
+            for (row, (y, token)) in each.enumerate() {
+                let what = format!("head_input K {k}, row {row} of {rows}");
+                check_input(&what, y, token)?;
+                let x = &x[..(before + row + 1) * k];
+                let (alone, alone_token) = head_input(gpu, x, Some((&norm, eps)), k)?;
+                same(&what, y, &alone)?;
+                same(&what, token, &alone_token)?;
+            }
+            let seen: Vec<u32> = (0..rows * v.div_ceil(32)).map(|_| random.bits() as u32).collect();
+            for tile in LogitTile::ALL {
+                for penalty in [1.0, 1.3] {
+                    let what = format!("head_int8 {v}×{k} penalty {penalty}");
+                    check_int8_rows(gpu, &what, &table, (&tokens, rows), (&seen, penalty), tile)?;
+                }
+            }
+        }
+    }
+    Ok(())
+}
+
+/// 1 to 8 logit rows at once choose what each chooses alone, and what the exact head does; with a
+/// penalty of tokens of their own.
+fn rerank_many_rows(gpu: &Gpu) -> Result<(), Failed> {
+    let mut random = Random::new(73);
+    for format in Format::ALL {
+        let (v, k) = (700, 128);
+        let mut bits = Bits::random(format, &mut random, v, k);
+        let (near, _) = make_near_rows(&mut bits, v);
+        let norm = vec![1.0; k];
+        let heads = Heads::new(gpu, &bits.table()?, Some((&norm, 1e-5)))?;
+        for rows in 1..=LOGIT_ROWS {
+            let mut hidden = random.floats(rows * k, 3.0);
+            hidden[(rows - 1) * k..].copy_from_slice(&near);
+            let seen: Vec<u32> = (0..rows * v.div_ceil(32)).map(|_| random.bits() as u32).collect();
+            let exact = heads.find_exact_rows(&hidden)?;
+            for penalty in [1.0, 1.4] {
+                let found = heads.find_int8_rows(&hidden, &seen, penalty)?;
+                for (row, (found, candidates)) in found.iter().enumerate() {
+                    let what = format!("{format:?} penalty {penalty}, row {row} of {rows}");
+                    let seen = &seen[row * v.div_ceil(32)..][..v.div_ceil(32)];
+                    let token = expected(&exact[row].logits, seen, penalty);
+                    same(&what, &[found.token], &[token])?;
+                    let hidden = &hidden[row * k..][..k];
+                    let (alone, alone_candidates) = heads.find_int8(hidden, seen, penalty)?;
+                    same(&what, &found.logits, &alone.logits)?;
+                    same(&what, &[*candidates], &[alone_candidates])?;
+                    let alone = heads.find_exact(hidden)?;
+                    same(&what, &exact[row].logits, &alone.logits)?;
+                    same(&what, &[exact[row].token], &[alone.token])?;
+                }
             }
         }
     }

@@ -7,13 +7,13 @@ use cpu_ref::mlp::Activation;
 use libtest_mimic::Failed;
 use sterna::Error;
 use sterna::backend::gpu::kernels::{
-    self, DenseFormat, DenseShard, Encoding, Fused, GemvPlan, GroupMatrix, LinearRows, Rotate,
-    RowOrder, RowsOut, SumInputs, TokensPerLane, Variant, padded_rows,
+    self, DenseFormat, DenseShard, Encoding, Fused, GemvPlan, GroupMatrix, LinearRows, LogitTile,
+    Rotate, RowOrder, RowsOut, SumInputs, TokensPerLane, Variant, padded_rows,
 };
 use sterna::backend::gpu::self_test::GroupInput;
 use sterna::backend::gpu::shader::UNCHECKED;
 use sterna::backend::gpu::{
-    Capabilities, Gpu, PassParams, Pipelines, WeightsRead, row_offsets, self_test,
+    Capabilities, Gpu, PassParams, Pipelines, Slice, WeightsRead, row_offsets, self_test,
 };
 use sterna::format::float::f16_to_f32;
 use sterna::layout::{Layout, Packed, Signs, group_scales};
@@ -69,6 +69,7 @@ pub fn cases(capabilities: Capabilities) -> Vec<Case> {
     add("gated_activation".into(), Box::new(gated_activation));
     add("residual_add".into(), Box::new(residual_add));
     add("embedding_and_lm_head".into(), Box::new(embedding_and_lm_head));
+    add("lm_head::many_rows".into(), Box::new(lm_head_many_rows));
     add("argmax".into(), Box::new(argmax));
     add("codes_embedding_and_lm_head".into(), Box::new(codes_embedding_and_lm_head));
     for int8 in [false, true] {
@@ -644,10 +645,8 @@ fn embedding_and_lm_head(gpu: &Gpu) -> Result<(), Failed> {
                     same(&format!("embedding {what}"), &as_f32(&out[m * k..][..k]), &expected)?;
                 }
 
-                let params = PassParams { n_logit_rows: 2, ..tokens(2) };
-                let call = kernels::lm_head(shard, n);
                 let inputs = [&x_buffer, &rows, &none, &none];
-                let out = run_guarded(gpu, &call, params, &inputs, &[2 * n])?.remove(0);
+                let out = lm_head_rows(gpu, shard, n, &inputs, 2)?;
                 for (m, x) in x.chunks_exact(k).enumerate() {
                     let expected = cpu_ref::lm_head::lm_head(&values, x);
                     let found = as_f32(&out[m * n..][mine.clone()]);
@@ -661,20 +660,69 @@ fn embedding_and_lm_head(gpu: &Gpu) -> Result<(), Failed> {
     Ok(())
 }
 
+/// `logits[M, V]` of `lm_head`, which are the same bits however many rows a lane computes.
+fn lm_head_rows(
+    gpu: &Gpu,
+    shard: DenseShard,
+    v: usize,
+    inputs: &[&Slice],
+    rows: usize,
+) -> Result<Vec<u32>, Failed> {
+    let params = PassParams { n_logit_rows: rows as u32, ..tokens(rows) };
+    let of = |tile| {
+        let call = kernels::lm_head(shard, v, tile);
+        Ok::<_, Failed>(run_guarded(gpu, &call, params, inputs, &[rows * v])?.remove(0))
+    };
+    let [one, four, eight] = LogitTile::ALL.map(of);
+    let one = one?;
+    same("lm_head of 4 rows a lane", &four?, &one)?;
+    same("lm_head of 8 rows a lane", &eight?, &one)?;
+    Ok(one)
+}
+
+/// 1 to 19 rows of logits at once against the reference, by every number a lane.
+fn lm_head_many_rows(gpu: &Gpu) -> Result<(), Failed> {
+    let mut random = Random::new(36);
+    for (n, k) in [(1, 1), (9, 33), (70, 129), (33, 640)] {
+        let table = random.floats(n * k, 1.0);
+        let unit_words = DenseFormat::F32.units(k) * 4;
+        let mut words = vec![0.0; n * unit_words];
+        for (row, out) in table.chunks_exact(k).zip(words.chunks_exact_mut(unit_words)) {
+            out[..k].copy_from_slice(row);
+        }
+        let (units, none) = (gpu.upload("table", &words)?, gpu.upload("none", &[0u32])?);
+        let shard = DenseShard { format: DenseFormat::F32, k, base: 0, rows: n };
+        for rows in (1..=9).chain([16, 19]) {
+            let x = random.floats(rows * k, 2.0);
+            let inputs = [&gpu.upload("x", &x)?, &units, &none, &none];
+            let out = lm_head_rows(gpu, shard, n, &inputs, rows)?;
+            for (m, x) in x.chunks_exact(k).enumerate() {
+                let expected = cpu_ref::lm_head::lm_head(&table, x);
+                let bound = 2.0 * k as f32 * (k as f32 / 32.0 + 8.0) * EPS;
+                let what = format!("lm_head {n}×{k}, row {m} of {rows}");
+                close(&what, &as_f32(&out[m * n..][..n]), &expected, |_| bound)?;
+            }
+        }
+    }
+    Ok(())
+}
+
 fn argmax(gpu: &Gpu) -> Result<(), Failed> {
     let mut random = Random::new(31);
     let check = |what: &str, logits: &[f32], rows: usize| -> Result<(), Failed> {
         let v = logits.len() / rows;
         let buffer = gpu.upload("logits", logits)?;
         let params = PassParams { n_logit_rows: rows as u32, ..tokens(rows) };
-        let out = run_guarded(gpu, &kernels::argmax(v), params, &[&buffer], &[1])?;
-        let expected = cpu_ref::argmax::argmax(&logits[(rows - 1) * v..]);
-        same(what, &out[0], &[expected.map_or(u32::MAX, |token| token as u32)])
+        let out = run_guarded(gpu, &kernels::argmax(v), params, &[&buffer], &[rows])?;
+        let expected = logits.chunks_exact(v).map(cpu_ref::argmax::argmax);
+        let expected = expected.map(|token| token.map_or(u32::MAX, |token| token as u32));
+        same(what, &out[0], &expected.collect::<Vec<_>>())
     };
     for v in [1, 2, 255, 256, 257, 1000, 32_002] {
         check(&format!("argmax V {v}"), &random.floats(v, 10.0), 1)?;
     }
-    check("argmax of the last row", &[9.0, 1.0, 2.0, 3.0, 8.0, 1.0], 2)?;
+    check("argmax of each row", &[9.0, 1.0, 2.0, 3.0, 8.0, 1.0], 2)?;
+    check("argmax of 8 rows", &random.floats(8 * 700, 10.0), 8)?;
     check("argmax, first of equals", &[1.0, 5.0, 5.0, 5.0], 1)?;
     check(
         "argmax, equals far apart",
@@ -1250,10 +1298,8 @@ fn codes_embedding_and_lm_head(gpu: &Gpu) -> Result<(), Failed> {
                         close(&format!("embedding {what}"), &found, &expected, |_| 2.0 * EPS)?;
                     }
                 }
-                let params = PassParams { n_logit_rows: 2, ..tokens(2) };
                 let inputs = [&x_buffer, &units, &scale, &min];
-                let call = kernels::lm_head(shard, n);
-                let out = run_guarded(gpu, &call, params, &inputs, &[2 * n])?.remove(0);
+                let out = lm_head_rows(gpu, shard, n, &inputs, 2)?;
                 for (m, x) in x.chunks_exact(k).enumerate() {
                     for n_row in mine.clone() {
                         let row = row(n_row)?;

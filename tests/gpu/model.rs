@@ -116,11 +116,21 @@ pub fn cases(capabilities: Capabilities) -> Vec<Case> {
     add("the_device_names_its_kernels", names);
     add("a_rotation_past_the_limits_is_refused", long_rotation);
     add("a_batch_past_the_limits_is_refused", refusals);
+    add("drafts_that_cannot_be_checked_are_refused", drafts_that_cannot_be_checked);
     add("a_decode_step_is_one_submit_and_allocates_nothing", decode_step);
     add("tokens_that_the_device_feeds_itself", token_loop);
     if capabilities == Capabilities::Adapter {
         add("texts_that_the_device_chooses", sampled_texts);
     }
+    for head in [HeadChoice::Int8, HeadChoice::Exact] {
+        cases.push((
+            format!("drafts_lead_to_the_same_tokens::{head:?}"),
+            Box::new(move |_| drafts(capabilities, head)),
+        ));
+    }
+    let mut add = |name: &str, case: fn(Capabilities) -> Result<(), Failed>| {
+        cases.push((name.to_owned(), Box::new(move |_| case(capabilities))));
+    };
     add("a_lost_adapter_is_an_error_between_tokens", lost_between_tokens);
     add("a_lost_adapter_is_an_error_while_it_computes", lost_while_computing);
     add("a_lost_adapter_is_an_error_while_loading", lost_while_loading);
@@ -480,6 +490,98 @@ fn sampled_texts(capabilities: Capabilities) -> Result<(), Failed> {
             Sampling::Random { .. } => same(&what, &text(&mut int8, sampling, penalty)?, &found)?,
         }
     }
+    Ok(())
+}
+
+/// Drafts of random lengths, of which some tokens are wrong, lead to the text of one token at a time, by
+/// every way to choose: so each of a draft's tokens is chosen as it is alone.
+fn drafts(capabilities: Capabilities, head: HeadChoice) -> Result<(), Failed> {
+    let random = |temperature, top_k, top_p, seed| Sampling::Random {
+        temperature,
+        top_k,
+        top_p,
+        min_p: 0.0,
+        seed,
+    };
+    let prompt: Vec<u32> = (0..9).map(|i| i * 37 % 301).collect();
+    let (text_len, mut numbers) = (90, Random::new(81));
+    let (mut accepted, mut rejected) = (0, 0);
+    for config in [tiny_bitnet(), tiny_normed(), tiny_bonsai(2, 64)] {
+        let source = SyntheticModel::new(config, 9);
+        let (context, int8_activations) =
+            (Some(128), source.config().activations == Activations::Float);
+        let options = LoadOptions { context, head, int8_activations, ..LoadOptions::default() };
+        let mut model = transformer(open(capabilities)?, &source, Variant::PackedDot, &options)?;
+        for (sampling, penalty) in [
+            (Sampling::Greedy, 1.0),
+            (Sampling::Greedy, 1.4),
+            (Sampling::Greedy, 0.6),
+            (random(1.0, None, 1.0, 1), 1.0),
+            (random(1.2, Some(30), 0.9, 2), 1.3),
+        ] {
+            let what = format!("{:?} {sampling:?} penalty {penalty}", source.config().architecture);
+            let mut sampler = Sampler::new(sampling, penalty)?;
+            sampler.observe(&prompt);
+            let begin = |model: &mut Transformer| {
+                model.reset();
+                model.choose_with(sampler.clone())?;
+                model.prompt(&prompt)
+            };
+            begin(&mut model)?;
+            let expected: Vec<u32> =
+                (0..text_len).map(|_| model.next_token(1)).collect::<Result<_, _>>()?;
+            begin(&mut model)?;
+            let mut text = vec![model.next_token(1)?];
+            while text.len() < expected.len() {
+                let rest = &expected[text.len()..];
+                if numbers.below(4) == 0 {
+                    // What the device feeds itself after a draft.
+                    text.push(model.next_token(1)?);
+                    continue;
+                }
+                let limit = model.draft_limit().min(rest.len() - 1);
+                let mut draft = rest[..numbers.below(limit + 1)].to_vec();
+                for token in &mut draft {
+                    *token = if numbers.below(6) == 0 { numbers.below(301) as u32 } else { *token };
+                }
+                let last = text[text.len() - 1];
+                let found = model.check_draft(last, &draft, |_| false)?;
+                accepted += found.len() - 1;
+                rejected += draft.len() + 1 - found.len();
+                text.extend(found);
+            }
+            same(&what, &text, &expected)?;
+            same(&what, &[model.position()], &[prompt.len() + text_len - 1])?;
+        }
+    }
+    if accepted < 200 || rejected < 100 {
+        return Err(format!("{accepted} drafted tokens right, {rejected} wrong: no test").into());
+    }
+    Ok(())
+}
+
+fn drafts_that_cannot_be_checked(capabilities: Capabilities) -> Result<(), Failed> {
+    let source = SyntheticModel::new(tiny_bitnet(), 9);
+    let mut model = load(capabilities, &source, Variant::PackedDot)?;
+    model.prompt(&[1, 2, 3])?;
+    if model.draft_limit() != 0 {
+        return Err("a draft before the token before it is known".into());
+    }
+    let token = model.next_token(1)?;
+    let next = model.next_token(1)?;
+    model.reset();
+    model.prompt(&[1, 2, 3])?;
+    same("token", &[model.next_token(1)?], &[token])?;
+    let unknown = model.check_draft(token, &[1, 1 << 20], |_| false);
+    if !matches!(unknown, Err(Error::TokenOutOfRange { .. })) {
+        return Err(format!("a token that is none: {unknown:?}").into());
+    }
+    let long = model.check_draft(token, &[1; 8], |_| false);
+    if !matches!(long, Err(Error::Dimension { found: 8, max: 7, .. })) {
+        return Err(format!("a long draft: {long:?}").into());
+    }
+    same("an empty draft", &model.check_draft(token, &[], |_| false)?, &[next])?;
+    same("position", &[model.position()], &[4])?;
     Ok(())
 }
 

@@ -1,8 +1,8 @@
 //! What a decode step has a GPU do, counted on a device that computes nothing.
 
-use sterna::backend::LoadOptions;
-use sterna::backend::gpu::account::{DryRun, DryRunOptions, Part, dry_run};
+use sterna::backend::gpu::account::{Account, DryRun, DryRunOptions, Part, dry_check, dry_run};
 use sterna::backend::gpu::{Capabilities, GemvPlan, Variant};
+use sterna::backend::{HeadChoice, LoadOptions};
 use sterna::config::ModelConfig;
 use sterna::synthetic::{Shapes, published};
 use sterna::tensor_names::LINEARS;
@@ -80,6 +80,44 @@ fn a_token_reads_the_cache_up_to_itself() {
     assert_eq!(decode.total().cache_bytes, position * (65 + 66 + 67 + 68));
     assert_eq!(prompt.total().cache_bytes, position * 64);
     assert_eq!((prompt.total().submits, prompt.total().readback_bytes), (1, 8));
+}
+
+#[test]
+fn a_draft_reads_the_weights_once() {
+    for (name, head) in [
+        ("bitnet-large", HeadChoice::Int8),
+        ("bitnet-large", HeadChoice::Exact),
+        ("falcon3-1b", HeadChoice::Int8),
+    ] {
+        let config = shape(name);
+        let load = LoadOptions { head, ..options().load };
+        let options = DryRunOptions { load, ..options() };
+        let check = |n| dry_check(&Shapes::new(config.clone()), &options, n).expect("a dry run");
+        let one = check(1);
+        let row = config.hidden_size as u64 * 2;
+        for n in 2..=8 {
+            let draft = check(n);
+            let (n, what) = (n as u64, format!("{name} {head:?}, {n} tokens"));
+            let weights = |part| (draft.part(part).weight_bytes, one.part(part).weight_bytes);
+            for part in
+                [Part::Qkv, Part::Attend, Part::ProjectOut, Part::GateUp, Part::Down, Part::Head]
+            {
+                let (draft, one) = weights(part);
+                assert_eq!(draft, one, "{what}: {part:?}");
+            }
+            // A row of each token, and of the exact table the row that wins.
+            assert_eq!(draft.part(Part::Embed).weight_bytes, n * row, "{what}");
+            let chosen = if head == HeadChoice::Int8 { n * row } else { 0 };
+            assert_eq!(draft.part(Part::Choose).weight_bytes, chosen, "{what}");
+            let (found, expected) = (draft.total(), one.total());
+            assert_eq!((found.passes, found.submits), (1, 1), "{what}");
+            assert_eq!(found.readback_bytes, 8 * n, "{what}");
+            // Its logits are computed together.
+            let head = |account: &Account| account.part(Part::Head).dispatches;
+            assert_eq!(head(&draft), head(&one), "{what}");
+            assert!(found.weight_bytes - expected.weight_bytes <= 2 * (n - 1) * row, "{what}");
+        }
+    }
 }
 
 #[test]

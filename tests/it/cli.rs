@@ -113,6 +113,7 @@ fn wrong_usage_exits_with_2() {
         ("logits --tokens 1,x --out nowhere", "x"),
         ("logits --tokens -1 --out nowhere", "-1"),
         ("run --tune maybe x", "maybe"),
+        ("run --speculate always x", "always"),
         ("tune --device cpu", "expected gpu or gpu:N"),
         ("tune --budget -1", "0 to 3600"),
         ("tune --budget nan", "0 to 3600"),
@@ -164,6 +165,27 @@ fn json_tells_everything() {
     assert_eq!(json["finish_reason"], "length");
     assert_eq!(json["seed"], 5);
     assert!(json["timings"]["prompt_tokens_per_second"].as_f64().unwrap() > 0.0);
+}
+
+#[test]
+fn guessing_ahead_changes_no_text_and_is_reported() {
+    for options in ["--temp 0 --repeat-penalty 0.5", "--seed 5 --temp 0.8 --repeat-penalty 0.3"] {
+        let arguments = format!("-n 24 {options} Hello");
+        let off = json(run_golden(&format!("--json {arguments}")));
+        let on = json(run_golden(&format!("--json --speculate prompt {arguments}")));
+        assert_eq!(on["token_ids"], off["token_ids"]);
+        assert_eq!(off.get("speculation"), None);
+        let number = |key: &str| on["speculation"][key].as_f64().unwrap();
+        let [proposed, accepted, passes] = ["proposed", "accepted", "passes"].map(number);
+        assert!(proposed >= accepted && accepted > 0.0, "{on}");
+        assert_eq!(passes + accepted + 1.0, 24.0, "{on}");
+        assert_eq!(number("tokens_per_pass"), (passes + accepted) / passes);
+        let result = output(run_golden(&format!("--speculate prompt {arguments}")));
+        let (text, status) = (utf8(&result.stdout), utf8(&result.stderr));
+        assert_eq!(text, stdout(run_golden(&format!("--speculate off {arguments}"))));
+        let found = format!("guessed {proposed} tokens, {accepted} right (");
+        assert!(status.contains(&found) && status.contains("tokens a pass"), "{status}");
+    }
 }
 
 #[test]

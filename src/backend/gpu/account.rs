@@ -168,6 +168,27 @@ pub fn dry_run(
     Ok(DryRun { gemv, head, n_layers, prompt, decode, compiled })
 }
 
+/// What one pass of a model has a dry device do that feeds `n_tokens`, 1 to 8, after the prompt and chooses
+/// a token after each: the check of a draft, or a single step.
+///
+/// # Errors
+/// As for [`dry_run`].
+pub fn dry_check(
+    source: &dyn WeightSource,
+    options: &DryRunOptions,
+    n_tokens: usize,
+) -> Result<Account> {
+    let gpu = Gpu::dry(options.capabilities)?;
+    let backend = GpuBackend::load(source, gpu, Some(options.plan), &options.load, &mut |_| {})?;
+    let ledger = Ledger::default();
+    let counted = Counted { backend, ledger: Arc::clone(&ledger) };
+    let mut model = Transformer::new(source.config().clone(), Box::new(counted));
+    model.feed(&vec![0; options.n_prompt], Want::Token)?;
+    close(&ledger, options.n_prompt, 0);
+    model.check_draft(0, &vec![0; n_tokens.saturating_sub(1)], |_| false)?;
+    Ok(close(&ledger, n_tokens, options.n_prompt))
+}
+
 /// Every kernel and variant with constants of published models: those of BitNet 2B4T, of Bonsai the
 /// kernels of groups. A rotation, which no published shape says, has Bonsai's sizes.
 ///

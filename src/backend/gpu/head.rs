@@ -3,8 +3,8 @@
 //!
 //! To use it: [`Int8Head::upload`] beside the exact table's [`GpuTable`], once
 //! [`check_head`](super::self_test::check_head) has passed, and [`Int8Head::ops`] for the step.
-//! Record [`HeadOps::logits`] for every token, then [`HeadOps::greedy`] where the token is the
-//! greedy one; a sampler reads the logits instead. Several rows of logits, taps and everything else
+//! Record [`HeadOps::logits`] for every token, or for as many as a draft has, then [`HeadOps::greedy`]
+//! where the tokens are the greedy ones; a sampler reads the logits instead. Taps and everything else
 //! that wants exact logits stay with `lm_head`.
 
 use std::ops::Range;
@@ -13,14 +13,18 @@ use cpu_ref::layout::int8_rows;
 
 use super::buffer::Slice;
 use super::device::Gpu;
-use super::kernels::{self, DenseShard, HEAD_TABLES};
-use super::matrix::{GpuTable, GpuTableData, UPLOAD_BYTES};
+use super::kernels::{self, DenseShard, HEAD_TABLES, LogitTile};
+use super::matrix::{DenseRows, GpuTable, GpuTableData, UPLOAD_BYTES};
 use super::record::{Call, Op, Pipelines};
+use crate::backend::MAX_DRAFT;
 use crate::error::Result;
 use crate::shape::MatShape;
 use crate::weights::{Int8Rows, Table};
 
-/// The int8 rows of a head on the device, with what one token needs.
+/// Most rows of logits from which tokens are chosen in one pass.
+pub const LOGIT_ROWS: usize = MAX_DRAFT + 1;
+
+/// The int8 rows of a head on the device, with what [`LOGIT_ROWS`] tokens need.
 pub struct Int8Head {
     shape: MatShape,
     /// Tiles and words of each shard.
@@ -46,22 +50,31 @@ pub struct HeadStep<'a> {
     pub input: HeadInput<'a>,
     /// The exact table, of the same rows.
     pub table: &'a GpuTable,
-    /// Approximate logits, `[V]`, without penalty.
+    /// Approximate logits, `[logit rows, V]`, without penalty.
     pub logits: &'a Slice,
-    /// Which tokens the penalty is for: bit `n % 32` of word `n / 32`, `[ceil(V/32)]`.
+    /// Which tokens the penalty is for: bit `n % 32` of word `n / 32`, `[logit rows, ceil(V/32)]`.
     pub seen: &'a Slice,
-    /// The greedy token, at `token_out`.
+    /// The greedy tokens, from `token_out` on.
     pub tokens: &'a Slice,
-    /// How many exact logits it took, at `token_out`.
+    /// How many exact logits each took, from `token_out` on.
     pub counts: &'a Slice,
 }
 
 /// The operations of a step, in their order.
 pub struct HeadOps {
-    /// Input and approximate logits: one dispatch, and one for each shard of the int8 rows.
-    pub logits: Vec<Op>,
-    /// The greedy token: one dispatch for every three shards of the exact table, and one.
+    /// What comes before the logits.
+    pub input: Vec<Op>,
+    /// Approximate logits by [`LogitTile`]: one dispatch for each shard of the int8 rows.
+    tiles: [Vec<Op>; LogitTile::ALL.len()],
+    /// The greedy tokens: one dispatch for every three shards of the exact table, and one.
     pub greedy: Vec<Op>,
+}
+
+impl HeadOps {
+    /// Input and approximate logits of so many rows.
+    pub fn logits(&self, rows: u32) -> impl Iterator<Item = &Op> {
+        self.input.iter().chain(&self.tiles[LogitTile::index_for(rows)])
+    }
 }
 
 impl Int8Head {
@@ -96,13 +109,14 @@ impl Int8Head {
         Ok(Some(Self {
             shape,
             shards,
-            x: gpu.storage("head input", shape.k())?,
-            token: gpu.storage("head input", 8 * int8_rows::chunks(shape.k()) + 4)?,
-            bounds: gpu.storage("head bounds", 33 * rows.tiles())?,
+            x: gpu.storage("head input", LOGIT_ROWS * shape.k())?,
+            token: gpu
+                .storage("head input", LOGIT_ROWS * (8 * int8_rows::chunks(shape.k()) + 4))?,
+            bounds: gpu.storage("head bounds", LOGIT_ROWS * 33 * rows.tiles())?,
         }))
     }
 
-    /// Makes the operations of a step for one row of logits.
+    /// Makes the operations of a step for up to [`LOGIT_ROWS`] rows of logits.
     ///
     /// # Errors
     /// [`crate::Error::Gpu`] if the driver refuses.
@@ -127,26 +141,27 @@ impl Int8Head {
                 op(&kernels::head_input(k, None), &[x, x, &self.x, &self.token])?
             }
         };
-        let mut logits = vec![input];
-        for (tiles, words) in &self.shards {
-            let call = kernels::head_int8(self.shape, tiles.clone());
-            let buffers = [words, &self.token, step.seen, step.logits, &self.bounds];
-            logits.push(op(&call, &buffers)?);
+        let mut tiles = LogitTile::ALL.map(|_| Vec::new());
+        for (ops, tile) in tiles.iter_mut().zip(LogitTile::ALL) {
+            for (tiles, words) in &self.shards {
+                let call = kernels::head_int8(self.shape, tiles.clone(), tile);
+                let buffers = [words, &self.token, step.seen, step.logits, &self.bounds];
+                ops.push(op(&call, &buffers)?);
+            }
         }
         let GpuTableData::Dense(exact) = &step.table.data else {
             panic!("a table with an int8 head is dense")
         };
-        let mut blocks = 0;
-        let mut calls = Vec::new();
-        for shards in exact.chunks(HEAD_TABLES) {
-            let rows: Vec<DenseShard> = shards.iter().map(|rows| rows.shard).collect();
-            let call = kernels::head_rerank(n, &rows, blocks);
-            blocks += call.x as usize;
-            calls.push((call, shards));
-        }
-        let best = gpu.storage("head best", 4 * blocks)?;
-        let mut greedy = Vec::new();
-        for (call, shards) in calls {
+        let shards_of = |shards: &[DenseRows]| -> Vec<DenseShard> {
+            shards.iter().map(|rows| rows.shard).collect()
+        };
+        let chunks = || exact.chunks(HEAD_TABLES).map(|shards| (shards_of(shards), shards));
+        let blocks = chunks().map(|(rows, _)| kernels::head_blocks(&rows)).sum();
+        let best = gpu.storage("head best", LOGIT_ROWS * 4 * blocks)?;
+        let (mut greedy, mut base) = (Vec::new(), 0);
+        for (rows, shards) in chunks() {
+            let call = kernels::head_rerank(n, &rows, (base, blocks));
+            base += kernels::head_blocks(&rows);
             // A table that is not there is never read.
             let table = |i: usize| &shards[i.min(shards.len() - 1)].buffers[0];
             let tables = [table(0), table(1), table(2)];
@@ -155,7 +170,7 @@ impl Int8Head {
             greedy.push(op(&call, &buffers)?);
         }
         let buffers = [&best, step.tokens, step.counts, step.seen];
-        greedy.push(op(&kernels::head_pick(blocks), &buffers)?);
-        Ok(HeadOps { logits, greedy })
+        greedy.push(op(&kernels::head_pick(n, blocks), &buffers)?);
+        Ok(HeadOps { input: vec![input], tiles, greedy })
     }
 }

@@ -353,6 +353,37 @@ impl TokensPerLane {
     }
 }
 
+/// How many rows of logits a lane of a head computes, for which it reads the table once.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum LogitTile {
+    /// A token of a text.
+    One,
+    /// A short draft.
+    Four,
+    /// A long one, or all logits of a prompt.
+    Eight,
+}
+
+impl LogitTile {
+    /// Every one of them, smallest first.
+    pub const ALL: [Self; 3] = [Self::One, Self::Four, Self::Eight];
+
+    /// Rows of logits.
+    pub fn count(self) -> u32 {
+        match self {
+            Self::One => 1,
+            Self::Four => 4,
+            Self::Eight => 8,
+        }
+    }
+
+    /// Which of [`Self::ALL`] so many rows of logits are computed with: the smallest that holds them.
+    pub fn index_for(rows: u32) -> usize {
+        let last = Self::ALL.len() - 1;
+        Self::ALL.iter().position(|tile| rows <= tile.count()).unwrap_or(last)
+    }
+}
+
 /// How the rows of a linear layer lie in the accumulator: `shared/bitlinear.wgsl`.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct LinearRows {
@@ -526,7 +557,7 @@ impl Call {
         Self { writes, ..self }
     }
 
-    /// Reads one of so many rows for each token.
+    /// Reads one of so many rows for each token, or row of logits.
     fn looking_up(self, rows: usize) -> Self {
         Self { weights: WeightsRead::RowOf(rows), ..self }
     }
@@ -833,8 +864,9 @@ pub fn residual_add(n: usize, rows: &LinearRows) -> Call {
 }
 
 /// x, table, scale, min, logits.
-pub fn lm_head(shard: DenseShard, vocab_size: usize) -> Call {
+pub fn lm_head(shard: DenseShard, vocab_size: usize, tile: LogitTile) -> Call {
     let constants = [
+        ("TOKENS", tile.count() as usize),
         ("K", shard.k),
         ("UNITS", shard.format.units(shard.k)),
         ("ROW_BASE", shard.base),
@@ -842,13 +874,13 @@ pub fn lm_head(shard: DenseShard, vocab_size: usize) -> Call {
         ("V", vocab_size),
     ];
     let constants = constants.into_iter().chain(shard.format.constants());
-    call(shader::LM_HEAD, constants, shard.rows.div_ceil(HEAD_ROWS), Rows::LogitRows)
-        .writing(shard.rows)
+    let rows = Rows::LogitRowTiles(tile.count());
+    call(shader::LM_HEAD, constants, shard.rows.div_ceil(HEAD_ROWS), rows).writing(shard.rows)
 }
 
-/// logits, token.
+/// logits, token: one for each row of logits.
 pub fn argmax(vocab_size: usize) -> Call {
-    call(shader::ARGMAX, [("V", vocab_size)], 1, Rows::One).writing(1)
+    call(shader::ARGMAX, [("V", vocab_size)], 1, Rows::LogitRows).writing(1)
 }
 
 /// x, norm, y, token; without an eps x is normalised already and norm is not read.
@@ -858,7 +890,7 @@ pub fn argmax(vocab_size: usize) -> Call {
 pub fn head_input(k: usize, eps: Option<f32>) -> Call {
     let chunks = int8_rows::chunks(k);
     let constants = [("K", k), ("CHUNKS", chunks), ("NORM", usize::from(eps.is_some()))];
-    let mut call = call(shader::HEAD_INPUT, constants, 1, Rows::One);
+    let mut call = call(shader::HEAD_INPUT, constants, 1, Rows::LogitRows);
     call.constants.push(("EPS", f64::from(eps.unwrap_or_default())));
     call.constants.push(("HALF_SQRT_K", f64::from(half_sqrt(k))));
     call.constants.push(("GAMMA", f64::from(gamma(k))));
@@ -866,8 +898,11 @@ pub fn head_input(k: usize, eps: Option<f32>) -> Call {
 }
 
 /// table, token, seen, logits, bounds; of a head `[V, K]`, a shard of its tiles.
-pub fn head_int8(shape: MatShape, tiles: Range<usize>) -> Call {
+pub fn head_int8(shape: MatShape, tiles: Range<usize>, tile: LogitTile) -> Call {
+    let tokens = tile.count() as usize;
     let constants = [
+        ("TOKENS", tokens),
+        ("PARTS", 256 * tokens),
         ("CHUNKS", int8_rows::chunks(shape.k())),
         ("TILE_BASE", tiles.start),
         ("TILES", shape.n().div_ceil(TILE_ROWS)),
@@ -876,18 +911,28 @@ pub fn head_int8(shape: MatShape, tiles: Range<usize>) -> Call {
     let rows = shape.n().min(tiles.end * TILE_ROWS) - tiles.start * TILE_ROWS;
     // A logit and an upper bound each, and a lower bound a tile.
     let writes = 2 * rows + tiles.len();
-    call(shader::HEAD_INT8, constants, tiles.len(), Rows::One).writing(writes)
+    let y = Rows::LogitRowTiles(tile.count());
+    call(shader::HEAD_INT8, constants, tiles.len(), y).writing(writes)
 }
 
 /// Shards of the exact table that [`head_rerank`] takes at once.
 pub const HEAD_TABLES: usize = 3;
 
+/// Blocks of rows of one to three shards in a row, of which [`head_rerank`] finds the best.
+pub fn head_blocks(shards: &[DenseShard]) -> usize {
+    shards.iter().map(|shard| shard.rows).sum::<usize>().div_ceil(RERANK_ROWS)
+}
+
 /// x, bounds, seen, three tables, best; of one to three shards in a row of a float table, whose
-/// workgroups write `best` from `block_base` on.
+/// workgroups write `best` from `block_base` on, of `all_blocks`.
 ///
 /// # Panics
 /// If there are other numbers of shards.
-pub fn head_rerank(vocab_size: usize, shards: &[DenseShard], block_base: usize) -> Call {
+pub fn head_rerank(
+    vocab_size: usize,
+    shards: &[DenseShard],
+    (block_base, all_blocks): (usize, usize),
+) -> Call {
     assert!((1..=HEAD_TABLES).contains(&shards.len()));
     let (first, last) = (shards[0], shards[shards.len() - 1]);
     let rows = last.base + last.rows - first.base;
@@ -898,6 +943,7 @@ pub fn head_rerank(vocab_size: usize, shards: &[DenseShard], block_base: usize) 
         ("ROW_BASE", first.base),
         ("ROWS", rows),
         ("BLOCK_BASE", block_base),
+        ("BLOCKS", all_blocks),
     ];
     let others = ["ROW_1", "ROW_2"].into_iter().zip(&shards[1..]);
     constants.extend(others.map(|(name, shard)| (name, shard.base - first.base)));
@@ -905,13 +951,16 @@ pub fn head_rerank(vocab_size: usize, shards: &[DenseShard], block_base: usize) 
     let constants = constants.into_iter().chain(format);
     // Of all tables that are bound, the last one in the place of those that are not there.
     let bound = (0..HEAD_TABLES).map(|i| shards[i.min(shards.len() - 1)].rows).sum();
-    let blocks = rows.div_ceil(RERANK_ROWS);
-    call(shader::HEAD_RERANK, constants, blocks, Rows::One).writing(4 * blocks).looking_up(bound)
+    let blocks = head_blocks(shards);
+    call(shader::HEAD_RERANK, constants, blocks, Rows::LogitRows)
+        .writing(4 * blocks)
+        .looking_up(bound)
 }
 
-/// best, tokens, counts.
-pub fn head_pick(blocks: usize) -> Call {
-    call(shader::HEAD_PICK, [("BLOCKS", blocks)], 1, Rows::One).writing(3)
+/// best, tokens, counts, seen.
+pub fn head_pick(vocab_size: usize, blocks: usize) -> Call {
+    let constants = [("BLOCKS", blocks), ("SEEN", vocab_size.div_ceil(32))];
+    call(shader::HEAD_PICK, constants, 1, Rows::LogitRows).writing(3)
 }
 
 /// Largest vocabulary of [`sample`]: the sums of weights have room for it.

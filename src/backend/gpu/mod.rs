@@ -20,7 +20,7 @@ pub mod tune;
 
 pub use buffer::Slice;
 pub use device::{AdapterDescription, AdapterKind, Capabilities, Gpu, ResourceCounts, adapters};
-pub use head::{HeadInput, HeadOps, HeadStep, Int8Head};
+pub use head::{HeadInput, HeadOps, HeadStep, Int8Head, LOGIT_ROWS};
 pub use kernels::{Encoding, GemvPlan, Variant};
 pub use matrix::row_offsets;
 pub use record::{Call, Op, PassParams, Pipelines, Rows, Specialised, WeightsRead, WorkDone};
@@ -28,6 +28,7 @@ pub use record::{Call, Op, PassParams, Pipelines, Rows, Specialised, WeightsRead
 use cpu_ref::layout::TILE_ROWS;
 use cpu_ref::rope;
 
+use std::slice::from_ref;
 use std::time::Instant;
 
 use super::{
@@ -37,12 +38,12 @@ use super::{
 use crate::config::{Activations, ModelConfig};
 use crate::error::{Error, Result};
 use crate::kv_cache::{Blocks, KvFormat};
-use crate::sampler::{Sampler, Sampling};
+use crate::sampler::{Mark, Sampler, Sampling};
 use crate::shape::MatShape;
 use crate::weights::{Input, LayerWeights, Table, TernaryMatrix, WeightScale, WeightSource};
 use kernels::{
-    Fused, LinearRows, MAX_SAMPLE_VOCAB, Rotate, RowOrder, SampleLens, SumInputs, TokensPerLane,
-    padded_rows,
+    Fused, LinearRows, LogitTile, MAX_SAMPLE_VOCAB, Rotate, RowOrder, SampleLens, SumInputs,
+    TokensPerLane, padded_rows,
 };
 use matrix::{GpuLinear, GpuMatrix, GpuRotation, GpuRun, GpuTable, GpuTableData, HostLinear, Kind};
 use pace::{MAX_STEPS, Pace};
@@ -71,6 +72,10 @@ pub struct GpuBackend {
     sample: Vec<Op>,
     buffers: Buffers,
     batch: Parameters,
+    /// For [`Want::Tokens`]: what each row of logits is sampled with.
+    rows: Vec<Parameters>,
+    /// The pass whose tokens may not all be text.
+    draft: Option<Draft>,
     want: Want,
     /// Which of the two hidden buffers the last recorded step wrote.
     current_hidden: usize,
@@ -81,7 +86,7 @@ pub struct GpuBackend {
     ring: TokenRing,
     /// A prompt chunk on its way: its submission, when, and of how many tokens.
     chunk: Option<(wgpu::SubmissionIndex, Instant, usize)>,
-    /// Tokens of the prompt chunk whose last choice is on its way.
+    /// Tokens of the prompt chunk whose last choice is on its way; 0: of a draft.
     prompt_tokens: usize,
     /// When the last submit was complete that was waited for.
     done: Instant,
@@ -106,6 +111,16 @@ struct Chosen {
     is_fresh: bool,
 }
 
+/// A pass of [`Want::Tokens`] until it is known how many of its tokens are text.
+struct Draft {
+    /// The sampler before the pass.
+    start: Mark,
+    /// Tokens chosen before it.
+    count: usize,
+    /// Its tokens that were taken.
+    taken: Vec<u32>,
+}
+
 /// Activations and what is read back, for `max_batch` tokens.
 struct Buffers {
     params: wgpu::Buffer,
@@ -128,7 +143,7 @@ struct Buffers {
     attended: Slice,
     gated: Slice,
     logits: Slice,
-    /// Which tokens have occurred: bit n % 32 of word n / 32.
+    /// Which tokens have occurred before each row of logits: bit n % 32 of word n / 32.
     seen: Slice,
     /// Between the kernels that sample: see `sample.wgsl`.
     bits: Slice,
@@ -171,7 +186,8 @@ struct Step {
 /// The final norm and the table that makes logits.
 struct Head {
     before: Vec<Op>,
-    table: Matmul,
+    /// By [`LogitTile`].
+    tables: [Vec<Op>; LogitTile::ALL.len()],
 }
 
 /// Makes the operations of a model.
@@ -297,6 +313,8 @@ impl GpuBackend {
             sample,
             buffers,
             batch: Parameters::default(),
+            rows: Vec::new(),
+            draft: None,
             want: Want::Nothing,
             current_hidden: 0,
             recording: None,
@@ -378,18 +396,84 @@ impl GpuBackend {
         };
         let time = run_time(submitted, &mut self.done);
         match std::mem::replace(&mut self.prompt_tokens, 1) {
+            // Neither a step nor a prompt.
+            0 => {}
             1 => self.pace.measured_steps(count, time),
             n_tokens => self.pace.measured_prompt(n_tokens, time),
         }
         Ok(true)
     }
 
-    /// Drops what was chosen and not taken.
+    /// Drops what was chosen and not taken, and all of a draft of which nothing was kept.
     fn forget(&mut self) {
+        if let Some(Draft { start, .. }) = self.draft.take() {
+            self.sampler.rewind(&start);
+        }
         self.ring.forget();
         self.recording = None;
         (self.chosen.recorded, self.chosen.is_fresh) = (0, false);
         self.prompt_tokens = 1;
+    }
+
+    /// Writes which tokens have occurred before each of the rows of logits that follow `batch`, whose
+    /// first token has.
+    fn write_seen(&self, batch: &[u32]) {
+        let mut seen = vec![0u32; self.config.vocab_size.div_ceil(32)];
+        let mut note = |token: u32| {
+            // A prompt's tokens are checked when they are fed.
+            if let Some(word) = seen.get_mut(token as usize / 32) {
+                *word |= 1 << (token % 32);
+            }
+        };
+        self.sampler.seen().for_each(&mut note);
+        let len_bytes = size_of_val(seen.as_slice()) as u64;
+        let write = |row: usize, seen: &[u32]| {
+            let offset = row as u64 * len_bytes;
+            let buffer = &self.buffers.seen.buffer;
+            self.gpu.queue.write_buffer(buffer, offset, bytemuck::cast_slice(seen));
+        };
+        write(0, &seen);
+        for (row, &token) in batch.iter().enumerate().skip(1) {
+            seen[token as usize / 32] |= 1 << (token % 32);
+            write(row, &seen);
+        }
+    }
+
+    /// Writes a pass's parameters to the next place of their buffer.
+    fn parameters(&mut self, values: PassParams) -> Parameters {
+        let slot = (self.batch.slot + 1 + self.rows.len() as u32) % PARAMS_SLOTS;
+        let offset = u64::from(slot * PARAMS_STRIDE);
+        self.gpu.queue.write_buffer(&self.buffers.params, offset, bytemuck::bytes_of(&values));
+        Parameters { values, slot }
+    }
+
+    /// Prepares a pass of [`Want::Tokens`]: where its tokens go, what has occurred before each, and what
+    /// each is drawn with.
+    fn begin_draft(&mut self, tokens: &[u32]) {
+        let count = &mut self.chosen.count;
+        if *count % CHOSEN_SLOTS + tokens.len() > CHOSEN_SLOTS {
+            // Their places are in a row.
+            *count = count.next_multiple_of(CHOSEN_SLOTS);
+        }
+        let count = *count;
+        self.draft = Some(Draft { start: self.sampler.mark(), count, taken: Vec::new() });
+        if self.sampler.repetition_penalty() != 1.0 {
+            self.write_seen(tokens);
+        }
+        self.batch.values.token_out = self.place(count) as u32;
+        self.prompt_tokens = 0;
+    }
+
+    /// What each row of a draft is drawn with: the last of `n_logit_rows` is the row.
+    fn draw_rows(&mut self) {
+        let values = self.batch.values;
+        for row in 0..values.n_logit_rows {
+            let mut values =
+                PassParams { n_logit_rows: row + 1, token_out: values.token_out + row, ..values };
+            values.sample(&mut self.sampler);
+            let parameters = self.parameters(values);
+            self.rows.push(parameters);
+        }
     }
 
     /// Submits what is recorded of a pass, if it would otherwise take the device for too long.
@@ -480,7 +564,7 @@ impl Buffers {
             attended: f32s("attended", config.query_size())?,
             gated: f32s("gated", config.intermediate_size)?,
             logits: f32s("logits", config.vocab_size)?,
-            seen: gpu.storage("seen", config.vocab_size.div_ceil(32))?,
+            seen: gpu.storage("seen", LOGIT_ROWS * sample.seen)?,
             bits: gpu.storage("ordered logits", sample.vocab)?,
             block_max: gpu.storage("best of blocks", sample.block_max)?,
             weights: gpu.storage("weights", sample.vocab)?,
@@ -551,30 +635,30 @@ impl Builder<'_> {
         let b = self.buffers;
         let vocab_size = self.config.vocab_size;
         let (before, x) = self.head_before(table, norm)?;
-        let mut logits = Matmul { gemv: Vec::new(), gemm: Vec::new() };
-        match &table.data {
-            GpuTableData::Dense(shards) => {
-                for rows in shards {
-                    let [units, scale, min] = &rows.buffers;
-                    let call = kernels::lm_head(rows.shard, vocab_size);
-                    let op = self.op(&call, &[x, units, scale, min, &b.logits])?;
-                    logits.gemv.push(op.clone());
-                    logits.gemm.push(op);
+        let mut tables = LogitTile::ALL.map(|_| Vec::new());
+        for (ops, tile) in tables.iter_mut().zip(LogitTile::ALL) {
+            match &table.data {
+                GpuTableData::Dense(shards) => {
+                    for rows in shards {
+                        let [units, scale, min] = &rows.buffers;
+                        let call = kernels::lm_head(rows.shard, vocab_size, tile);
+                        ops.push(self.op(&call, &[x, units, scale, min, &b.logits])?);
+                    }
                 }
-            }
-            GpuTableData::Groups(shape, matrix) => {
-                for (tiles, words, scales) in &matrix.shards {
-                    let out = matrix.rows_out(tiles, 0, vocab_size);
-                    let op = |tokens| {
+                GpuTableData::Groups(shape, matrix) => {
+                    for (tiles, words, scales) in &matrix.shards {
+                        let out = matrix.rows_out(tiles, 0, vocab_size);
+                        let tokens = match tile {
+                            LogitTile::One => TokensPerLane::One,
+                            LogitTile::Four | LogitTile::Eight => TokensPerLane::Four,
+                        };
                         let call = kernels::group_gemv(*shape, out, tokens, true);
-                        self.op(&call, &[words, scales, x, &b.logits])
-                    };
-                    logits.gemv.push(op(TokensPerLane::One)?);
-                    logits.gemm.push(op(TokensPerLane::Four)?);
+                        ops.push(self.op(&call, &[words, scales, x, &b.logits])?);
+                    }
                 }
             }
         }
-        Ok(Head { before, table: logits })
+        Ok(Head { before, tables })
     }
 
     /// The kernels that sample a token.
@@ -636,7 +720,7 @@ impl Builder<'_> {
         let mut ops = int8.ops(self.gpu, &self.pipelines, &b.params, &step)?;
         if exact.rotation.is_some() {
             let before = self.head_before(exact, norm)?.0;
-            ops.logits.splice(..0, before);
+            ops.input.splice(..0, before);
         }
         Ok((Some(ops), shader::HEAD_INT8.name.to_owned()))
     }
@@ -983,21 +1067,25 @@ impl Backend for GpuBackend {
         todo!("kv")
     }
 
-    fn keep(&mut self, _: usize) -> Result<()> {
-        todo!("speculation")
+    fn keep(&mut self, n: usize) -> Result<()> {
+        let Some(draft) = self.draft.take_if(|draft| (1..=draft.taken.len()).contains(&n)) else {
+            return Err(Error::NoToken);
+        };
+        let Draft { start, count, taken } = draft;
+        self.ring.forget();
+        self.sampler.rewind(&start);
+        taken[..n].iter().for_each(|&token| self.sampler.follow(token));
+        (self.chosen.count, self.chosen.is_fresh) = (count + n, true);
+        if self.sampler.repetition_penalty() != 1.0 {
+            self.write_seen(&[]);
+        }
+        self.gpu.check("keep tokens")
     }
 
     fn choose_with(&mut self, sampler: Sampler) -> Result<()> {
         self.forget();
-        let mut seen = vec![0u32; self.config.vocab_size.div_ceil(32)];
-        for token in sampler.seen() {
-            // A prompt's tokens are checked when they are fed.
-            if let Some(word) = seen.get_mut(token as usize / 32) {
-                *word |= 1 << (token % 32);
-            }
-        }
-        self.gpu.queue.write_buffer(&self.buffers.seen.buffer, 0, bytemuck::cast_slice(&seen));
         self.sampler = sampler;
+        self.write_seen(&[]);
         Ok(())
     }
 
@@ -1015,6 +1103,7 @@ impl Backend for GpuBackend {
             Tokens::Chosen if self.chosen.is_fresh => self.place(self.chosen.count - 1),
             Tokens::Chosen => return Err(Error::NoToken),
         };
+        self.rows.clear();
         // Checked above: all of these are below the capacity, which fits u32.
         self.batch.values = PassParams {
             n_tokens: n_tokens as u32,
@@ -1026,13 +1115,15 @@ impl Backend for GpuBackend {
             penalty: self.sampler.repetition_penalty(),
             ..PassParams::default()
         };
-        if batch.want == Want::Token {
-            self.batch.values.sample(&mut self.sampler);
+        match (batch.want, batch.tokens) {
+            (Want::Token, _) => self.batch.values.sample(&mut self.sampler),
+            (Want::Tokens, Tokens::Given(tokens)) => self.begin_draft(tokens),
+            _ => {}
         }
-        self.batch.slot = (self.batch.slot + 1) % PARAMS_SLOTS;
-        let offset = u64::from(self.batch.slot * PARAMS_STRIDE);
-        let bytes = bytemuck::bytes_of(&self.batch.values);
-        self.gpu.queue.write_buffer(&self.buffers.params, offset, bytes);
+        self.batch = self.parameters(self.batch.values);
+        if batch.want == Want::Tokens {
+            self.draw_rows();
+        }
         self.want = batch.want;
         self.recording.get_or_insert_with(|| self.gpu.begin_recording());
         Ok(())
@@ -1072,30 +1163,37 @@ impl Backend for GpuBackend {
     }
 
     fn head(&mut self) -> Result<()> {
-        if let (Want::Token, Some(int8)) = (self.want, &self.int8_head) {
-            record(&self.gpu, &mut self.recording, &self.batch, &int8.logits);
+        let rows = self.batch.values.n_logit_rows;
+        if let (Want::Token | Want::Tokens, Some(int8)) = (self.want, &self.int8_head) {
+            record(&self.gpu, &mut self.recording, &self.batch, int8.logits(rows));
             return Ok(());
         }
-        let Head { before, table } = &self.head;
-        let ops = before.iter().chain(table.ops(self.batch.values.n_logit_rows));
+        let Head { before, tables } = &self.head;
+        let ops = before.iter().chain(&tables[LogitTile::index_for(rows)]);
         record(&self.gpu, &mut self.recording, &self.batch, ops);
         Ok(())
     }
 
     fn choose(&mut self) -> Result<()> {
         let is_greedy = self.sampler.sampling() == Sampling::Greedy;
-        let ops = match &self.int8_head {
-            Some(int8) if is_greedy => int8.greedy.as_slice(),
-            None if self.sampler.is_argmax() => std::slice::from_ref(&self.argmax),
-            _ => self.sample.as_slice(),
+        // These choose for every row of logits; a draw is of one.
+        let (ops, parameters) = match &self.int8_head {
+            Some(int8) if is_greedy => (int8.greedy.as_slice(), &[][..]),
+            None if self.sampler.is_argmax() => (from_ref(&self.argmax), &[][..]),
+            _ => (self.sample.as_slice(), self.rows.as_slice()),
         };
-        record(&self.gpu, &mut self.recording, &self.batch, ops);
-        let PassParams { start, n_tokens, .. } = self.batch.values;
+        let parameters = if parameters.is_empty() { from_ref(&self.batch) } else { parameters };
+        for parameters in parameters {
+            record(&self.gpu, &mut self.recording, parameters, ops);
+        }
+        let PassParams { start, n_tokens, n_logit_rows, .. } = self.batch.values;
         let Chosen { count, recorded, first_position, is_fresh } = &mut self.chosen;
         if *recorded == 0 {
-            *first_position = (start + n_tokens - 1) as usize;
+            *first_position = (start + n_tokens - n_logit_rows) as usize;
         }
-        (*count, *recorded, *is_fresh) = (*count + 1, *recorded + 1, true);
+        // Of several tokens it is not known yet which is the last one.
+        *is_fresh = self.draft.is_none();
+        (*count, *recorded) = (*count + n_logit_rows as usize, *recorded + n_logit_rows as usize);
         Ok(())
     }
 
@@ -1110,7 +1208,10 @@ impl Backend for GpuBackend {
                 self.chunk = Some((submission, Instant::now(), n_tokens));
                 Ok(Output::Nothing)
             }
-            Want::Tokens => todo!("speculation"),
+            Want::Tokens => {
+                self.launch()?;
+                Ok(Output::Nothing)
+            }
             Want::Token => {
                 let is_given = self.batch.values.token_in == 0;
                 if is_given || self.chosen.recorded >= self.pace.steps() {
@@ -1148,6 +1249,10 @@ impl Backend for GpuBackend {
                         work.tokens += 1;
                         work.candidates += u64::from(candidates);
                         work.most = work.most.max(candidates.into());
+                    }
+                    match &mut self.draft {
+                        Some(draft) => draft.taken.push(token),
+                        None => self.sampler.observe(&[token]),
                     }
                     return Ok(token);
                 }

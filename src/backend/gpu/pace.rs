@@ -40,7 +40,8 @@ impl Pace {
     pub(super) fn layers(&self, n_tokens: usize) -> usize {
         let pass = match n_tokens {
             1 => self.step,
-            _ => self.prompt_token * u32::try_from(n_tokens).unwrap_or(u32::MAX),
+            // A few tokens read the weights as one does.
+            _ => (self.prompt_token * u32::try_from(n_tokens).unwrap_or(u32::MAX)).max(self.step),
         };
         let parts = (pass.as_secs_f64() / LONGEST_SUBMIT.as_secs_f64()).ceil().max(1.0);
         ((self.layers as f64 / parts) as usize).clamp(1, self.layers.max(1))

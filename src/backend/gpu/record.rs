@@ -83,7 +83,7 @@ impl Call {
 pub enum WeightsRead {
     /// All that is bound.
     All,
-    /// One of so many rows, for each token.
+    /// One of so many rows, for each token, or row of logits.
     RowOf(usize),
 }
 
@@ -212,20 +212,20 @@ pub struct Op {
 #[derive(Debug, Clone, Copy)]
 struct Traffic {
     weights: u64,
-    weights_a_token: u64,
+    weights_a_unit: u64,
     cache_a_position: u64,
     written_a_unit: u64,
 }
 
 impl Traffic {
     fn new(call: &Call, read: u64) -> Self {
-        let (weights, weights_a_token) = match call.weights {
+        let (weights, weights_a_unit) = match call.weights {
             WeightsRead::All => (read, 0),
             WeightsRead::RowOf(rows) => (0, read / rows as u64),
         };
         let cache_a_position = call.cache_words as u64 * 4;
         let written_a_unit = call.writes as u64 * 4;
-        Self { weights, weights_a_token, cache_a_position, written_a_unit }
+        Self { weights, weights_a_unit, cache_a_position, written_a_unit }
     }
 
     /// What it adds to the work done.
@@ -233,7 +233,7 @@ impl Traffic {
         let tokens = u64::from(params.n_tokens);
         WorkDone {
             dispatches: 1,
-            weight_bytes: self.weights + self.weights_a_token * tokens,
+            weight_bytes: self.weights + self.weights_a_unit * u64::from(y.units(params)),
             cache_bytes: self.cache_a_position * (u64::from(params.start) + tokens),
             bytes_written: self.written_a_unit * u64::from(y.units(params)),
             ..WorkDone::default()

@@ -7,14 +7,14 @@ use cpu_ref::head_int8;
 use cpu_ref::layout::{CHUNK_K, k_chunks};
 use cpu_ref::sample::Sampling;
 
-use super::head::{HeadInput, HeadOps, HeadStep, Int8Head};
-use super::kernels::{Encoding, Fused, GemvPlan, RowOrder, SumInputs, TokensPerLane};
+use super::head::{HeadInput, HeadOps, HeadStep, Int8Head, LOGIT_ROWS};
+use super::kernels::{Encoding, Fused, GemvPlan, LogitTile, RowOrder, SumInputs, TokensPerLane};
 use super::matrix::{
     GpuLinear, GpuMatrix, GpuTable, GpuTableData, HostLinear, HostMatrix, Kind, Method,
 };
 use super::record::Op;
 use super::tune::{Plans, Step};
-use super::{Gpu, PassParams, Pipelines, Slice, kernels, row_offsets};
+use super::{Gpu, PassParams, Pipelines, Slice, kernels, row_offsets, shader};
 use crate::backend::gpu::record::Call;
 use crate::error::{Error, Result};
 use crate::format::float::{f16_to_f32, f32_to_f16};
@@ -329,7 +329,7 @@ pub fn check_groups(gpu: &Gpu, int8: bool) -> Result<()> {
     Ok(())
 }
 
-/// The exact and the int8 head of one table on the device, for one token.
+/// The exact and the int8 head of one table on the device, for up to [`LOGIT_ROWS`] tokens.
 pub struct Heads<'a> {
     gpu: &'a Gpu,
     uniform: wgpu::Buffer,
@@ -339,9 +339,11 @@ pub struct Heads<'a> {
     tokens: [Slice; 2],
     counts: Slice,
     v: usize,
-    /// Norm and logits of `lm_head`.
-    pub exact: Vec<Op>,
-    /// `argmax` of those.
+    k: usize,
+    norm: Vec<Op>,
+    /// `lm_head` by [`LogitTile`].
+    exact: [Vec<Op>; LogitTile::ALL.len()],
+    /// `argmax` of its logits.
     pub argmax: Op,
     /// The int8 head.
     pub int8: HeadOps,
@@ -371,25 +373,30 @@ impl<'a> Heads<'a> {
         let int8 = Int8Head::upload(gpu, "int8 lm_head", table)?.expect("a float table");
         let storage = |len_words| gpu.storage("head", len_words);
         let (pipelines, uniform) = (Pipelines::default(), gpu.params_buffer());
-        let (hidden, normed, seen) = (storage(k)?, storage(k)?, storage(v.div_ceil(32))?);
-        let logits = [storage(v)?, storage(v)?];
-        let tokens = [storage(1)?, storage(1)?];
-        let counts = storage(1)?;
-        let mut exact = Vec::new();
+        let rows = |len_words: usize| storage(LOGIT_ROWS * len_words);
+        let (hidden, normed, seen) = (rows(k)?, rows(k)?, rows(v.div_ceil(32))?);
+        let logits = [rows(v)?, rows(v)?];
+        let tokens = [rows(1)?, rows(1)?];
+        let counts = rows(1)?;
+        let mut norms = Vec::new();
         let weight = gpu.upload("norm", norm.map_or(&[][..], |(weight, _)| weight))?;
         let (input, x) = match norm {
             Some((_, eps)) => {
                 let call = kernels::rmsnorm(k, eps, true);
-                exact.push(gpu.op(&pipelines, &call, &uniform, &[&hidden, &weight, &normed])?);
+                norms.push(gpu.op(&pipelines, &call, &uniform, &[&hidden, &weight, &normed])?);
                 (HeadInput::Hidden(&hidden, &weight, eps), &normed)
             }
             None => (HeadInput::Normed(&hidden), &hidden),
         };
         let GpuTableData::Dense(shards) = &on_gpu.data else { panic!("a float table is dense") };
-        for rows in shards {
-            let [units, scale, min] = &rows.buffers;
-            let call = kernels::lm_head(rows.shard, v);
-            exact.push(gpu.op(&pipelines, &call, &uniform, &[x, units, scale, min, &logits[0]])?);
+        let mut exact = LogitTile::ALL.map(|_| Vec::new());
+        for (ops, tile) in exact.iter_mut().zip(LogitTile::ALL) {
+            for rows in shards {
+                let [units, scale, min] = &rows.buffers;
+                let call = kernels::lm_head(rows.shard, v, tile);
+                let buffers = [x, units, scale, min, &logits[0]];
+                ops.push(gpu.op(&pipelines, &call, &uniform, &buffers)?);
+            }
         }
         let buffers = [&logits[0], &tokens[0]];
         let argmax = gpu.op(&pipelines, &kernels::argmax(v), &uniform, &buffers)?;
@@ -402,7 +409,26 @@ impl<'a> Heads<'a> {
             counts: &counts,
         };
         let int8 = int8.ops(gpu, &pipelines, &uniform, &step)?;
-        Ok(Self { gpu, uniform, hidden, seen, logits, tokens, counts, v, exact, argmax, int8 })
+        Ok(Self {
+            gpu,
+            uniform,
+            hidden,
+            seen,
+            logits,
+            tokens,
+            counts,
+            v,
+            k,
+            norm: norms,
+            exact,
+            argmax,
+            int8,
+        })
+    }
+
+    /// Norm and logits of `lm_head`, of so many rows.
+    pub fn exact(&self, rows: u32) -> impl Iterator<Item = &Op> {
+        self.norm.iter().chain(&self.exact[LogitTile::index_for(rows)])
     }
 
     fn run<'b>(
@@ -411,13 +437,18 @@ impl<'a> Heads<'a> {
         penalty: f32,
         ops: impl IntoIterator<Item = &'b Op>,
     ) -> Result<()> {
+        let params = Self::params(self.rows_of(hidden), penalty);
         self.gpu.queue.write_buffer(&self.hidden.buffer, 0, bytemuck::cast_slice(hidden));
-        self.gpu.run_all(&self.uniform, Self::params(penalty), ops)
+        self.gpu.run_all(&self.uniform, params, ops)
     }
 
-    /// One token.
-    pub fn params(penalty: f32) -> PassParams {
-        PassParams { n_tokens: 1, n_logit_rows: 1, penalty, ..PassParams::default() }
+    fn rows_of(&self, hidden: &[f32]) -> u32 {
+        (hidden.len() / self.k) as u32
+    }
+
+    /// So many tokens, each with its logits.
+    pub fn params(rows: u32, penalty: f32) -> PassParams {
+        PassParams { n_tokens: rows, n_logit_rows: rows, penalty, ..PassParams::default() }
     }
 
     /// The uniform of the operations.
@@ -425,17 +456,26 @@ impl<'a> Heads<'a> {
         &self.uniform
     }
 
-    /// What `lm_head` and `argmax` find, without penalty.
+    /// What `lm_head` and `argmax` find for one token, without penalty.
     ///
     /// # Errors
     /// [`Error::Gpu`] if the driver fails.
     pub fn find_exact(&self, hidden: &[f32]) -> Result<HeadFound> {
-        self.run(hidden, 1.0, self.exact.iter().chain([&self.argmax]))?;
-        self.found(0)
+        Ok(self.find_exact_rows(hidden)?.swap_remove(0))
     }
 
-    /// What the int8 head finds with a penalty of the tokens in `seen`, and how many candidates there
-    /// were.
+    /// The same for up to [`LOGIT_ROWS`] tokens `[M, K]` at once.
+    ///
+    /// # Errors
+    /// [`Error::Gpu`] if the driver fails.
+    pub fn find_exact_rows(&self, hidden: &[f32]) -> Result<Vec<HeadFound>> {
+        let rows = self.rows_of(hidden);
+        self.run(hidden, 1.0, self.exact(rows).chain([&self.argmax]))?;
+        self.found(0, rows as usize)
+    }
+
+    /// What the int8 head finds for one token with a penalty of the tokens in `seen`, and how many
+    /// candidates there were.
     ///
     /// # Errors
     /// [`Error::Gpu`] if the driver fails.
@@ -445,17 +485,34 @@ impl<'a> Heads<'a> {
         seen: &[u32],
         penalty: f32,
     ) -> Result<(HeadFound, usize)> {
-        self.gpu.queue.write_buffer(&self.seen.buffer, 0, bytemuck::cast_slice(seen));
-        self.run(hidden, penalty, self.int8.logits.iter().chain(&self.int8.greedy))?;
-        let candidates = self.gpu.read(&self.counts, 1)?[0];
-        Ok((self.found(1)?, candidates as usize))
+        Ok(self.find_int8_rows(hidden, seen, penalty)?.swap_remove(0))
     }
 
-    fn found(&self, which: usize) -> Result<HeadFound> {
-        Ok(HeadFound {
-            logits: bytemuck::cast_vec(self.gpu.read(&self.logits[which], self.v)?),
-            token: self.gpu.read(&self.tokens[which], 1)?[0],
-        })
+    /// The same for up to [`LOGIT_ROWS`] tokens `[M, K]` at once, with bits of `seen` for each:
+    /// `[M, ceil(V/32)]`.
+    ///
+    /// # Errors
+    /// [`Error::Gpu`] if the driver fails.
+    pub fn find_int8_rows(
+        &self,
+        hidden: &[f32],
+        seen: &[u32],
+        penalty: f32,
+    ) -> Result<Vec<(HeadFound, usize)>> {
+        let rows = self.rows_of(hidden);
+        self.gpu.queue.write_buffer(&self.seen.buffer, 0, bytemuck::cast_slice(seen));
+        self.run(hidden, penalty, self.int8.logits(rows).chain(&self.int8.greedy))?;
+        let candidates = self.gpu.read(&self.counts, rows as usize)?;
+        let found = self.found(1, rows as usize)?.into_iter();
+        Ok(found.zip(candidates).map(|(found, count)| (found, count as usize)).collect())
+    }
+
+    fn found(&self, which: usize, rows: usize) -> Result<Vec<HeadFound>> {
+        let logits: Vec<f32> =
+            bytemuck::cast_vec(self.gpu.read(&self.logits[which], rows * self.v)?);
+        let tokens = self.gpu.read(&self.tokens[which], rows)?;
+        let rows = logits.chunks_exact(self.v).zip(tokens);
+        Ok(rows.map(|(logits, token)| HeadFound { logits: logits.to_vec(), token }).collect())
     }
 }
 
@@ -499,7 +556,36 @@ pub fn check_head(gpu: &Gpu) -> Result<()> {
     let logits: Vec<f32> = (0..shape.n()).map(rest).collect();
     let second = cpu_ref::argmax::argmax(&logits).map_or(u32::MAX, |token| token as u32);
     compare(gpu, kernel, &[found.token], &[second])?;
+    check_head_rows(gpu, &heads, [&hidden, &negative], &seen, [exact.token, second])?;
     check_head_bits(gpu, shape, &mut random)
+}
+
+/// Several rows of logits at once, every second one of `hidden` and the others of its negative; the
+/// first has a penalty of `seen`, and then `second` for its token instead of `first`.
+fn check_head_rows(
+    gpu: &Gpu,
+    heads: &Heads<'_>,
+    hidden: [&[f32]; 2],
+    seen: &[u32],
+    [first, second]: [u32; 2],
+) -> Result<()> {
+    let kernel = "head_int8";
+    let other = heads.find_exact(hidden[1])?.token;
+    let none = vec![0; seen.len()];
+    for rows in [3, LOGIT_ROWS] {
+        let x: Vec<f32> = (0..rows).flat_map(|row| hidden[row % 2]).copied().collect();
+        let expected: Vec<u32> = (0..rows).map(|row| [first, other][row % 2]).collect();
+        let found = heads.find_exact_rows(&x)?;
+        let found: Vec<u32> = found.iter().map(|found| found.token).collect();
+        compare(gpu, shader::LM_HEAD.name, &found, &expected)?;
+        let bits = |row| if row == 0 { seen } else { &none[..] };
+        let all_seen: Vec<u32> = (0..rows).flat_map(bits).copied().collect();
+        let found = heads.find_int8_rows(&x, &all_seen, 2.0)?;
+        let found: Vec<u32> = found.iter().map(|(found, _)| found.token).collect();
+        let expected = [&[second], &expected[1..]].concat();
+        compare(gpu, kernel, &found, &expected)?;
+    }
+    Ok(())
 }
 
 /// Rows that differ in the last bits alone, so that rounding decides which is the best; and their
