@@ -21,7 +21,7 @@ pub mod tune;
 pub use buffer::Slice;
 pub use device::{AdapterDescription, AdapterKind, Capabilities, Gpu, ResourceCounts, adapters};
 pub use head::{HeadInput, HeadOps, HeadStep, Int8Head};
-pub use kernels::{Encoding, GemvPlan, Variant};
+pub use kernels::{Encoding, GemmPlan, GemvPlan, SumPlans, Variant};
 pub use matrix::row_offsets;
 pub use record::{Call, Op, PassParams, Pipelines, Rows, Specialised, WeightsRead, WorkDone};
 
@@ -40,14 +40,14 @@ use crate::sampler::{Sampler, Sampling};
 use crate::shape::MatShape;
 use crate::weights::{Input, LayerWeights, Table, TernaryMatrix, WeightScale, WeightSource};
 use kernels::{
-    Fused, LinearRows, MAX_SAMPLE_VOCAB, Rotate, RowOrder, SampleLens, SumInputs, TokensPerLane,
-    padded_rows,
+    Fused, Gemm, LinearRows, MAX_SAMPLE_VOCAB, Rotate, RowOrder, SampleLens, SumInputs,
+    TokensPerLane, gemm_encoding, gemm_inputs, padded_rows,
 };
 use matrix::{GpuLinear, GpuMatrix, GpuRotation, GpuRun, GpuTable, GpuTableData, HostLinear, Kind};
 use pace::{MAX_STEPS, Pace};
 use readback::{ChosenToken, Landing, Staging, TokenRing, run_time};
 use record::{PARAMS_SLOTS, PARAMS_STRIDE, Parameters, Recording};
-use tune::{Plans, Step as MatrixStep};
+use tune::{GemmPlans, Plans, Step as MatrixStep};
 
 /// The greedy token of NaN logits, as `argmax.wgsl` writes it.
 const NAN_TOKEN: u32 = u32::MAX;
@@ -138,11 +138,11 @@ struct Buffers {
     logits_staging: Staging,
 }
 
-/// A matrix step as it is recorded for one token and for many.
+/// A matrix step as it is recorded for each number of tokens.
 #[derive(Clone)]
 struct Matmul {
-    gemv: Vec<Op>,
-    gemm: Vec<Op>,
+    /// Most tokens, rising, and what runs for as many.
+    by_tokens: Vec<(u32, Vec<Op>)>,
 }
 
 /// The dispatches of one layer's five steps.
@@ -212,8 +212,8 @@ impl GpuBackend {
             });
         }
         let int8 = options.activations(&config)? == Activations::Int8Group;
-        let (plans, mut notes) = match plan {
-            Some(plan) => (Plans::Asked(plan), Vec::new()),
+        let (plans, gemms, mut notes) = match plan {
+            Some(plan) => (Plans::Asked(plan), GemmPlans::default(), Vec::new()),
             None => tune::choose(&gpu, &config, options.tune)?,
         };
         let max_batch = options.max_batch;
@@ -224,7 +224,7 @@ impl GpuBackend {
             config: &config,
             max_batch,
             int8,
-            methods: self_test::Methods::new(&gpu, plans),
+            methods: self_test::Methods::new(&gpu, plans, gemms),
             buffers: &buffers,
             weight_bytes: 0,
         };
@@ -432,8 +432,15 @@ fn record<'a>(
 }
 
 impl Matmul {
+    /// One kernel for one token, another for more.
+    fn new(gemv: Vec<Op>, gemm: Vec<Op>) -> Self {
+        Self { by_tokens: vec![(1, gemv), (u32::MAX, gemm)] }
+    }
+
     fn ops(&self, n_tokens: u32) -> &[Op] {
-        if n_tokens == 1 { &self.gemv } else { &self.gemm }
+        let mut by_tokens = self.by_tokens.iter();
+        let (_, ops) = by_tokens.find(|(most, _)| n_tokens <= *most).expect("the last takes all");
+        ops
     }
 }
 
@@ -548,15 +555,15 @@ impl Builder<'_> {
         let b = self.buffers;
         let vocab_size = self.config.vocab_size;
         let (before, x) = self.head_before(table, norm)?;
-        let mut logits = Matmul { gemv: Vec::new(), gemm: Vec::new() };
+        let (mut gemv, mut gemm) = (Vec::new(), Vec::new());
         match &table.data {
             GpuTableData::Dense(shards) => {
                 for rows in shards {
                     let [units, scale, min] = &rows.buffers;
                     let call = kernels::lm_head(rows.shard, vocab_size);
                     let op = self.op(&call, &[x, units, scale, min, &b.logits])?;
-                    logits.gemv.push(op.clone());
-                    logits.gemm.push(op);
+                    gemv.push(op.clone());
+                    gemm.push(op);
                 }
             }
             GpuTableData::Groups(shape, matrix) => {
@@ -566,12 +573,12 @@ impl Builder<'_> {
                         let call = kernels::group_gemv(*shape, out, tokens, true);
                         self.op(&call, &[words, scales, x, &b.logits])
                     };
-                    logits.gemv.push(op(TokensPerLane::One)?);
-                    logits.gemm.push(op(TokensPerLane::Four)?);
+                    gemv.push(op(TokensPerLane::One)?);
+                    gemm.push(op(TokensPerLane::Four)?);
                 }
             }
         }
-        Ok(Head { before, table: logits })
+        Ok(Head { before, table: Matmul::new(gemv, gemm) })
     }
 
     /// The kernels that sample a token.
@@ -645,17 +652,22 @@ impl Builder<'_> {
             let mut before = Vec::new();
             let x = self.input(run, x, &mut before)?;
             let matmul = match run.matrix.kind {
-                Kind::Sums(plan, shape) => {
+                Kind::Sums(plans, shape) => {
                     let (b, stride) = (self.buffers, act_stride(self.max_batch));
                     let act_scale = b.act_scale.words(index * stride, stride);
                     let quantize = |encoding| {
                         let call = kernels::quantize_absmax(shape.k(), encoding);
                         self.op(&call, &[x, &b.codes, &act_scale, &b.code_sum])
                     };
-                    plan.validate(self.gpu, shape.k())?;
-                    let mut matmul = self.sums(plan, &run.matrix, &linear.rows, index)?;
-                    matmul.gemv.insert(0, quantize(plan.variant.gemv_encoding())?);
-                    matmul.gemm.insert(0, quantize(plan.variant.gemm_encoding())?);
+                    plans.gemv.validate(self.gpu, shape.k())?;
+                    plans.gemm.validate(self.gpu)?;
+                    let variant = plans.gemv.variant;
+                    let one = quantize(variant.gemv_encoding())?;
+                    let many = quantize(gemm_encoding(variant.layout()))?;
+                    let mut matmul = self.sums(plans, &run.matrix, &linear.rows, index)?;
+                    for (most, ops) in &mut matmul.by_tokens {
+                        ops.insert(0, if *most == 1 { one.clone() } else { many.clone() });
+                    }
                     matmul
                 }
                 Kind::Groups(shape, int8) => {
@@ -694,29 +706,38 @@ impl Builder<'_> {
     /// A run with i32 sums.
     fn sums(
         &self,
-        plan: GemvPlan,
+        plans: SumPlans,
         matrix: &GpuMatrix,
         rows: &LinearRows,
         run: usize,
     ) -> Result<Matmul> {
         let b = self.buffers;
-        let mut matmul = Matmul { gemv: Vec::new(), gemm: Vec::new() };
-        let k = matrix.kind.shape().k();
+        let (variant, k) = (plans.gemv.variant, matrix.kind.shape().k());
+        let layout = variant.layout();
         // The GEMM's stride is that of all runs.
         let shape = MatShape::new(rows.padded(), k)?;
         let first_tile = rows.first(run) / TILE_ROWS;
-        for (tiles, words, offset) in &matrix.shards {
+        let mut by_tokens = vec![(1, Vec::new())];
+        for (at, (tiles, words, offset)) in matrix.shards.iter().enumerate() {
             let inputs = SumInputs { words, codes: &b.codes, offset, code_sum: &b.code_sum };
-            let (base, count) = (first_tile + tiles.start, tiles.len());
-            let op = |call, mut buffers: Vec<_>| {
+            let (tile_base, tiles) = (first_tile + tiles.start, tiles.len());
+            let op = |call: &Call, mut buffers: Vec<_>| {
                 buffers.push(&b.acc);
-                self.op(&call, &buffers)
+                self.op(call, &buffers)
             };
-            let (gemv, gemm) = (plan.variant.gemv_inputs(inputs), plan.variant.gemm_inputs(inputs));
-            matmul.gemv.push(op(kernels::gemv(plan, shape, base, count), gemv)?);
-            matmul.gemm.push(op(kernels::gemm(plan.variant, shape, base, count), gemm)?);
+            let gemv = kernels::gemv(plans.gemv, shape, tile_base, tiles);
+            by_tokens[0].1.push(op(&gemv, variant.gemv_inputs(inputs))?);
+            let gemm = Gemm { layout, shape, tile_base, tiles, max_tokens: self.max_batch };
+            for (index, (most, call)) in gemm.calls(plans.gemm).into_iter().enumerate() {
+                let op = op(&call, gemm_inputs(layout, inputs))?;
+                let most = u32::try_from(most).unwrap_or(u32::MAX);
+                match at {
+                    0 => by_tokens.push((most, vec![op])),
+                    _ => by_tokens[1 + index].1.push(op),
+                }
+            }
         }
-        Ok(matmul)
+        Ok(Matmul { by_tokens })
     }
 
     /// A run with scales of groups, whose rows start at `base` of the accumulator.
@@ -728,7 +749,7 @@ impl Builder<'_> {
     ) -> Result<Matmul> {
         let b = self.buffers;
         let Kind::Groups(shape, int8) = matrix.kind else { unreachable!("a run of groups") };
-        let mut matmul = Matmul { gemv: Vec::new(), gemm: Vec::new() };
+        let (mut gemv, mut gemm) = (Vec::new(), Vec::new());
         for (tiles, words, scales) in &matrix.shards {
             let out = matrix.rows_out(tiles, base, stride);
             let op = |tokens| {
@@ -740,10 +761,10 @@ impl Builder<'_> {
                     self.op(&call, &[words, scales, x, &b.acc])
                 }
             };
-            matmul.gemv.push(op(TokensPerLane::One)?);
-            matmul.gemm.push(op(TokensPerLane::Four)?);
+            gemv.push(op(TokensPerLane::One)?);
+            gemm.push(op(TokensPerLane::Four)?);
         }
-        Ok(matmul)
+        Ok(Matmul::new(gemv, gemm))
     }
 
     /// A step in one dispatch a shard, where its kernels take the matrix: `call` has the kernel and
@@ -756,7 +777,9 @@ impl Builder<'_> {
         call: impl Fn(Fused) -> Option<(Call, Vec<&'a Slice>)>,
     ) -> Result<Vec<Op>> {
         let matrix = &linear.runs[0].matrix;
-        let Kind::Sums(plan, shape) = matrix.kind else { return Ok(Vec::new()) };
+        let Kind::Sums(SumPlans { gemv: plan, .. }, shape) = matrix.kind else {
+            return Ok(Vec::new());
+        };
         if !plan.fused || linear.fused_rows.is_empty() || shape.k() > plan.max_fused_k() {
             return Ok(Vec::new());
         }
