@@ -126,6 +126,17 @@ pub trait Backend: Send {
     fn device(&self) -> &DeviceInfo;
     /// Most tokens of one pass.
     fn max_batch(&self) -> usize;
+    /// Tokens of a prompt that the next pass should take, at most [`Backend::max_batch`]: fewer where
+    /// a device would be busy with them for too long.
+    fn chunk(&self) -> usize {
+        self.max_batch()
+    }
+
+    /// Most tokens of one pass with [`Want::AllLogits`].
+    fn max_logit_rows(&self) -> usize {
+        self.max_batch()
+    }
+
     /// Positions the KV cache holds.
     fn capacity(&self) -> usize;
     /// How many chosen tokens should wait to be taken, so that the device never idles: 1 where a
@@ -216,7 +227,8 @@ pub trait Backend: Send {
 pub struct LoadOptions {
     /// Positions of the KV cache; `None`: the model's maximum, at most 4096.
     pub context: Option<usize>,
-    /// Most tokens of one prompt chunk.
+    /// Most tokens of one prompt chunk. A backend takes fewer where its buffers do not hold as many,
+    /// and a CPU, to which more than 64 are of no use, that many.
     pub max_batch: usize,
     /// CPU threads; `None`: one per physical core.
     pub threads: Option<usize>,
@@ -268,7 +280,7 @@ impl Default for LoadOptions {
     fn default() -> Self {
         Self {
             context: None,
-            max_batch: 64,
+            max_batch: 512,
             threads: None,
             int8_activations: false,
             head: HeadChoice::default(),
@@ -276,6 +288,9 @@ impl Default for LoadOptions {
         }
     }
 }
+
+/// Most tokens of a prompt chunk on a CPU: the activations of more leave its caches.
+const HOST_BATCH: usize = 64;
 
 /// Positions of the KV cache where neither the caller nor the model says less.
 const DEFAULT_CONTEXT: usize = 4096;
@@ -291,6 +306,11 @@ impl LoadOptions {
             (_, true) => Err(Error::Int8Activations),
             (activations, false) => Ok(activations),
         }
+    }
+
+    /// Most tokens of a prompt chunk on a CPU.
+    fn host_batch(&self) -> usize {
+        self.max_batch.min(HOST_BATCH)
     }
 
     /// Positions the KV cache gets for this model.

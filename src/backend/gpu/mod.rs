@@ -57,6 +57,7 @@ pub struct GpuBackend {
     device: DeviceInfo,
     config: ModelConfig,
     max_batch: usize,
+    max_logit_rows: usize,
     capacity: usize,
     layers: Vec<LayerOps>,
     embed: Vec<Op>,
@@ -104,7 +105,7 @@ struct Chosen {
     is_fresh: bool,
 }
 
-/// Activations and what is read back, for `max_batch` tokens.
+/// Activations and what is read back, for `max_batch` tokens and `max_logit_rows` rows of logits.
 struct Buffers {
     params: wgpu::Buffer,
     /// The prompt's, then what was chosen.
@@ -216,8 +217,9 @@ impl GpuBackend {
             Some(plan) => (Plans::Asked(plan), GemmPlans::default(), Vec::new()),
             None => tune::choose(&gpu, &config, options.tune)?,
         };
-        let max_batch = options.max_batch;
-        let buffers = Buffers::new(&gpu, &config, max_batch)?;
+        let max_batch = max_batch(&gpu, &config, options.max_batch);
+        let max_logit_rows = max_logit_rows(&gpu, &config, max_batch);
+        let buffers = Buffers::new(&gpu, &config, max_batch, max_logit_rows)?;
         let mut builder = Builder {
             gpu: &gpu,
             pipelines: Pipelines::default(),
@@ -284,6 +286,7 @@ impl GpuBackend {
         Ok(Self {
             device,
             max_batch,
+            max_logit_rows,
             capacity,
             layers,
             embed,
@@ -450,14 +453,60 @@ fn act_stride(max_batch: usize) -> usize {
     max_batch.next_multiple_of(64)
 }
 
-impl Buffers {
-    fn new(gpu: &Gpu, config: &ModelConfig, max_batch: usize) -> Result<Self> {
+/// Most bytes of an activation buffer: a binding that WebGPU promises.
+const MAX_ACTIVATION_BYTES: u64 = 128 << 20;
+/// Most rows of logits at once.
+const MAX_LOGIT_ROWS: usize = 64;
+
+/// Words of a token in the widest buffers: of matrices' inputs, of heads, of matrices' results.
+struct Widths {
+    input: usize,
+    heads: usize,
+    output: usize,
+}
+
+impl Widths {
+    fn new(config: &ModelConfig) -> Self {
         let hidden = config.hidden_size;
-        let widest_in = hidden.max(config.query_size()).max(config.intermediate_size);
         // Every matrix may be a run of its own, which starts at a tile.
         let heads = padded_rows(config.query_size()) + 2 * padded_rows(config.kv_size());
         let gate_up = 2 * padded_rows(config.intermediate_size);
-        let widest_out = padded_rows(hidden).max(heads).max(gate_up);
+        Self {
+            input: hidden.max(config.query_size()).max(config.intermediate_size),
+            heads,
+            output: padded_rows(hidden).max(heads).max(gate_up),
+        }
+    }
+}
+
+/// How many rows of so many words a buffer of activations holds.
+fn rows_that_fit(gpu: &Gpu, row_words: usize) -> usize {
+    let bytes = gpu.max_binding().min(MAX_ACTIVATION_BYTES);
+    usize::try_from(bytes).unwrap_or(usize::MAX) / 4 / row_words.max(1)
+}
+
+/// Tokens of a pass: as many as are asked for and every buffer and grid has room for. What holds not
+/// even one is refused by name when it is made.
+fn max_batch(gpu: &Gpu, config: &ModelConfig, asked: usize) -> usize {
+    let Widths { input, output, .. } = Widths::new(config);
+    let grid = gpu.device.limits().max_compute_workgroups_per_dimension as usize;
+    asked.min(rows_that_fit(gpu, input.max(output))).min(grid).max(1)
+}
+
+/// Rows of logits of a pass.
+fn max_logit_rows(gpu: &Gpu, config: &ModelConfig, max_batch: usize) -> usize {
+    max_batch.min(MAX_LOGIT_ROWS).min(rows_that_fit(gpu, config.vocab_size)).max(1)
+}
+
+impl Buffers {
+    fn new(
+        gpu: &Gpu,
+        config: &ModelConfig,
+        max_batch: usize,
+        max_logit_rows: usize,
+    ) -> Result<Self> {
+        let hidden = config.hidden_size;
+        let Widths { input: widest_in, heads, output: widest_out } = Widths::new(config);
         let f32s = |what, per_token: usize| gpu.storage(what, per_token * max_batch);
         let sample = SampleLens::new(config.vocab_size);
         Ok(Self {
@@ -483,7 +532,7 @@ impl Buffers {
             query: f32s("query", config.query_size())?,
             attended: f32s("attended", config.query_size())?,
             gated: f32s("gated", config.intermediate_size)?,
-            logits: f32s("logits", config.vocab_size)?,
+            logits: gpu.storage("logits", config.vocab_size * max_logit_rows)?,
             seen: gpu.storage("seen", config.vocab_size.div_ceil(32))?,
             bits: gpu.storage("ordered logits", sample.vocab)?,
             block_max: gpu.storage("best of blocks", sample.block_max)?,
@@ -970,6 +1019,14 @@ impl Backend for GpuBackend {
         self.max_batch
     }
 
+    fn chunk(&self) -> usize {
+        self.pace.chunk(self.max_batch)
+    }
+
+    fn max_logit_rows(&self) -> usize {
+        self.max_logit_rows
+    }
+
     fn capacity(&self) -> usize {
         self.capacity
     }
@@ -1000,6 +1057,10 @@ impl Backend for GpuBackend {
     fn begin(&mut self, batch: Batch<'_>) -> Result<()> {
         batch.check(self.max_batch, self.capacity, self.config.vocab_size)?;
         let (n_tokens, n_logit_rows) = (batch.tokens.count(), batch.logit_rows());
+        if n_logit_rows > self.max_logit_rows {
+            let (name, max) = ("rows of logits of a batch", self.max_logit_rows);
+            return Err(Error::Dimension { name, found: n_logit_rows, max });
+        }
         let token_in = match batch.tokens {
             Tokens::Given(tokens) => {
                 self.forget();
