@@ -1,4 +1,5 @@
-//! `gemm_i2`: packed ternary matrix × M int8 vectors, in operations per second (a multiplication
+//! `gemm_i2`, `gemm_planes`: packed ternary matrix × M int8 vectors, in tiles of every size and by the
+//! kernels of a few tokens, in operations per second (a multiplication
 //! and an addition a weight and token). The CPU rows use one thread; GPU rows where there is an
 //! adapter. `group_gemm_*`: the same for matrices with scales of groups, as in the bench `gemv`.
 
@@ -7,7 +8,7 @@ mod shapes;
 use criterion::{
     BenchmarkId, Criterion, SamplingMode, Throughput, criterion_group, criterion_main,
 };
-use sterna::backend::gpu::Variant;
+use sterna::backend::gpu::{GemmPlan, Variant};
 use sterna::backend::simd::Level;
 
 use shapes::{Product, cpu, gpu, group, group_matrices, matrices, token_counts};
@@ -39,14 +40,19 @@ fn gemm(criterion: &mut Criterion) {
             group.finish();
             let Some(gpu) = gpu.as_ref().filter(|_| n_tokens > 1) else { continue };
             for variant in [Variant::BitSerial, Variant::PackedDot] {
-                let mut group = criterion.benchmark_group(variant.gemm().name);
-                group.throughput(Throughput::Elements(2 * (n * k * n_tokens) as u64));
-                group.sampling_mode(SamplingMode::Flat).sample_size(10);
-                let call = gpu::Call::new(gpu, variant, &product, 1);
-                call.check(&product);
-                let id = BenchmarkId::new(format!("{n_tokens}x{n}x{k}"), "gpu");
-                group.bench_function(id, |bencher| bencher.iter_custom(|count| call.time(count)));
-                group.finish();
+                for tiles in GemmPlan::all() {
+                    let mut group = criterion.benchmark_group(tiles.kernel(variant.layout()).name);
+                    group.throughput(Throughput::Elements(2 * (n * k * n_tokens) as u64));
+                    group.sampling_mode(SamplingMode::Flat).sample_size(10);
+                    let call = gpu::Call::new(gpu, variant, tiles, &product, 1);
+                    call.check(&product);
+                    let id =
+                        BenchmarkId::new(format!("{n_tokens}x{n}x{k}"), format!("gpu-{tiles}"));
+                    group.bench_function(id, |bencher| {
+                        bencher.iter_custom(|count| call.time(count));
+                    });
+                    group.finish();
+                }
             }
         }
     }

@@ -11,7 +11,7 @@
 mod shapes;
 
 use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
-use sterna::backend::gpu::{Gpu, Variant};
+use sterna::backend::gpu::{GemmPlan, Gpu, Variant};
 use sterna::backend::simd::Level;
 
 use shapes::{Product, cpu, gpu, group, group_matrices, is_test, matrices};
@@ -58,7 +58,7 @@ fn gemv(criterion: &mut Criterion) {
         for variant in Variant::ALL {
             let mut group = criterion.benchmark_group(variant.gemv().name);
             group.throughput(Throughput::Bytes(product.len_bytes() as u64)).sample_size(10);
-            let call = gpu::Call::new(gpu, variant, &product, copies);
+            let call = gpu::Call::new(gpu, variant, GemmPlan::default(), &product, copies);
             call.check(&product);
             let id = BenchmarkId::new(format!("{n}x{k}"), "gpu");
             group.bench_function(id, |bencher| bencher.iter_custom(|count| call.time(count)));

@@ -258,9 +258,9 @@ pub mod group {
 pub mod gpu {
     use std::time::{Duration, Instant};
 
-    use sterna::backend::gpu::kernels::{GroupMatrix, RowsOut, SumInputs, TokensPerLane};
+    use sterna::backend::gpu::kernels::{Gemm, GroupMatrix, RowsOut, SumInputs, TokensPerLane};
     use sterna::backend::gpu::{
-        Capabilities, Encoding, Gpu, Op, PassParams, Pipelines, Slice, Variant, kernels,
+        Capabilities, Encoding, GemmPlan, Gpu, Op, PassParams, Pipelines, Slice, Variant, kernels,
         row_offsets, self_test,
     };
     use sterna::layout::{Layout, Signs, group_scales};
@@ -297,7 +297,14 @@ pub mod gpu {
     const GROUP: usize = 128;
 
     impl<'a> Call<'a> {
-        pub fn new(gpu: &'a Gpu, variant: Variant, product: &Product, copies: usize) -> Self {
+        /// One token: the variant's GEMV. Many: the kernel of its layout that the tiles have for so many.
+        pub fn new(
+            gpu: &'a Gpu,
+            variant: Variant,
+            tiles: GemmPlan,
+            product: &Product,
+            copies: usize,
+        ) -> Self {
             let packed = product.packed.repack(variant.layout());
             let shape = packed.shape();
             let n_tokens = product.x.len() / shape.k();
@@ -305,7 +312,7 @@ pub mod gpu {
             let upload = |what, words: &[u32]| gpu.upload(what, words).expect("device memory");
             let encoding = match n_tokens {
                 1 => variant.gemv_encoding(),
-                _ => variant.gemm_encoding(),
+                _ => kernels::gemm_encoding(variant.layout()),
             };
             let x = upload("x", &self_test::encode_codes(encoding, &product.x, shape.k()));
             let offset = upload("offset", bytemuck::cast_slice(&row_offsets(&packed)));
@@ -316,7 +323,12 @@ pub mod gpu {
             let acc = gpu.storage("acc", n_tokens * n_pad).expect("device memory");
             let call = match n_tokens {
                 1 => kernels::gemv(variant.into(), shape, 0, n_pad / 32),
-                _ => kernels::gemm(variant, shape, 0, n_pad / 32),
+                _ => {
+                    let (layout, tile_base, n_tiles) = (variant.layout(), 0, n_pad / 32);
+                    let gemm =
+                        Gemm { layout, shape, tile_base, tiles: n_tiles, max_tokens: n_tokens };
+                    gemm.call_for(tiles, n_tokens)
+                }
             };
             let (pipelines, uniform) = (Pipelines::default(), gpu.params_buffer());
             let ops = (0..copies).map(|_| {
@@ -325,7 +337,7 @@ pub mod gpu {
                     SumInputs { words: &w, codes: &x, offset: &offset, code_sum: &code_sum };
                 let mut buffers = match n_tokens {
                     1 => variant.gemv_inputs(inputs),
-                    _ => variant.gemm_inputs(inputs),
+                    _ => kernels::gemm_inputs(variant.layout(), inputs),
                 };
                 buffers.push(&acc);
                 gpu.op(&pipelines, &call, &uniform, &buffers).expect("a pipeline")

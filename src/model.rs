@@ -227,12 +227,16 @@ impl Transformer {
         if tokens.is_empty() {
             return Err(Error::EmptyPrompt);
         }
-        let chunk_len = self.backend.max_batch();
-        let chunks = tokens.len().div_ceil(chunk_len);
-        let (sequence, mut start) = (self.sequence, self.fed);
+        let (sequence, mut start, mut rest) = (self.sequence, self.fed, tokens);
         let mut all_logits = Vec::new();
-        for (index, chunk) in tokens.chunks(chunk_len).enumerate() {
-            let last = index + 1 == chunks;
+        while !rest.is_empty() {
+            let most = match want {
+                Want::AllLogits => self.backend.chunk().min(self.backend.max_logit_rows()),
+                Want::Tokens => self.backend.max_logit_rows(),
+                Want::Nothing | Want::Token | Want::LastLogits => self.backend.chunk(),
+            };
+            let (chunk, after) = rest.split_at(most.min(rest.len()));
+            let last = after.is_empty();
             let want = if last || want == Want::AllLogits { want } else { Want::Nothing };
             let tokens = Tokens::Given(chunk);
             if let Output::Logits(logits) =
@@ -241,6 +245,7 @@ impl Transformer {
                 all_logits.extend(logits);
             }
             start += chunk.len();
+            rest = after;
         }
         (self.position, self.fed) = (start, start);
         Ok(match want {

@@ -148,6 +148,17 @@ pub trait Backend: Send {
     fn device(&self) -> &DeviceInfo;
     /// Most tokens of one pass.
     fn max_batch(&self) -> usize;
+    /// Tokens of a prompt that the next pass should take, at most [`Backend::max_batch`]: fewer where
+    /// a device would be busy with them for too long.
+    fn chunk(&self) -> usize {
+        self.max_batch()
+    }
+
+    /// Most tokens of one pass with [`Want::AllLogits`].
+    fn max_logit_rows(&self) -> usize {
+        self.max_batch()
+    }
+
     /// Positions a sequence may have.
     fn capacity(&self) -> usize;
 
@@ -268,7 +279,8 @@ pub struct LoadOptions {
     pub context: Option<usize>,
     /// How keys and values are held; `None`: see [`LoadOptions::kv_format`].
     pub kv: Option<KvFormat>,
-    /// Most tokens of one prompt chunk.
+    /// Most tokens of one prompt chunk. A backend takes fewer where its buffers do not hold as many,
+    /// and a CPU, to which more than 64 are of no use, that many.
     pub max_batch: usize,
     /// CPU threads; `None`: one per physical core.
     pub threads: Option<usize>,
@@ -322,7 +334,7 @@ impl Default for LoadOptions {
         Self {
             context: None,
             kv: None,
-            max_batch: 64,
+            max_batch: 512,
             threads: None,
             int8_activations: false,
             head: HeadChoice::default(),
@@ -330,6 +342,9 @@ impl Default for LoadOptions {
         }
     }
 }
+
+/// Most tokens of a prompt chunk on a CPU: the activations of more leave its caches.
+const HOST_BATCH: usize = 64;
 
 /// Positions of the KV cache where neither the caller nor the model says less.
 const DEFAULT_CONTEXT: usize = 4096;
@@ -364,6 +379,11 @@ impl LoadOptions {
             values if 2 * values <= F16_CACHE => KvFormat::F16,
             _ => KvFormat::Int8,
         }))
+    }
+
+    /// Most tokens of a prompt chunk on a CPU.
+    fn host_batch(&self) -> usize {
+        self.max_batch.min(HOST_BATCH)
     }
 
     /// Positions the KV cache gets for this model.

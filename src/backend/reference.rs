@@ -190,7 +190,7 @@ impl Reference {
                 head: "lm_head".to_owned(),
                 notes: Vec::new(),
             },
-            max_batch: options.max_batch,
+            max_batch: options.host_batch(),
             embedding: source.embedding()?,
             lm_head: source.lm_head()?,
             final_norm: source.final_norm()?,

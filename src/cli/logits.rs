@@ -47,19 +47,17 @@ pub(super) fn run(arguments: &Arguments) -> Result<()> {
         Transformer::load(&checkpoint, device, &options, &mut |at| bar.layers(at))?;
     drop(bar);
     say_notes(transformer.device());
-    write_logits(&mut transformer, &arguments.tokens, options.max_batch, file)
+    write_logits(&mut transformer, &arguments.tokens, file)
 }
 
+/// Rows of logits that are held at once.
+const BATCH_ROWS: usize = 64;
+
 /// Runs the tokens in batches and writes each batch's rows, so that memory holds one batch.
-fn write_logits(
-    transformer: &mut Transformer,
-    tokens: &[u32],
-    batch_len: usize,
-    mut file: OutputFile,
-) -> Result<()> {
+fn write_logits(transformer: &mut Transformer, tokens: &[u32], mut file: OutputFile) -> Result<()> {
     let interrupted = interrupt_flag()?;
     file.write(&header(tokens.len(), transformer.config().vocab_size))?;
-    for batch in tokens.chunks(batch_len) {
+    for batch in tokens.chunks(BATCH_ROWS) {
         if interrupted.load(Ordering::Relaxed) {
             bail!("interrupted; nothing was written");
         }

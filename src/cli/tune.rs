@@ -23,7 +23,8 @@ use super::{FileArguments, open, print, print_json, say};
 /// numbers.
 ///
 /// The times are of whole steps: norm, quantisation, matrix and what comes after. GB/s are bytes of
-/// weights; the percentage is their share of what the adapter copies (bytes read and written).
+/// weights; the percentage is their share of what the adapter copies (bytes read and written). The tiles
+/// of prompts are measured on the largest matrix, in 10⁹ multiplications and additions a second.
 ///
 /// The winners are kept in the directory STERNA_CACHE, or sterna in the user's cache directory, for
 /// this adapter, driver and version. Those of a software rasteriser are not.
@@ -59,7 +60,9 @@ pub(super) struct Arguments {
     /// It has device, adapter, kind, api, driver, wgpu, kernels (a hash of their sources), clock,
     /// rotated_bytes, copy_gb_s, dispatch_us, seconds, kept, not_kept, and shapes: of each step (qkv,
     /// o, gate_up, down) n, k, candidates and the winner. A candidate has variant, slices, rows, unroll, fused, us,
-    /// gb_s, share, exact and refused. What was not reached in time is null.
+    /// gb_s, share, exact and refused. gemms has kernel, m, n, k, candidates and the winner of the
+    /// tiles of prompts; a candidate has rows, tokens, us, gop_s, exact and refused. What was not
+    /// reached in time is null.
     #[arg(long)]
     json: bool,
 }
@@ -152,6 +155,19 @@ fn table(name: &str, report: &Report) -> Result<String> {
         }
         if unreached > 0 {
             writeln!(text, "  {unreached} more {NOT_REACHED}")?;
+        }
+    }
+    for gemm in &report.gemms {
+        writeln!(text, "{} {}x{}x{}", gemm.kernel, gemm.m, gemm.n, gemm.k)?;
+        for candidate in &gemm.candidates {
+            let mark = if candidate.plan == gemm.winner { '*' } else { ' ' };
+            let plan = candidate.plan.to_string();
+            let result = match (candidate.us, candidate.gop_s, &candidate.refused) {
+                (Some(us), Some(gop_s), _) => format!("{us:10.2} µs {gop_s:9.1} Gop/s"),
+                (_, _, Some(problem)) => format!("refused: {problem}"),
+                _ => NOT_REACHED.to_owned(),
+            };
+            writeln!(text, "{mark} {plan:48} {result}")?;
         }
     }
     writeln!(text, "{:.1} s", report.seconds)?;

@@ -7,13 +7,14 @@ use cpu_ref::mlp::Activation;
 use libtest_mimic::Failed;
 use sterna::Error;
 use sterna::backend::gpu::kernels::{
-    self, DenseFormat, DenseShard, Encoding, Fused, GemvPlan, GroupMatrix, LinearRows, LogitTile,
-    Rotate, RowOrder, RowsOut, SumInputs, TokensPerLane, Variant, padded_rows,
+    self, DenseFormat, DenseShard, Encoding, Fused, Gemm, GemmPlan, GemvPlan, GroupMatrix,
+    LinearRows, LogitTile, Rotate, RowOrder, RowsOut, SumInputs, TokensPerLane, Variant,
+    gemm_encoding, gemm_inputs, padded_rows,
 };
 use sterna::backend::gpu::self_test::GroupInput;
 use sterna::backend::gpu::shader::UNCHECKED;
 use sterna::backend::gpu::{
-    Capabilities, Gpu, PassParams, Pipelines, Slice, WeightsRead, row_offsets, self_test,
+    Call, Capabilities, Gpu, PassParams, Pipelines, Slice, WeightsRead, row_offsets, self_test,
 };
 use sterna::format::float::f16_to_f32;
 use sterna::layout::{Layout, Packed, Signs, group_scales};
@@ -33,7 +34,7 @@ pub fn cases(capabilities: Capabilities) -> Vec<Case> {
         cases.push((name, case));
     };
     for variant in Variant::ALL {
-        let (gemv, gemm) = (variant.gemv().name, variant.gemm().name);
+        let gemv = variant.gemv().name;
         add(format!("{gemv}::shapes"), Box::new(move |gpu| gemv_shapes(gpu, variant)));
         add(format!("{gemv}::longest"), Box::new(move |gpu| gemv_longest(gpu, variant)));
         add(format!("{gemv}::extremes"), Box::new(move |gpu| gemv_extremes(gpu, variant)));
@@ -41,11 +42,7 @@ pub fn cases(capabilities: Capabilities) -> Vec<Case> {
             format!("{gemv}::a_corrupted_weight_is_caught"),
             Box::new(move |gpu| corrupted_weight(gpu, variant)),
         );
-        // The others' kernel for many tokens is one of these.
-        if let Variant::BitSerial | Variant::PackedDot = variant {
-            add(format!("{gemm}::shapes"), Box::new(move |gpu| gemm_shapes(gpu, variant)));
-            add(format!("{gemm}::shards_and_guards"), Box::new(move |gpu| shards(gpu, variant)));
-        }
+        add(format!("{gemv}::shards_and_guards"), Box::new(move |gpu| gemv_shards(gpu, variant)));
         add(format!("self_test::{gemv}"), Box::new(move |gpu| self_tests(gpu, variant)));
     }
     for variant in Variant::ALL {
@@ -57,6 +54,18 @@ pub fn cases(capabilities: Capabilities) -> Vec<Case> {
             format!("unchecked::{gemv}"),
             Box::new(move |gpu| unchecked(gpu, capabilities, variant)),
         );
+    }
+    for layout in [Layout::Planes, Layout::I2] {
+        let gemm = GemmPlan::default().kernel(layout).name;
+        add(format!("{gemm}::shapes"), Box::new(move |gpu| gemm_shapes(gpu, layout)));
+        add(format!("{gemm}::token_edges"), Box::new(move |gpu| gemm_tokens(gpu, layout)));
+        add(format!("{gemm}::extremes"), Box::new(move |gpu| gemm_extremes(gpu, layout)));
+        add(format!("{gemm}::shards_and_guards"), Box::new(move |gpu| gemm_shards(gpu, layout)));
+        add(
+            format!("{gemm}::a_corrupted_weight_is_caught"),
+            Box::new(move |gpu| gemm_corrupted(gpu, layout)),
+        );
+        add(format!("self_test::{gemm}"), Box::new(move |gpu| gemm_self_tests(gpu, layout)));
     }
     for encoding in Encoding::ALL {
         add(format!("quantize_absmax::{encoding:?}"), Box::new(move |gpu| quantize(gpu, encoding)));
@@ -184,7 +193,7 @@ fn gemv_shapes(gpu: &Gpu, variant: Variant) -> Result<(), Failed> {
                 continue;
             }
             seen[at] += 1;
-            let found = self_test::multiply(gpu, plan, &packed, &x, 1)?;
+            let found = self_test::multiply(gpu, plan.into(), &packed, &x, 1)?;
             same(&format!("{} {shape} seed {seed}", label(plan)), &found, &expected)?;
         }
     }
@@ -198,7 +207,7 @@ fn gemv_shapes(gpu: &Gpu, variant: Variant) -> Result<(), Failed> {
         // Slices of a workgroup have one chunk more or less: in four turns a plan meets every rest.
         let mut plans = plans.iter().filter(|plan| plan.slices == 4).cycle();
         let &plan = plans.nth(chunks % 6).expect("a cycle");
-        let found = self_test::multiply(gpu, plan, &packed, &x, 1)?;
+        let found = self_test::multiply(gpu, plan.into(), &packed, &x, 1)?;
         same(&format!("{} {shape}", label(plan)), &found, &expected)?;
     }
     same("every plan has had its turns", &[seen.iter().all(|&n| n >= 4)], &[true])
@@ -215,7 +224,7 @@ fn gemv_longest(gpu: &Gpu, variant: Variant) -> Result<(), Failed> {
         for code in [-128i8, 127] {
             let x = vec![code; shape.k()];
             let packed = Packed::pack(variant.layout(), shape, &w);
-            let found = self_test::multiply(gpu, plan, &packed, &x, 1)?;
+            let found = self_test::multiply(gpu, plan.into(), &packed, &x, 1)?;
             same(&format!("{} {shape}", label(plan)), &found, &cpu_ref::gemv::gemv(&w, &x))?;
         }
     }
@@ -233,7 +242,7 @@ fn gemv_extremes(gpu: &Gpu, variant: Variant) -> Result<(), Failed> {
                 let packed = Packed::pack(variant.layout(), shape, &w);
                 let expected = cpu_ref::gemv::gemv(&w, &x);
                 for &plan in turn.by_ref().take(if k == 2600 { 4 } else { 2 }) {
-                    let found = self_test::multiply(gpu, plan, &packed, &x, 1)?;
+                    let found = self_test::multiply(gpu, plan.into(), &packed, &x, 1)?;
                     let what = format!("{} K {k}, all {weight} × all {code}", label(plan));
                     same(&what, &found, &expected)?;
                 }
@@ -260,54 +269,212 @@ fn corrupted_weight(gpu: &Gpu, variant: Variant) -> Result<(), Failed> {
     }
 }
 
-fn gemm_shapes(gpu: &Gpu, variant: Variant) -> Result<(), Failed> {
-    for (seed, &(n, k)) in SHAPES.iter().enumerate() {
-        let m = [2, 3, 4, 5, 8, 9, 17, 2, 7, 6, 2][seed];
-        let mut random = Random::new(1000 + seed as u64);
-        let shape = MatShape::new(n, k)?;
-        let (w, x) = (random.trits(n * k), random.codes(m * k));
-        let packed = Packed::pack(variant.layout(), shape, &w);
-        let found = self_test::multiply(gpu, variant.into(), &packed, &x, m)?;
-        let what = format!("{} {shape} M {m} seed {seed}", variant.gemm().name);
-        same(&what, &found, &cpu_ref::gemm::gemm(&w, &x, k))?;
+/// A kernel of many tokens.
+#[derive(Debug, Clone, Copy)]
+enum ManyTokens {
+    /// So many tokens a lane.
+    Few(usize),
+    Tiled(GemmPlan),
+}
+
+impl ManyTokens {
+    /// Every kernel and tile that this adapter can run.
+    fn all(gpu: &Gpu) -> Vec<Self> {
+        let tiled = GemmPlan::all().into_iter().filter(|&plan| plan != GemmPlan::FEW);
+        let tiled = tiled.filter(|plan| plan.validate(gpu).is_ok());
+        [Self::Few(4), Self::Few(8)].into_iter().chain(tiled.map(Self::Tiled)).collect()
+    }
+
+    fn call(self, gemm: Gemm) -> Call {
+        match self {
+            Self::Few(tokens) => gemm.few(tokens),
+            Self::Tiled(plan) => gemm.tiled(plan),
+        }
+    }
+}
+
+fn gemm_self_tests(gpu: &Gpu, layout: Layout) -> Result<(), Failed> {
+    for plan in GemmPlan::all() {
+        self_test::check_gemm(gpu, layout, plan)?;
     }
     Ok(())
 }
 
-/// A matrix in three shards of tiles, the accumulator between guard words.
-fn shards(gpu: &Gpu, variant: Variant) -> Result<(), Failed> {
-    let mut random = Random::new(7);
-    let (shape, m) = (MatShape::new(150, 130)?, 5);
-    let (w, x) = (random.trits(shape.len()), random.codes(m * shape.k()));
-    let packed = Packed::pack(variant.layout(), shape, &w);
-    let offsets = row_offsets(&packed);
-    let n_pad = padded_rows(shape.n());
-    let encoding = variant.gemm_encoding();
-    let codes = gpu.upload("x", &self_test::encode_codes(encoding, &x, shape.k()))?;
-    let sums: Vec<i32> =
-        x.chunks_exact(shape.k()).map(|token| self_test::code_sum(encoding, token)).collect();
-    let code_sum = gpu.upload("code_sum", &sums)?;
-    let expected = cpu_ref::gemm::gemm(&w, &x, shape.k());
-    let tile_words = packed.words().len() / (n_pad / 32);
-    for (base, count) in [(0, 2), (2, 1), (3, 2)] {
-        let words = &packed.words()[base * tile_words..(base + count) * tile_words];
-        let words = gpu.upload("w", words)?;
-        let offset = gpu.upload("offset", &offsets[base * 32..(base + count) * 32])?;
-        let call = kernels::gemm(variant, shape, base, count);
-        let inputs = variant.gemm_inputs(SumInputs {
-            words: &words,
-            codes: &codes,
-            offset: &offset,
-            code_sum: &code_sum,
-        });
-        let acc = run_guarded(gpu, &call, tokens(m), &inputs, &[m * n_pad])?.remove(0);
-        for token in 0..m {
-            let rows = base * 32..((base + count) * 32).min(shape.n());
-            let found = as_i32(&acc[token * n_pad..][rows.clone()]);
-            let expected = &expected[token * shape.n()..][rows];
-            same(&format!("{} shard {base} token {token}", call.kernel.name), &found, expected)?;
+fn gemm_shapes(gpu: &Gpu, layout: Layout) -> Result<(), Failed> {
+    let kernels = ManyTokens::all(gpu);
+    for (seed, &(n, k)) in SHAPES.iter().enumerate() {
+        let m = [2, 3, 40, 65, 8, 67, 17, 2, 33, 70, 2][seed];
+        let mut random = Random::new(1000 + seed as u64);
+        let shape = MatShape::new(n, k)?;
+        let (w, x) = (random.trits(n * k), random.codes(m * k));
+        let packed = Packed::pack(layout, shape, &w);
+        let expected = cpu_ref::gemm::gemm(&w, &x, k);
+        // The kernels take turns: each driver compiles each of them for each K.
+        for kernel in kernels.iter().skip(seed % 2).step_by(2) {
+            let (name, found) = self_test::multiply_many(gpu, &packed, &x, |g| kernel.call(g))?;
+            same(&format!("{name} {kernel:?} {shape} M {m} seed {seed}"), &found, &expected)?;
         }
-        // The first token alone.
+    }
+    Ok(())
+}
+
+/// What the kernels of many tokens read, for as many tokens as there are activations.
+struct GemmCase {
+    gemm: Gemm,
+    words: Slice,
+    codes: Slice,
+    offset: Slice,
+    code_sum: Slice,
+}
+
+impl GemmCase {
+    /// Of a shard of tiles.
+    fn new(gpu: &Gpu, packed: &Packed, x: &[i8], tiles: (usize, usize)) -> Result<Self, Failed> {
+        let (layout, shape) = (packed.layout(), packed.shape());
+        let ((tile_base, tiles), encoding) = (tiles, gemm_encoding(layout));
+        let tile_words = packed.words().len() / (padded_rows(shape.n()) / 32);
+        let words = &packed.words()[tile_base * tile_words..][..tiles * tile_words];
+        let offsets = row_offsets(packed);
+        let sums = x.chunks_exact(shape.k()).map(|token| self_test::code_sum(encoding, token));
+        let max_tokens = x.len() / shape.k();
+        Ok(Self {
+            gemm: Gemm { layout, shape, tile_base, tiles, max_tokens },
+            words: gpu.upload("w", words)?,
+            codes: gpu.upload("x", &self_test::encode_codes(encoding, x, shape.k()))?,
+            offset: gpu.upload("offset", &offsets[tile_base * 32..][..tiles * 32])?,
+            code_sum: gpu.upload("code_sum", &sums.collect::<Vec<_>>())?,
+        })
+    }
+
+    fn inputs(&self) -> Vec<&Slice> {
+        let Self { words, codes, offset, code_sum, .. } = self;
+        gemm_inputs(self.gemm.layout, SumInputs { words, codes, offset, code_sum })
+    }
+}
+
+/// Every number of tokens around the edges of lanes and tiles, in buffers with room for more; what is
+/// past the last token stays as it is.
+fn gemm_tokens(gpu: &Gpu, layout: Layout) -> Result<(), Failed> {
+    const MOST: usize = 130;
+    let mut random = Random::new(77);
+    let shape = MatShape::new(150, 130)?;
+    let (w, x) = (random.trits(shape.len()), random.codes(MOST * shape.k()));
+    let packed = Packed::pack(layout, shape, &w);
+    let expected = cpu_ref::gemm::gemm(&w, &x, shape.k());
+    let n_pad = padded_rows(shape.n());
+    let case = GemmCase::new(gpu, &packed, &x, (0, n_pad / 32))?;
+    let (pipelines, uniform) = (Pipelines::default(), gpu.params_buffer());
+    let untouched = 0x0BAD_F00D_u32;
+    for kernel in ManyTokens::all(gpu) {
+        let call = kernel.call(case.gemm);
+        let most = if let ManyTokens::Few(_) = kernel { 18 } else { MOST };
+        let edges = (1..=17).chain(31..=33).chain(63..=65).chain(127..=129);
+        for m in edges.filter(|&m| m < most) {
+            let acc = gpu.upload("acc", &vec![untouched; MOST * n_pad])?;
+            let buffers = [case.inputs(), vec![&acc]].concat();
+            let op = gpu.op(&pipelines, &call, &uniform, &buffers)?;
+            gpu.run_all(&uniform, tokens(m), [&op])?;
+            let found = gpu.read(&acc, MOST * n_pad)?;
+            let what = format!("{} {kernel:?} M {m}", call.kernel.name);
+            for (token, expected) in expected.chunks_exact(shape.n()).take(m).enumerate() {
+                let found = as_i32(&found[token * n_pad..][..shape.n()]);
+                same(&format!("{what} token {token}"), &found, expected)?;
+            }
+            if found[m * n_pad..].iter().any(|&word| word != untouched) {
+                return Err(format!("{what}: wrote past the last token").into());
+            }
+        }
+    }
+    Ok(())
+}
+
+/// The largest sums, and the longest rows.
+fn gemm_extremes(gpu: &Gpu, layout: Layout) -> Result<(), Failed> {
+    let (pipelines, uniform) = (Pipelines::default(), gpu.params_buffer());
+    let all = ManyTokens::all(gpu);
+    for (n, k, m, turns) in [(32, 2600, 9, 1), (64, 6912, 5, 2), (32, 131_072, 2, 3)] {
+        let shape = MatShape::new(n, k)?;
+        for (weight, code) in [(-1i8, -128i8), (-1, 127), (0, -1), (1, -128), (1, 127)] {
+            let (w, x) = (vec![weight; shape.len()], vec![code; m * k]);
+            let case = GemmCase::new(gpu, &Packed::pack(layout, shape, &w), &x, (0, n / 32))?;
+            let expected = vec![i32::from(weight) * i32::from(code) * k as i32; m * n];
+            for kernel in all.iter().step_by(turns) {
+                let call = kernel.call(case.gemm);
+                let acc = gpu.storage("acc", m * n)?;
+                let buffers = [case.inputs(), vec![&acc]].concat();
+                let op = gpu.op(&pipelines, &call, &uniform, &buffers)?;
+                gpu.run_all(&uniform, tokens(m), [&op])?;
+                let found = as_i32(&gpu.read(&acc, m * n)?);
+                let name = call.kernel.name;
+                let what = format!("{name} {kernel:?} K {k}, all {weight} × all {code}");
+                same(&what, &found, &expected)?;
+            }
+        }
+    }
+    Ok(())
+}
+
+/// The judge must object when a single trit is wrong.
+fn gemm_corrupted(gpu: &Gpu, layout: Layout) -> Result<(), Failed> {
+    let mut random = Random::new(98);
+    let (shape, m) = (MatShape::new(70, 300)?, 6);
+    let mut w = random.trits(shape.len());
+    let x: Vec<i8> = (0..m * shape.k()).map(|_| random.below(100) as i8 + 1).collect();
+    let expected = cpu_ref::gemm::gemm(&w, &x, shape.k());
+    let at = 41 * shape.k() + 222;
+    w[at] = if w[at] == 1 { 0 } else { w[at] + 1 };
+    let packed = Packed::pack(layout, shape, &w);
+    for kernel in ManyTokens::all(gpu) {
+        let (name, found) = self_test::multiply_many(gpu, &packed, &x, |g| kernel.call(g))?;
+        if same("corrupted", &found, &expected).is_ok() {
+            return Err(format!("{name} {kernel:?}: a wrong weight went unnoticed").into());
+        }
+    }
+    Ok(())
+}
+
+/// Shards of tiles: first, and how many.
+const SHARDS: [(usize, usize); 3] = [(0, 2), (2, 1), (3, 2)];
+
+/// A matrix in three shards of tiles, the accumulator between guard words.
+fn gemm_shards(gpu: &Gpu, layout: Layout) -> Result<(), Failed> {
+    let mut random = Random::new(7);
+    let (shape, m) = (MatShape::new(150, 130)?, 37);
+    let (w, x) = (random.trits(shape.len()), random.codes(m * shape.k()));
+    let packed = Packed::pack(layout, shape, &w);
+    let n_pad = padded_rows(shape.n());
+    let expected = cpu_ref::gemm::gemm(&w, &x, shape.k());
+    for (base, count) in SHARDS {
+        let case = GemmCase::new(gpu, &packed, &x, (base, count))?;
+        let rows = base * 32..((base + count) * 32).min(shape.n());
+        for kernel in ManyTokens::all(gpu) {
+            let call = kernel.call(case.gemm);
+            let acc = run_guarded(gpu, &call, tokens(m), &case.inputs(), &[m * n_pad])?.remove(0);
+            for token in 0..m {
+                let found = as_i32(&acc[token * n_pad..][rows.clone()]);
+                let expected = &expected[token * shape.n()..][rows.clone()];
+                let name = call.kernel.name;
+                same(&format!("{name} {kernel:?} shard {base} token {token}"), &found, expected)?;
+            }
+        }
+    }
+    Ok(())
+}
+
+/// The same for one token.
+fn gemv_shards(gpu: &Gpu, variant: Variant) -> Result<(), Failed> {
+    let mut random = Random::new(8);
+    let shape = MatShape::new(150, 130)?;
+    let (w, x) = (random.trits(shape.len()), random.codes(shape.k()));
+    let packed = Packed::pack(variant.layout(), shape, &w);
+    let (n_pad, encoding) = (padded_rows(shape.n()), variant.gemv_encoding());
+    let codes = gpu.upload("x", &self_test::encode_codes(encoding, &x, shape.k()))?;
+    let code_sum = gpu.upload("code_sum", &[self_test::code_sum(encoding, &x)])?;
+    let expected = cpu_ref::gemv::gemv(&w, &x);
+    for (base, count) in SHARDS {
+        let GemmCase { words, offset, .. } = GemmCase::new(gpu, &packed, &x, (base, count))?;
+        let (words, codes, offset, code_sum) = (&words, &codes, &offset, &code_sum);
+        let inputs = variant.gemv_inputs(SumInputs { words, codes, offset, code_sum });
         let call = kernels::gemv(variant.into(), shape, base, count);
         let acc = run_guarded(gpu, &call, tokens(1), &inputs, &[n_pad])?.remove(0);
         let rows = base * 32..((base + count) * 32).min(shape.n());
@@ -1572,8 +1739,11 @@ fn unchecked(gpu: &Gpu, capabilities: Capabilities, variant: Variant) -> Result<
     for plan in [0, all.len() / 2, all.len() - 1].map(|at| all[at]) {
         let (found, expected) = (decode_outputs(gpu, plan)?, decode_outputs(&checked, plan)?);
         let listed = UNCHECKED.iter().filter(|kernel| {
-            // Of the GEMVs, this variant's.
-            !kernel.name.starts_with("gemv") || **kernel == variant.gemv()
+            // Of the GEMVs and GEMMs, this variant's.
+            let layout = variant.layout();
+            let gemms = [GemmPlan::default(), GemmPlan::FEW].map(|plan| plan.kernel(layout));
+            kernel.name.starts_with("fused_")
+                || [&[variant.gemv()], gemms.as_slice()].concat().contains(kernel)
         });
         same("kernels", &names(&found), &listed.map(|kernel| kernel.name).collect::<Vec<_>>())?;
         for ((name, found), (_, expected)) in found.iter().zip(&expected) {
@@ -1587,16 +1757,22 @@ fn names(outputs: &[(&'static str, Vec<u32>)]) -> Vec<&'static str> {
     outputs.iter().map(|&(name, _)| name).collect()
 }
 
-/// What every kernel for one token writes with this plan, in the order of the list, parts of tiles and
-/// chunks included.
+/// What every kernel writes with this plan, in the order of the list, parts of tiles and chunks
+/// included.
 fn decode_outputs(gpu: &Gpu, plan: GemvPlan) -> Result<Vec<(&'static str, Vec<u32>)>, Failed> {
     let mut random = Random::new(91);
     let (heads, k, f) = (Heads { query: 3, kv: 1, dim: 96 }, 1001, 70);
     let variant = plan.variant;
     let shape = MatShape::new(f, k)?;
     let packed = Packed::pack(variant.layout(), shape, &random.trits(shape.len()));
-    let sums = self_test::multiply(gpu, plan, &packed, &random.codes(k), 1)?;
+    let sums = self_test::multiply(gpu, plan.into(), &packed, &random.codes(k), 1)?;
     let mut outputs = vec![(variant.gemv().name, bytemuck::cast_vec(sums))];
+    let codes = random.codes(11 * k);
+    for kernel in [ManyTokens::Tiled(GemmPlan::default()), ManyTokens::Few(8)] {
+        let call = |gemm| kernel.call(gemm);
+        let (name, sums) = self_test::multiply_many(gpu, &packed, &codes, call)?;
+        outputs.push((name, bytemuck::cast_vec(sums)));
+    }
     let case = FusedCase::new(&mut random, (f, k), true);
     let x = gpu.upload("x", &case.x)?;
     let norm = gpu.upload("norm", &case.norm_weight())?;
@@ -1627,6 +1803,11 @@ fn decode_outputs(gpu: &Gpu, plan: GemvPlan) -> Result<Vec<(&'static str, Vec<u3
 fn short_buffer(gpu: &Gpu) -> Result<(), Failed> {
     let heads = Heads { query: 2, kv: 1, dim: 64 };
     let mut calls = Vec::new();
+    for layout in [Layout::Planes, Layout::I2] {
+        let shape = MatShape::new(256, 128)?;
+        let gemm = Gemm { layout, shape, tile_base: 3, tiles: 2, max_tokens: 3 };
+        calls.extend([gemm.few(4), gemm.few(8), gemm.tiled(GemmPlan::default())]);
+    }
     for variant in Variant::ALL {
         let plan = GemvPlan::from(variant);
         calls.push(kernels::gemv(plan, MatShape::new(32, 128)?, 3, 1));

@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use libtest_mimic::Failed;
 use sterna::backend::gpu::tune::{StepShape, tune};
-use sterna::backend::gpu::{AdapterKind, Gpu, Variant};
+use sterna::backend::gpu::{AdapterKind, GemmPlan, Gpu, Variant};
 use sterna::synthetic::{tiny_bitnet, tiny_llama, tiny_normed};
 
 use crate::Case;
@@ -30,7 +30,7 @@ pub fn cases() -> Vec<Case> {
 /// rasteriser; the other plans are as exact (`kernels.rs`), and too many.
 const BUDGET: Duration = Duration::from_secs(20);
 
-fn every_variant(gpu: &Gpu, steps: &[StepShape]) -> Result<(), Failed> {
+fn every_variant(gpu: &Gpu, steps: &[StepShape; 4]) -> Result<(), Failed> {
     let directory = tempfile::tempdir()?;
     let report = tune(gpu, steps, BUDGET, Some(directory.path()))?;
     let is_positive = |value: Option<f64>| value.is_some_and(|value| value > 0.0 && value < 1e9);
@@ -58,6 +58,24 @@ fn every_variant(gpu: &Gpu, steps: &[StepShape]) -> Result<(), Failed> {
         if !measured().any(|candidate| candidate.plan == shape.winner) {
             return Err(format!("{what}: {:?} was not measured", shape.winner).into());
         }
+    }
+    // All tiles of every layout that won.
+    let layouts = report.shapes.iter().map(|shape| shape.winner.variant.layout());
+    let layouts = layouts.collect::<std::collections::HashSet<_>>().len();
+    let all = GemmPlan::all().len();
+    for gemm in &report.gemms {
+        let measured = gemm.candidates.iter().filter(|candidate| {
+            candidate.exact == Some(true)
+                && is_positive(candidate.us)
+                && is_positive(candidate.gop_s)
+        });
+        let has_winner = measured.clone().any(|candidate| candidate.plan == gemm.winner);
+        if measured.count() != all || !has_winner {
+            return Err(format!("{gemm:?}").into());
+        }
+    }
+    if report.gemms.len() != layouts {
+        return Err(format!("{layouts} layouts, {} races of tiles", report.gemms.len()).into());
     }
     // What is known of a software rasteriser is of no use to anyone.
     let is_software = gpu.adapter.kind == AdapterKind::Software;

@@ -501,7 +501,7 @@ fn adds_only(module: &Module) -> Result<(), BTreeSet<String>> {
 
 #[test]
 fn the_baseline_gemv_and_gemm_only_add() {
-    for kernel in [shader::GEMV_PLANES, shader::GEMM_PLANES] {
+    for kernel in [shader::GEMV_PLANES, shader::GEMM_PLANES, shader::GEMM_PLANES_FEW] {
         assert_eq!(adds_only(&kernel.module()), Ok(()), "{}", kernel.name);
     }
 }
@@ -564,18 +564,24 @@ fn the_proof_objects_to_a_multiplication() {
     for (kernel, product) in [
         (shader::GEMV_I2, "Dot4U8Packed"),
         (shader::GEMM_I2, "Dot4U8Packed"),
+        (shader::GEMM_I2_FEW, "Dot4U8Packed"),
         (shader::GEMV_I2_SIGNED, "Dot4I8Packed"),
         (shader::GEMV_I2_HALF, "Fma"),
     ] {
         let forbidden = adds_only(&kernel.module()).expect_err("it multiplies");
         assert!(forbidden.contains(product), "{}: {forbidden:?}", kernel.name);
     }
-    // The same kernel with its final shift written as a product.
-    let source = shader::GEMV_PLANES.wgsl();
-    let mutated = source.replace("low << vec4(0u, 1u, 2u, 3u)", "low * vec4(1u, 2u, 4u, 8u)");
-    assert_ne!(source, mutated);
-    let module = naga::front::wgsl::parse_str(&mutated).expect("the mutant is valid WGSL");
-    assert_eq!(adds_only(&module), Err(["Multiply".to_owned()].into()));
+    // The same kernels with a shift written as a product.
+    for (kernel, shift, product) in [
+        (shader::GEMV_PLANES, "low << vec4(0u, 1u, 2u, 3u)", "low * vec4(1u, 2u, 4u, 8u)"),
+        (shader::GEMM_PLANES, "high1.x, sum << vec4(1u)", "high1.x, sum * vec4(2u)"),
+    ] {
+        let source = kernel.wgsl();
+        let mutated = source.replace(shift, product);
+        assert_ne!(source, mutated);
+        let module = naga::front::wgsl::parse_str(&mutated).expect("the mutant is valid WGSL");
+        assert_eq!(adds_only(&module), Err(["Multiply".to_owned()].into()));
+    }
 }
 
 #[test]
@@ -583,6 +589,8 @@ fn the_accumulators_are_integers() {
     for kernel in [
         shader::GEMV_PLANES,
         shader::GEMM_PLANES,
+        shader::GEMM_PLANES_FEW,
+        shader::GEMM_I2_FEW,
         shader::GEMV_I2,
         shader::GEMV_I2_SIGNED,
         shader::GEMV_I2_HALF,

@@ -275,6 +275,14 @@ impl Backend for Counted {
         self.backend.max_batch()
     }
 
+    fn chunk(&self) -> usize {
+        self.backend.chunk()
+    }
+
+    fn max_logit_rows(&self) -> usize {
+        self.backend.max_logit_rows()
+    }
+
     fn capacity(&self) -> usize {
         self.backend.capacity()
     }

@@ -19,8 +19,8 @@ use crate::shape::MatShape;
 const ELEMENT_LANES: usize = 64;
 /// Slices of K in a workgroup that has no plan: 8 × 32 rows is WebGPU's 256 invocations.
 const SLICES: usize = 8;
-/// Tokens a GEMM lane holds.
-const GEMM_TOKENS: u32 = 4;
+/// Tokens that a lane of `group_gemv` holds in a prompt.
+const GROUP_TOKENS: u32 = 4;
 /// Lanes of `quantize_absmax_groups`: a group is at least as long.
 const GROUP_QUANTIZE_LANES: usize = 64;
 /// Workgroup memory that WebGPU promises.
@@ -34,14 +34,13 @@ const RERANK_ROWS: usize = 256;
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, serde::Serialize, serde::Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Variant {
-    /// `gemv_planes`, `gemm_planes`: xor, and, popcount, add. The addition-only baseline.
+    /// `gemv_planes`: xor, and, popcount, add. The addition-only baseline.
     BitSerial,
-    /// `gemv_i2`, `gemm_i2`: four products an instruction where the GPU has a packed dot.
+    /// `gemv_i2`: four products an instruction where the GPU has a packed dot.
     PackedDot,
-    /// `gemv_i2_signed`: the same with signed codes. Many tokens as [`Self::PackedDot`].
+    /// `gemv_i2_signed`: the same with signed codes.
     SignedDot,
-    /// `gemv_i2_half`: exact f32 products, for GPUs that emulate the packed dot. Many tokens as
-    /// [`Self::PackedDot`].
+    /// `gemv_i2_half`: exact f32 products, for GPUs that emulate the packed dot.
     HalfMagic,
 }
 
@@ -67,14 +66,6 @@ impl Variant {
         }
     }
 
-    /// Its kernel for many tokens.
-    pub fn gemm(self) -> Kernel {
-        match self.layout() {
-            Layout::Planes => shader::GEMM_PLANES,
-            Layout::I2 => shader::GEMM_I2,
-        }
-    }
-
     /// How its kernel for one token reads activations.
     pub fn gemv_encoding(self) -> Encoding {
         match self {
@@ -85,14 +76,6 @@ impl Variant {
         }
     }
 
-    /// How its kernel for many tokens reads activations.
-    pub fn gemm_encoding(self) -> Encoding {
-        match self.layout() {
-            Layout::Planes => Encoding::Planes,
-            Layout::I2 => Encoding::Biased,
-        }
-    }
-
     /// The inputs of its kernel for one token, in the order of the bindings.
     pub fn gemv_inputs(self, inputs: SumInputs<'_>) -> Vec<&Slice> {
         let SumInputs { words, codes, offset, code_sum } = inputs;
@@ -100,15 +83,6 @@ impl Variant {
             Self::BitSerial => vec![words, codes, offset],
             Self::PackedDot => vec![words, codes, offset, code_sum],
             Self::SignedDot | Self::HalfMagic => vec![words, codes, code_sum],
-        }
-    }
-
-    /// The inputs of its kernel for many tokens, in the order of the bindings.
-    pub fn gemm_inputs(self, inputs: SumInputs<'_>) -> Vec<&Slice> {
-        let SumInputs { words, codes, offset, code_sum } = inputs;
-        match self.layout() {
-            Layout::Planes => vec![words, codes, offset],
-            Layout::I2 => vec![words, codes, offset, code_sum],
         }
     }
 
@@ -182,7 +156,7 @@ impl Encoding {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, serde::Serialize, serde::Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct GemvPlan {
-    /// Layout and arithmetic, for one token and for many.
+    /// Layout and arithmetic.
     pub variant: Variant,
     /// Slices of K in a workgroup, of `rows` lanes each: one of [`Self::SLICES`].
     pub slices: usize,
@@ -298,6 +272,119 @@ impl std::fmt::Display for GemvPlan {
     }
 }
 
+/// How a matrix with one scale is multiplied by many tokens: the kernels of its layout, `gemm_i2` or
+/// `gemm_planes` and those of a few tokens, and the size of their tiles.
+///
+/// Every plan gives the same sums as every [`GemvPlan`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, serde::Serialize, serde::Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct GemmPlan {
+    /// Rows of a workgroup.
+    pub rows: usize,
+    /// Tokens of a workgroup. `rows` and `tokens` are one of [`Self::TILES`].
+    pub tokens: usize,
+}
+
+impl Default for GemmPlan {
+    /// Enough workgroups for a large GPU, at the shapes of a small model.
+    fn default() -> Self {
+        Self { rows: 64, tokens: 64 }
+    }
+}
+
+impl GemmPlan {
+    /// The kernels of a few tokens, whatever there are: for GPUs whose workgroup memory is no faster
+    /// than any other.
+    pub const FEW: Self = Self { rows: TILE_ROWS, tokens: 8 };
+
+    /// Rows and tokens of a workgroup.
+    pub const TILES: [(usize, usize); 4] = [(128, 64), (64, 64), (64, 32), (TILE_ROWS, 8)];
+
+    /// Every plan.
+    pub fn all() -> [Self; Self::TILES.len()] {
+        Self::TILES.map(|(rows, tokens)| Self { rows, tokens })
+    }
+
+    /// Lanes of a workgroup: each holds 8 rows and 4 tokens; those of a few tokens hold one row.
+    pub fn lanes(self) -> usize {
+        if self == Self::FEW { TILE_ROWS * SLICES } else { self.rows / 8 * (self.tokens / 4) }
+    }
+
+    /// Whether this adapter can run the plan.
+    ///
+    /// # Errors
+    /// [`Error::Plan`] for a tile that no kernel has, [`Error::GpuLimit`] for a workgroup that is too
+    /// large.
+    pub fn validate(self, gpu: &Gpu) -> Result<()> {
+        let rows = [64, 128, TILE_ROWS].as_slice();
+        let tokens = [32, 64, 8].as_slice();
+        if !Self::TILES.contains(&(self.rows, self.tokens)) {
+            return Err(match rows.contains(&self.rows) {
+                true => Error::Plan { field: "tokens", found: self.tokens, allowed: tokens },
+                false => Error::Plan { field: "rows", found: self.rows, allowed: rows },
+            });
+        }
+        gpu.check_lanes(self.kernel(Layout::I2).name, self.lanes())
+    }
+
+    /// Its kernel for as many tokens as a tile has.
+    pub fn kernel(self, layout: Layout) -> Kernel {
+        match (layout, self == Self::FEW) {
+            (Layout::Planes, false) => shader::GEMM_PLANES,
+            (Layout::Planes, true) => shader::GEMM_PLANES_FEW,
+            (Layout::I2, false) => shader::GEMM_I2,
+            (Layout::I2, true) => shader::GEMM_I2_FEW,
+        }
+    }
+}
+
+impl std::fmt::Display for GemmPlan {
+    /// Rows and tokens of a workgroup.
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "{}x{}", self.rows, self.tokens)
+    }
+}
+
+/// How the kernels of many tokens read activations.
+pub fn gemm_encoding(layout: Layout) -> Encoding {
+    match layout {
+        Layout::Planes => Encoding::Planes,
+        Layout::I2 => Encoding::Biased,
+    }
+}
+
+/// The inputs of the kernels of many tokens, in the order of the bindings.
+pub fn gemm_inputs(layout: Layout, inputs: SumInputs<'_>) -> Vec<&Slice> {
+    let SumInputs { words, codes, offset, code_sum } = inputs;
+    match layout {
+        Layout::Planes => vec![words, codes, offset],
+        Layout::I2 => vec![words, codes, offset, code_sum],
+    }
+}
+
+/// How a matrix with one scale is multiplied, by one token and by many.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct SumPlans {
+    /// One token. Its variant's layout is that of the weights.
+    pub gemv: GemvPlan,
+    /// Many.
+    pub gemm: GemmPlan,
+}
+
+impl From<GemvPlan> for SumPlans {
+    /// With the usual tiles.
+    fn from(gemv: GemvPlan) -> Self {
+        Self { gemv, gemm: GemmPlan::default() }
+    }
+}
+
+impl From<Variant> for SumPlans {
+    /// The variant as it runs within WebGPU's default limits.
+    fn from(variant: Variant) -> Self {
+        GemvPlan::from(variant).into()
+    }
+}
+
 /// A matrix with scales of groups of inputs, as its kernels see it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub struct GroupMatrix {
@@ -348,7 +435,7 @@ impl TokensPerLane {
     fn count(self) -> u32 {
         match self {
             Self::One => 1,
-            Self::Four => GEMM_TOKENS,
+            Self::Four => GROUP_TOKENS,
         }
     }
 }
@@ -662,15 +749,100 @@ pub fn gemv(plan: GemvPlan, shape: MatShape, tile_base: usize, tiles: usize) -> 
     call.writing(tiles * TILE_ROWS)
 }
 
-/// [`Variant::gemm_inputs`], acc; of tiles `tile_base..tile_base + tiles`.
-pub fn gemm(variant: Variant, shape: MatShape, tile_base: usize, tiles: usize) -> Call {
-    let constants = [
-        ("S", SLICES),
-        ("KC", k_chunks(shape.k())),
-        ("N_PAD", padded_rows(shape.n())),
-        ("TILE_BASE", tile_base),
-    ];
-    call(variant.gemm(), constants, tiles, Rows::TokenTiles(GEMM_TOKENS)).writing(tiles * TILE_ROWS)
+/// A shard of a matrix as the kernels of many tokens see it.
+#[derive(Debug, Clone, Copy)]
+pub struct Gemm {
+    /// How the weights lie.
+    pub layout: Layout,
+    /// `[N, K]` of the accumulator's rows.
+    pub shape: MatShape,
+    /// First tile of the shard.
+    pub tile_base: usize,
+    /// Tiles.
+    pub tiles: usize,
+    /// Tokens that there is room for.
+    pub max_tokens: usize,
+}
+
+impl Gemm {
+    /// The calls for any number of tokens from 2 on, each with the most tokens that it is for. Few
+    /// tokens leave most of a tile empty, and too few workgroups.
+    pub fn calls(self, plan: GemmPlan) -> Vec<(usize, Call)> {
+        let mut calls = vec![(4, self.few(4))];
+        if plan == GemmPlan::FEW {
+            calls.push((usize::MAX, self.few(8)));
+        } else {
+            calls.extend([(plan.tokens / 2, self.few(8)), (usize::MAX, self.tiled(plan))]);
+        }
+        calls
+    }
+
+    /// The call for so many tokens.
+    pub fn call_for(self, plan: GemmPlan, n_tokens: usize) -> Call {
+        let mut calls = self.calls(plan).into_iter();
+        calls.find(|(most, _)| n_tokens <= *most).expect("the last takes any number").1
+    }
+
+    /// [`gemm_inputs`], acc; of tokens four or eight at a time.
+    ///
+    /// # Panics
+    /// If `tokens` is another number.
+    pub fn few(self, tokens: usize) -> Call {
+        assert!([4, 8].contains(&tokens), "{tokens} tokens a lane");
+        let constants = [("S", SLICES), ("TOKENS", tokens)];
+        self.call(GemmPlan::FEW.kernel(self.layout), constants, self.tiles, tokens)
+    }
+
+    /// [`gemm_inputs`], acc; in tiles of rows and tokens.
+    ///
+    /// # Panics
+    /// If [`GemmPlan::validate`] refuses the plan, or it has no tiles.
+    pub fn tiled(self, plan: GemmPlan) -> Call {
+        let GemmPlan { rows, tokens } = plan;
+        assert!(
+            GemmPlan::TILES.contains(&(rows, tokens)) && plan != GemmPlan::FEW,
+            "{plan:?} was not validated"
+        );
+        let shard_rows = self.tiles * TILE_ROWS;
+        let constants = [
+            ("ROWS", shard_rows),
+            ("LANES_R", rows / 8),
+            ("LANES_T", tokens / 4),
+            ("LANES", plan.lanes()),
+            ("R", rows),
+            ("T", tokens),
+            ("X_UNITS", 4 * (tokens + 1)),
+        ];
+        let units = (self.layout == Layout::I2).then_some(("W_UNITS", 4 * rows));
+        let constants = constants.into_iter().chain(units);
+        self.call(plan.kernel(self.layout), constants, shard_rows.div_ceil(rows), tokens)
+    }
+
+    fn call(
+        self,
+        kernel: Kernel,
+        constants: impl IntoIterator<Item = (&'static str, usize)>,
+        x: usize,
+        tokens: usize,
+    ) -> Call {
+        let Self { layout, shape, tile_base, tiles, max_tokens } = self;
+        assert!(max_tokens > 0, "room for no token");
+        let (k, n_pad) = (shape.k(), padded_rows(shape.n()));
+        let shared = [
+            ("KC", k_chunks(k)),
+            ("N_PAD", n_pad),
+            ("TILE_BASE", tile_base),
+            ("MAX_TOKENS", max_tokens),
+        ];
+        let constants = shared.into_iter().chain(constants);
+        let mut call = call(kernel, constants, x, Rows::TokenTiles(tokens as u32));
+        let codes = max_tokens * gemm_encoding(layout).chunk_words() * k_chunks(k);
+        let acc = (max_tokens - 1) * n_pad + (tile_base + tiles) * TILE_ROWS;
+        call.words = vec![weight_words(k, tiles), codes, tiles * TILE_ROWS];
+        call.words.extend((layout == Layout::I2).then_some(max_tokens));
+        call.words.push(acc);
+        call.writing(tiles * TILE_ROWS)
+    }
 }
 
 /// w, scales, x, y; of the shard of whole tiles that `out` says.

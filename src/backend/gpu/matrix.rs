@@ -7,8 +7,8 @@ use cpu_ref::layout::{TILE_ROWS, k_chunks};
 use super::buffer::Slice;
 use super::device::Gpu;
 use super::kernels::{
-    DenseFormat, DenseShard, GemvPlan, GroupMatrix, LinearRows, MAX_HADAMARD_BLOCK, MAX_INT8_GROUP,
-    RowOrder, RowsOut, padded_rows,
+    DenseFormat, DenseShard, GroupMatrix, LinearRows, MAX_HADAMARD_BLOCK, MAX_INT8_GROUP, RowOrder,
+    RowsOut, SumPlans, padded_rows,
 };
 use super::shader::{self, Kernel};
 use crate::error::{Error, Result};
@@ -23,7 +23,7 @@ use crate::weights::{
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Method {
     /// One scale a matrix: int8 activations, i32 sums.
-    Sums(GemvPlan),
+    Sums(SumPlans),
     /// Scales of groups of inputs: f32 results.
     Groups {
         /// Whether activations are int8 with a scale a group; else f32.
@@ -35,7 +35,7 @@ impl Method {
     /// Its kernel for one token.
     pub fn gemv(self) -> Kernel {
         match self {
-            Self::Sums(plan) => plan.variant.gemv(),
+            Self::Sums(plans) => plans.gemv.variant.gemv(),
             Self::Groups { int8: false } => shader::GROUP_GEMV,
             Self::Groups { int8: true } => shader::GROUP_GEMV_INT8,
         }
@@ -63,7 +63,7 @@ pub struct HostMatrix {
 #[derive(Debug, Clone, Copy)]
 pub enum Kind {
     /// See [`Method::Sums`].
-    Sums(GemvPlan, MatShape),
+    Sums(SumPlans, MatShape),
     /// See [`Method::Groups`].
     Groups(GroupMatrix, bool),
 }
@@ -100,7 +100,7 @@ impl HostMatrix {
             }
             _ => {
                 let layout = match method {
-                    Method::Sums(plan) => plan.variant.layout(),
+                    Method::Sums(plans) => plans.gemv.variant.layout(),
                     Method::Groups { .. } => Layout::Planes,
                 };
                 let PackedRun { packed, scales } = PackedRun::pack_rows(run, layout, rows, source)?;
@@ -112,9 +112,9 @@ impl HostMatrix {
 
     fn new(method: Method, shape: MatShape, weights: Weights, scales: RunScales) -> Self {
         match (method, scales, &weights) {
-            (Method::Sums(plan), RunScales::Rows(weight_scale), Weights::Ternary(packed)) => {
+            (Method::Sums(plans), RunScales::Rows(weight_scale), Weights::Ternary(packed)) => {
                 let beside = bytemuck::cast_vec(row_offsets(packed));
-                Self { kind: Kind::Sums(plan, shape), beside, weight_scale, weights }
+                Self { kind: Kind::Sums(plans, shape), beside, weight_scale, weights }
             }
             (Method::Groups { int8 }, RunScales::Groups { group, words: beside }, _) => {
                 let binary = matches!(weights, Weights::Binary(_));

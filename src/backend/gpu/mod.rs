@@ -21,7 +21,7 @@ pub mod tune;
 pub use buffer::Slice;
 pub use device::{AdapterDescription, AdapterKind, Capabilities, Gpu, ResourceCounts, adapters};
 pub use head::{HeadInput, HeadOps, HeadStep, Int8Head, LOGIT_ROWS};
-pub use kernels::{Encoding, GemvPlan, Variant};
+pub use kernels::{Encoding, GemmPlan, GemvPlan, SumPlans, Variant};
 pub use matrix::row_offsets;
 pub use record::{Call, Op, PassParams, Pipelines, Rows, Specialised, WeightsRead, WorkDone};
 
@@ -42,14 +42,14 @@ use crate::sampler::{Mark, Sampler, Sampling};
 use crate::shape::MatShape;
 use crate::weights::{Input, LayerWeights, Table, TernaryMatrix, WeightScale, WeightSource};
 use kernels::{
-    Fused, LinearRows, LogitTile, MAX_SAMPLE_VOCAB, Rotate, RowOrder, SampleLens, SumInputs,
-    TokensPerLane, padded_rows,
+    Fused, Gemm, LinearRows, LogitTile, MAX_SAMPLE_VOCAB, Rotate, RowOrder, SampleLens, SumInputs,
+    TokensPerLane, gemm_encoding, gemm_inputs, padded_rows,
 };
 use matrix::{GpuLinear, GpuMatrix, GpuRotation, GpuRun, GpuTable, GpuTableData, HostLinear, Kind};
 use pace::{MAX_STEPS, Pace};
 use readback::{ChosenToken, Landing, Staging, TokenRing, run_time};
 use record::{PARAMS_SLOTS, PARAMS_STRIDE, Parameters, Recording};
-use tune::{Plans, Step as MatrixStep};
+use tune::{GemmPlans, Plans, Step as MatrixStep};
 
 /// The greedy token of NaN logits, as `argmax.wgsl` writes it.
 const NAN_TOKEN: u32 = u32::MAX;
@@ -59,6 +59,7 @@ pub struct GpuBackend {
     device: DeviceInfo,
     config: ModelConfig,
     max_batch: usize,
+    max_logit_rows: usize,
     capacity: usize,
     blocks: Blocks,
     layers: Vec<LayerOps>,
@@ -121,7 +122,7 @@ struct Draft {
     taken: Vec<u32>,
 }
 
-/// Activations and what is read back, for `max_batch` tokens.
+/// Activations and what is read back, for `max_batch` tokens and `max_logit_rows` rows of logits.
 struct Buffers {
     params: wgpu::Buffer,
     /// The prompt's, then what was chosen.
@@ -155,11 +156,11 @@ struct Buffers {
     logits_staging: Staging,
 }
 
-/// A matrix step as it is recorded for one token and for many.
+/// A matrix step as it is recorded for each number of tokens.
 #[derive(Clone)]
 struct Matmul {
-    gemv: Vec<Op>,
-    gemm: Vec<Op>,
+    /// Most tokens, rising, and what runs for as many.
+    by_tokens: Vec<(u32, Vec<Op>)>,
 }
 
 /// The dispatches of one layer's five steps.
@@ -230,19 +231,20 @@ impl GpuBackend {
             });
         }
         let int8 = options.activations(&config)? == Activations::Int8Group;
-        let (plans, mut notes) = match plan {
-            Some(plan) => (Plans::Asked(plan), Vec::new()),
+        let (plans, gemms, mut notes) = match plan {
+            Some(plan) => (Plans::Asked(plan), GemmPlans::default(), Vec::new()),
             None => tune::choose(&gpu, &config, options.tune)?,
         };
-        let max_batch = options.max_batch;
-        let buffers = Buffers::new(&gpu, &config, max_batch)?;
+        let max_batch = max_batch(&gpu, &config, options.max_batch);
+        let max_logit_rows = max_logit_rows(&gpu, &config, max_batch);
+        let buffers = Buffers::new(&gpu, &config, max_batch, max_logit_rows)?;
         let mut builder = Builder {
             gpu: &gpu,
             pipelines: Pipelines::default(),
             config: &config,
             max_batch,
             int8,
-            methods: self_test::Methods::new(&gpu, plans),
+            methods: self_test::Methods::new(&gpu, plans, gemms),
             buffers: &buffers,
             weight_bytes: 0,
         };
@@ -302,6 +304,7 @@ impl GpuBackend {
         Ok(Self {
             device,
             max_batch,
+            max_logit_rows,
             capacity,
             blocks: Blocks::new(capacity),
             layers,
@@ -519,8 +522,15 @@ fn record<'a>(
 }
 
 impl Matmul {
+    /// One kernel for one token, another for more.
+    fn new(gemv: Vec<Op>, gemm: Vec<Op>) -> Self {
+        Self { by_tokens: vec![(1, gemv), (u32::MAX, gemm)] }
+    }
+
     fn ops(&self, n_tokens: u32) -> &[Op] {
-        if n_tokens == 1 { &self.gemv } else { &self.gemm }
+        let mut by_tokens = self.by_tokens.iter();
+        let (_, ops) = by_tokens.find(|(most, _)| n_tokens <= *most).expect("the last takes all");
+        ops
     }
 }
 
@@ -530,14 +540,60 @@ fn act_stride(max_batch: usize) -> usize {
     max_batch.next_multiple_of(64)
 }
 
-impl Buffers {
-    fn new(gpu: &Gpu, config: &ModelConfig, max_batch: usize) -> Result<Self> {
+/// Most bytes of an activation buffer: a binding that WebGPU promises.
+const MAX_ACTIVATION_BYTES: u64 = 128 << 20;
+/// Most rows of logits at once.
+const MAX_LOGIT_ROWS: usize = 64;
+
+/// Words of a token in the widest buffers: of matrices' inputs, of heads, of matrices' results.
+struct Widths {
+    input: usize,
+    heads: usize,
+    output: usize,
+}
+
+impl Widths {
+    fn new(config: &ModelConfig) -> Self {
         let hidden = config.hidden_size;
-        let widest_in = hidden.max(config.query_size()).max(config.intermediate_size);
         // Every matrix may be a run of its own, which starts at a tile.
         let heads = padded_rows(config.query_size()) + 2 * padded_rows(config.kv_size());
         let gate_up = 2 * padded_rows(config.intermediate_size);
-        let widest_out = padded_rows(hidden).max(heads).max(gate_up);
+        Self {
+            input: hidden.max(config.query_size()).max(config.intermediate_size),
+            heads,
+            output: padded_rows(hidden).max(heads).max(gate_up),
+        }
+    }
+}
+
+/// How many rows of so many words a buffer of activations holds.
+fn rows_that_fit(gpu: &Gpu, row_words: usize) -> usize {
+    let bytes = gpu.max_binding().min(MAX_ACTIVATION_BYTES);
+    usize::try_from(bytes).unwrap_or(usize::MAX) / 4 / row_words.max(1)
+}
+
+/// Tokens of a pass: as many as are asked for and every buffer and grid has room for. What holds not
+/// even one is refused by name when it is made.
+fn max_batch(gpu: &Gpu, config: &ModelConfig, asked: usize) -> usize {
+    let Widths { input, output, .. } = Widths::new(config);
+    let grid = gpu.device.limits().max_compute_workgroups_per_dimension as usize;
+    asked.min(rows_that_fit(gpu, input.max(output))).min(grid).max(1)
+}
+
+/// Rows of logits of a pass.
+fn max_logit_rows(gpu: &Gpu, config: &ModelConfig, max_batch: usize) -> usize {
+    max_batch.min(MAX_LOGIT_ROWS).min(rows_that_fit(gpu, config.vocab_size)).max(1)
+}
+
+impl Buffers {
+    fn new(
+        gpu: &Gpu,
+        config: &ModelConfig,
+        max_batch: usize,
+        max_logit_rows: usize,
+    ) -> Result<Self> {
+        let hidden = config.hidden_size;
+        let Widths { input: widest_in, heads, output: widest_out } = Widths::new(config);
         let f32s = |what, per_token: usize| gpu.storage(what, per_token * max_batch);
         let sample = SampleLens::new(config.vocab_size);
         Ok(Self {
@@ -563,7 +619,7 @@ impl Buffers {
             query: f32s("query", config.query_size())?,
             attended: f32s("attended", config.query_size())?,
             gated: f32s("gated", config.intermediate_size)?,
-            logits: f32s("logits", config.vocab_size)?,
+            logits: gpu.storage("logits", config.vocab_size * max_logit_rows)?,
             seen: gpu.storage("seen", LOGIT_ROWS * sample.seen)?,
             bits: gpu.storage("ordered logits", sample.vocab)?,
             block_max: gpu.storage("best of blocks", sample.block_max)?,
@@ -732,17 +788,22 @@ impl Builder<'_> {
             let mut before = Vec::new();
             let x = self.input(run, x, &mut before)?;
             let matmul = match run.matrix.kind {
-                Kind::Sums(plan, shape) => {
+                Kind::Sums(plans, shape) => {
                     let (b, stride) = (self.buffers, act_stride(self.max_batch));
                     let act_scale = b.act_scale.words(index * stride, stride);
                     let quantize = |encoding| {
                         let call = kernels::quantize_absmax(shape.k(), encoding);
                         self.op(&call, &[x, &b.codes, &act_scale, &b.code_sum])
                     };
-                    plan.validate(self.gpu, shape.k())?;
-                    let mut matmul = self.sums(plan, &run.matrix, &linear.rows, index)?;
-                    matmul.gemv.insert(0, quantize(plan.variant.gemv_encoding())?);
-                    matmul.gemm.insert(0, quantize(plan.variant.gemm_encoding())?);
+                    plans.gemv.validate(self.gpu, shape.k())?;
+                    plans.gemm.validate(self.gpu)?;
+                    let variant = plans.gemv.variant;
+                    let one = quantize(variant.gemv_encoding())?;
+                    let many = quantize(gemm_encoding(variant.layout()))?;
+                    let mut matmul = self.sums(plans, &run.matrix, &linear.rows, index)?;
+                    for (most, ops) in &mut matmul.by_tokens {
+                        ops.insert(0, if *most == 1 { one.clone() } else { many.clone() });
+                    }
                     matmul
                 }
                 Kind::Groups(shape, int8) => {
@@ -781,29 +842,38 @@ impl Builder<'_> {
     /// A run with i32 sums.
     fn sums(
         &self,
-        plan: GemvPlan,
+        plans: SumPlans,
         matrix: &GpuMatrix,
         rows: &LinearRows,
         run: usize,
     ) -> Result<Matmul> {
         let b = self.buffers;
-        let mut matmul = Matmul { gemv: Vec::new(), gemm: Vec::new() };
-        let k = matrix.kind.shape().k();
+        let (variant, k) = (plans.gemv.variant, matrix.kind.shape().k());
+        let layout = variant.layout();
         // The GEMM's stride is that of all runs.
         let shape = MatShape::new(rows.padded(), k)?;
         let first_tile = rows.first(run) / TILE_ROWS;
-        for (tiles, words, offset) in &matrix.shards {
+        let mut by_tokens = vec![(1, Vec::new())];
+        for (at, (tiles, words, offset)) in matrix.shards.iter().enumerate() {
             let inputs = SumInputs { words, codes: &b.codes, offset, code_sum: &b.code_sum };
-            let (base, count) = (first_tile + tiles.start, tiles.len());
-            let op = |call, mut buffers: Vec<_>| {
+            let (tile_base, tiles) = (first_tile + tiles.start, tiles.len());
+            let op = |call: &Call, mut buffers: Vec<_>| {
                 buffers.push(&b.acc);
-                self.op(&call, &buffers)
+                self.op(call, &buffers)
             };
-            let (gemv, gemm) = (plan.variant.gemv_inputs(inputs), plan.variant.gemm_inputs(inputs));
-            matmul.gemv.push(op(kernels::gemv(plan, shape, base, count), gemv)?);
-            matmul.gemm.push(op(kernels::gemm(plan.variant, shape, base, count), gemm)?);
+            let gemv = kernels::gemv(plans.gemv, shape, tile_base, tiles);
+            by_tokens[0].1.push(op(&gemv, variant.gemv_inputs(inputs))?);
+            let gemm = Gemm { layout, shape, tile_base, tiles, max_tokens: self.max_batch };
+            for (index, (most, call)) in gemm.calls(plans.gemm).into_iter().enumerate() {
+                let op = op(&call, gemm_inputs(layout, inputs))?;
+                let most = u32::try_from(most).unwrap_or(u32::MAX);
+                match at {
+                    0 => by_tokens.push((most, vec![op])),
+                    _ => by_tokens[1 + index].1.push(op),
+                }
+            }
         }
-        Ok(matmul)
+        Ok(Matmul { by_tokens })
     }
 
     /// A run with scales of groups, whose rows start at `base` of the accumulator.
@@ -815,7 +885,7 @@ impl Builder<'_> {
     ) -> Result<Matmul> {
         let b = self.buffers;
         let Kind::Groups(shape, int8) = matrix.kind else { unreachable!("a run of groups") };
-        let mut matmul = Matmul { gemv: Vec::new(), gemm: Vec::new() };
+        let (mut gemv, mut gemm) = (Vec::new(), Vec::new());
         for (tiles, words, scales) in &matrix.shards {
             let out = matrix.rows_out(tiles, base, stride);
             let op = |tokens| {
@@ -827,10 +897,10 @@ impl Builder<'_> {
                     self.op(&call, &[words, scales, x, &b.acc])
                 }
             };
-            matmul.gemv.push(op(TokensPerLane::One)?);
-            matmul.gemm.push(op(TokensPerLane::Four)?);
+            gemv.push(op(TokensPerLane::One)?);
+            gemm.push(op(TokensPerLane::Four)?);
         }
-        Ok(matmul)
+        Ok(Matmul::new(gemv, gemm))
     }
 
     /// A step in one dispatch a shard, where its kernels take the matrix: `call` has the kernel and
@@ -843,7 +913,9 @@ impl Builder<'_> {
         call: impl Fn(Fused) -> Option<(Call, Vec<&'a Slice>)>,
     ) -> Result<Vec<Op>> {
         let matrix = &linear.runs[0].matrix;
-        let Kind::Sums(plan, shape) = matrix.kind else { return Ok(Vec::new()) };
+        let Kind::Sums(SumPlans { gemv: plan, .. }, shape) = matrix.kind else {
+            return Ok(Vec::new());
+        };
         if !plan.fused || linear.fused_rows.is_empty() || shape.k() > plan.max_fused_k() {
             return Ok(Vec::new());
         }
@@ -1034,6 +1106,14 @@ impl Backend for GpuBackend {
         self.max_batch
     }
 
+    fn chunk(&self) -> usize {
+        self.pace.chunk(self.max_batch)
+    }
+
+    fn max_logit_rows(&self) -> usize {
+        self.max_logit_rows
+    }
+
     fn capacity(&self) -> usize {
         self.capacity
     }
@@ -1092,6 +1172,10 @@ impl Backend for GpuBackend {
     fn begin(&mut self, batch: Batch<'_>) -> Result<()> {
         batch.check(self.max_batch, self.capacity, self.config.vocab_size)?;
         let (n_tokens, n_logit_rows) = (batch.tokens.count(), batch.logit_rows());
+        if n_logit_rows > self.max_logit_rows {
+            let (name, max) = ("rows of logits of a batch", self.max_logit_rows);
+            return Err(Error::Dimension { name, found: n_logit_rows, max });
+        }
         let token_in = match batch.tokens {
             Tokens::Given(tokens) => {
                 self.forget();

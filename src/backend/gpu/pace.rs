@@ -12,6 +12,11 @@ pub(super) const MAX_STEPS: usize = 16;
 /// What a pass of many tokens costs, in passes of one, per token: before the first is measured.
 const TOKENS_PER_PASS: f64 = 4.0;
 
+/// Tokens of the widest tile of a GEMM.
+const TILE: usize = 64;
+/// Fewest tokens of a pass, if the prompt has as many: where they take too long, so does a token.
+const LEAST_CHUNK: usize = 8;
+
 /// The speed of a device with a model, first guessed low, then measured.
 pub(super) struct Pace {
     layers: usize,
@@ -45,6 +50,15 @@ impl Pace {
         };
         let parts = (pass.as_secs_f64() / LONGEST_SUBMIT.as_secs_f64()).ceil().max(1.0);
         ((self.layers as f64 / parts) as usize).clamp(1, self.layers.max(1))
+    }
+
+    /// Tokens of a prompt for one pass, at most `max`: as many as one layer is done with in time, in
+    /// whole tiles.
+    pub(super) fn chunk(&self, max: usize) -> usize {
+        let layer = self.prompt_token.as_secs_f64() / self.layers.max(1) as f64;
+        let fit = (LONGEST_SUBMIT.as_secs_f64() / layer.max(1e-12)) as usize;
+        let whole = if fit >= TILE { fit - fit % TILE } else { fit };
+        whole.clamp(LEAST_CHUNK, LEAST_CHUNK.max(max)).min(max)
     }
 
     /// A submit of `steps` tokens was complete after `time`.
@@ -97,6 +111,26 @@ mod tests {
         assert_eq!(pace.layers(64), 1);
         pace.measured_prompt(64, Duration::from_millis(10));
         assert_eq!((pace.layers(64), pace.layers(6400)), (30, 4));
+    }
+
+    #[test]
+    fn a_chunk_of_a_prompt_is_no_longer_than_the_watchdog_lets_a_layer_be() {
+        for token_us in [1u64, 100, 5000, 40_000, 200_000, 600_000] {
+            let mut pace = Pace::new(30, 850_000_000, false);
+            for _ in 0..40 {
+                pace.measured_prompt(64, Duration::from_micros(64 * token_us));
+            }
+            let chunk = pace.chunk(512);
+            let longest = token_us * chunk as u64 * pace.layers(chunk) as u64 / 30;
+            assert!(longest <= 150_000 || chunk == LEAST_CHUNK, "{token_us} µs: {longest}");
+            assert!(chunk < TILE || chunk.is_multiple_of(TILE), "{token_us} µs: {chunk}");
+            assert_eq!((pace.chunk(5), pace.chunk(1)), (5, 1));
+        }
+        // Before anything is measured, 21 ms a token.
+        assert_eq!(Pace::new(30, 850_000_000, false).chunk(512), 192);
+        let mut pace = Pace::new(30, 850_000_000, false);
+        pace.measured_prompt(192, Duration::from_millis(192));
+        assert_eq!(pace.chunk(512), 512);
     }
 
     #[test]

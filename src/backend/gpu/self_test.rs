@@ -8,17 +8,20 @@ use cpu_ref::layout::{CHUNK_K, k_chunks};
 use cpu_ref::sample::Sampling;
 
 use super::head::{HeadInput, HeadOps, HeadStep, Int8Head, LOGIT_ROWS};
-use super::kernels::{Encoding, Fused, GemvPlan, LogitTile, RowOrder, SumInputs, TokensPerLane};
+use super::kernels::{
+    Encoding, Fused, Gemm, GemmPlan, GemvPlan, LogitTile, RowOrder, SumInputs, SumPlans,
+    TokensPerLane, gemm_encoding, gemm_inputs,
+};
 use super::matrix::{
     GpuLinear, GpuMatrix, GpuTable, GpuTableData, HostLinear, HostMatrix, Kind, Method,
 };
 use super::record::Op;
-use super::tune::{Plans, Step};
+use super::tune::{GemmPlans, Plans, Step};
 use super::{Gpu, PassParams, Pipelines, Slice, kernels, row_offsets, shader};
 use crate::backend::gpu::record::Call;
 use crate::error::{Error, Result};
 use crate::format::float::{f16_to_f32, f32_to_f16};
-use crate::layout::Packed;
+use crate::layout::{Layout, Packed};
 use crate::random::Random;
 use crate::shape::MatShape;
 use crate::weights::{Alphabet, Table, TableData, TernaryMatrix};
@@ -27,6 +30,7 @@ use crate::weights::{Alphabet, Table, TableData, TernaryMatrix};
 pub(super) struct Methods<'a> {
     gpu: &'a Gpu,
     sums: Sums,
+    gemms: Gemms,
     /// Whether the group kernels with f32 and with int8 activations have passed.
     groups: [bool; 2],
 }
@@ -121,10 +125,52 @@ impl Sums {
     }
 }
 
+/// Which tiles the matrices of a layout get for many tokens.
+struct Gemms {
+    plans: GemmPlans,
+    passed: Vec<(Layout, GemmPlan)>,
+    refused: Vec<(Layout, GemmPlan, Error)>,
+}
+
+impl Gemms {
+    fn new(plans: GemmPlans) -> Self {
+        Self { plans, passed: Vec::new(), refused: Vec::new() }
+    }
+
+    /// The plan of a layout that is exact here, as `check` says: the preferred one, else the kernels
+    /// of a few tokens for any number of them.
+    fn plan(
+        &mut self,
+        layout: Layout,
+        mut check: impl FnMut(GemmPlan) -> Result<()>,
+    ) -> Result<GemmPlan> {
+        for plan in [self.plans.of(layout), GemmPlan::FEW] {
+            if self.passed.contains(&(layout, plan)) {
+                return Ok(plan);
+            }
+            if self.refused.iter().any(|(l, p, _)| (*l, *p) == (layout, plan)) {
+                continue;
+            }
+            match check(plan) {
+                Ok(()) => {
+                    self.passed.push((layout, plan));
+                    return Ok(plan);
+                }
+                Err(problem @ Error::SelfTest { .. }) => {
+                    self.refused.push((layout, plan, problem));
+                }
+                Err(error) => return Err(error),
+            }
+        }
+        let (_, _, problem) = self.refused.pop().expect("there is a plan, and it was refused");
+        Err(problem)
+    }
+}
+
 impl<'a> Methods<'a> {
     /// None yet.
-    pub fn new(gpu: &'a Gpu, plans: Plans) -> Self {
-        Self { gpu, sums: Sums::new(plans), groups: [false; 2] }
+    pub fn new(gpu: &'a Gpu, plans: Plans, gemms: GemmPlans) -> Self {
+        Self { gpu, sums: Sums::new(plans), gemms: Gemms::new(gemms), groups: [false; 2] }
     }
 
     /// The method of a step's matrices with one scale; `can_fuse` says whether a plan has a fused kernel
@@ -134,13 +180,17 @@ impl<'a> Methods<'a> {
     /// [`Error::SelfTest`] if the plan, or every one of them, is wrong on this adapter.
     pub fn sums(&mut self, step: Step, can_fuse: impl Fn(GemvPlan) -> bool) -> Result<Method> {
         let gpu = self.gpu;
-        self.sums
-            .plan(step, can_fuse, |plan| match gpu.is_dry() {
-                // Which computes nothing that could be checked.
-                true => Ok(()),
-                false => check(gpu, plan),
-            })
-            .map(Method::Sums)
+        // A dry device computes nothing that could be checked.
+        let gemv = self.sums.plan(step, can_fuse, |plan| match gpu.is_dry() {
+            true => Ok(()),
+            false => check(gpu, plan),
+        })?;
+        let layout = gemv.variant.layout();
+        let gemm = self.gemms.plan(layout, |plan| match gpu.is_dry() {
+            true => Ok(()),
+            false => check_gemm(gpu, layout, plan),
+        })?;
+        Ok(Method::Sums(SumPlans { gemv, gemm }))
     }
 
     /// The method of matrices with scales of groups.
@@ -165,15 +215,19 @@ impl<'a> Methods<'a> {
 
     /// The plans that were wrong on this adapter, one line each.
     pub fn refusals(&self) -> Vec<String> {
-        self.sums.refused.iter().map(|(_, problem)| problem.to_string()).collect()
+        let gemvs = self.sums.refused.iter().map(|(_, problem)| problem);
+        let gemms = self.gemms.refused.iter().map(|(_, _, problem)| problem);
+        gemvs.chain(gemms).map(ToString::to_string).collect()
     }
 }
 
-/// Rows, columns and tokens of the check: partial tiles, partial chunks, a partial token tile.
+/// Rows and columns of the check: partial tiles, partial chunks.
 const SHAPE: (usize, usize) = (70, 1000);
+/// Tokens of the check of the kernels of groups: a partial token tile.
 const TOKENS: usize = 5;
 
-/// Runs the plan's kernels on a fixed pseudo-random matrix and compares with the reference.
+/// Runs the plan's kernels for one token on a fixed pseudo-random matrix and compares with the
+/// reference.
 ///
 /// # Errors
 /// [`Error::SelfTest`] on the first difference.
@@ -182,29 +236,44 @@ pub fn check(gpu: &Gpu, plan: GemvPlan) -> Result<()> {
     let shape = MatShape::new(SHAPE.0, SHAPE.1)?;
     plan.validate(gpu, shape.k())?;
     let mut random = Random::new(0x5EED);
-    let (trits, codes) = (random.trits(shape.len()), random.codes(TOKENS * shape.k()));
+    let (trits, codes) = (random.trits(shape.len()), random.codes(shape.k()));
     let packed = Packed::pack(variant.layout(), shape, &trits);
-    let first = &codes[..shape.k()];
-    let found = multiply(gpu, plan, &packed, first, 1)?;
-    compare(gpu, variant.gemv().name, &found, &cpu_ref::gemv::gemv(&trits, first))?;
-    let found = multiply(gpu, plan, &packed, &codes, TOKENS)?;
-    compare(gpu, variant.gemm().name, &found, &cpu_ref::gemm::gemm(&trits, &codes, shape.k()))?;
-    // Scale 1, and no value near a tie: a division that is off in the last bit is allowed.
-    let x: Vec<f32> = (0..shape.k())
-        .map(|k| if k == 7 { -127.0 } else { random.below(253) as f32 - 125.75 })
-        .collect();
-    let expected = cpu_ref::quantize_absmax::quantize_absmax(&x).codes;
-    for encoding in [variant.gemv_encoding(), variant.gemm_encoding()] {
-        let found = quantize(gpu, encoding, &x, 1)?;
-        compare(
-            gpu,
-            "quantize_absmax",
-            &found.codes,
-            &encode_codes(encoding, &expected, shape.k()),
-        )?;
-        compare(gpu, "quantize_absmax", &found.code_sum, &[code_sum(encoding, &expected)])?;
-    }
+    let found = multiply(gpu, plan.into(), &packed, &codes, 1)?;
+    compare(gpu, variant.gemv().name, &found, &cpu_ref::gemv::gemv(&trits, &codes))?;
+    check_quantize(gpu, variant.gemv_encoding(), &mut random)?;
     if plan.fused { check_fused(gpu, plan) } else { Ok(()) }
+}
+
+/// Runs the kernels for many tokens of a layout and plan in the same way: each with a partial tile of
+/// tokens.
+///
+/// # Errors
+/// [`Error::SelfTest`] on the first difference.
+pub fn check_gemm(gpu: &Gpu, layout: Layout, plan: GemmPlan) -> Result<()> {
+    let shape = MatShape::new(SHAPE.0, SHAPE.1)?;
+    plan.validate(gpu)?;
+    let mut random = Random::new(0x5EEC);
+    let trits = random.trits(shape.len());
+    let packed = Packed::pack(layout, shape, &trits);
+    for n_tokens in [3, 5, plan.tokens + 5] {
+        let codes = random.codes(n_tokens * shape.k());
+        let call = |gemm: Gemm| gemm.call_for(plan, n_tokens);
+        let (kernel, found) = multiply_many(gpu, &packed, &codes, call)?;
+        compare(gpu, kernel, &found, &cpu_ref::gemm::gemm(&trits, &codes, shape.k()))?;
+    }
+    check_quantize(gpu, gemm_encoding(layout), &mut random)
+}
+
+/// Quantises with scale 1, and no value near a tie: a division that is off in the last bit is allowed.
+fn check_quantize(gpu: &Gpu, encoding: Encoding, random: &mut Random) -> Result<()> {
+    let kernel = "quantize_absmax";
+    let k = SHAPE.1;
+    let value = |at| if at == 7 { -127.0 } else { random.below(253) as f32 - 125.75 };
+    let x: Vec<f32> = (0..k).map(value).collect();
+    let expected = cpu_ref::quantize_absmax::quantize_absmax(&x).codes;
+    let found = quantize(gpu, encoding, &x, 1)?;
+    compare(gpu, kernel, &found.codes, &encode_codes(encoding, &expected, k))?;
+    compare(gpu, kernel, &found.code_sum, &[code_sum(encoding, &expected)])
 }
 
 /// Runs a fused step on a fixed pseudo-random matrix. A root or division that is off in the last bit
@@ -259,7 +328,7 @@ pub fn fused_matrix(
     parts: &[&TernaryMatrix],
     order: RowOrder,
 ) -> Result<Vec<FusedShard>> {
-    let host = HostLinear::pack(parts, 64, order, |_| Ok(Method::Sums(plan)))?;
+    let host = HostLinear::pack(parts, 64, order, |_| Ok(Method::Sums(plan.into())))?;
     let slices = gpu.upload_together("fused", &host.parts(gpu))?;
     let linear = GpuLinear::from_slices(gpu, &host, &mut slices.into_iter());
     let shards = linear.runs[0].matrix.shards.iter().zip(&linear.fused_rows);
@@ -851,43 +920,95 @@ pub fn run(gpu: &Gpu, call: &Call, params: PassParams, buffers: &[&Slice]) -> Re
     gpu.run_all(&uniform, params, [&op])
 }
 
-/// `acc[M, N]` of a packed matrix and int8 codes `[M, K]`: the GEMV kernel for one token, the GEMM
-/// kernel for more.
+/// `acc[M, N]` of a packed matrix and int8 codes `[M, K]`, as a model has it: the GEMV kernel for one
+/// token, the kernels of the GEMM plan for more.
 ///
 /// # Errors
 /// [`Error::Gpu`] if the driver refuses or fails.
 pub fn multiply(
     gpu: &Gpu,
-    plan: GemvPlan,
+    plans: SumPlans,
     packed: &Packed,
     codes: &[i8],
     n_tokens: usize,
 ) -> Result<Vec<i32>> {
-    let shape = packed.shape();
-    plan.validate(gpu, shape.k())?;
-    let n_pad = kernels::padded_rows(shape.n());
-    let tiles = n_pad / cpu_ref::layout::TILE_ROWS;
-    let variant = plan.variant;
-    let encoding = if n_tokens == 1 { variant.gemv_encoding() } else { variant.gemm_encoding() };
-    let words = gpu.upload("w", packed.words())?;
-    let x = gpu.upload("x", &encode_codes(encoding, codes, shape.k()))?;
-    let offset = gpu.upload("offset", &row_offsets(packed))?;
-    let tokens = codes.chunks_exact(shape.k());
-    let sums: Vec<i32> = tokens.map(|token| code_sum(encoding, token)).collect();
-    let sums = gpu.upload("code_sum", &sums)?;
-    let acc = gpu.storage("acc", n_tokens * n_pad)?;
-    let inputs = SumInputs { words: &words, codes: &x, offset: &offset, code_sum: &sums };
-    let (call, mut buffers) = if n_tokens == 1 {
-        (kernels::gemv(plan, shape, 0, tiles), variant.gemv_inputs(inputs))
-    } else {
-        (kernels::gemm(variant, shape, 0, tiles), variant.gemm_inputs(inputs))
-    };
-    buffers.push(&acc);
-    let params = PassParams { n_tokens: n_tokens as u32, ..PassParams::default() };
-    run(gpu, &call, params, &buffers)?;
-    let words = gpu.read(&acc, n_tokens * n_pad)?;
-    let rows = words.chunks_exact(n_pad).flat_map(|row| &row[..shape.n()]);
-    Ok(rows.map(|&word| word as i32).collect())
+    let SumPlans { gemv, gemm } = plans;
+    gemv.validate(gpu, packed.shape().k())?;
+    gemm.validate(gpu)?;
+    if n_tokens > 1 {
+        let call = |shard: Gemm| shard.call_for(gemm, n_tokens);
+        return Ok(multiply_many(gpu, packed, codes, call)?.1);
+    }
+    let variant = gemv.variant;
+    let product = Product::upload(gpu, variant.gemv_encoding(), packed, codes)?;
+    let call = kernels::gemv(gemv, packed.shape(), 0, product.tiles());
+    product.run(gpu, &call, variant.gemv_inputs(product.inputs()))
+}
+
+/// The same with one of the kernels of many tokens, and its name.
+///
+/// # Errors
+/// [`Error::Gpu`] if the driver refuses or fails.
+pub fn multiply_many(
+    gpu: &Gpu,
+    packed: &Packed,
+    codes: &[i8],
+    call: impl FnOnce(Gemm) -> Call,
+) -> Result<(&'static str, Vec<i32>)> {
+    let (layout, shape) = (packed.layout(), packed.shape());
+    let product = Product::upload(gpu, gemm_encoding(layout), packed, codes)?;
+    let (tiles, max_tokens) = (product.tiles(), product.n_tokens);
+    let call = call(Gemm { layout, shape, tile_base: 0, tiles, max_tokens });
+    let found = product.run(gpu, &call, gemm_inputs(layout, product.inputs()))?;
+    Ok((call.kernel.name, found))
+}
+
+/// A matrix and activations on the device.
+struct Product {
+    shape: MatShape,
+    n_tokens: usize,
+    words: Slice,
+    codes: Slice,
+    offset: Slice,
+    code_sum: Slice,
+    acc: Slice,
+}
+
+impl Product {
+    fn upload(gpu: &Gpu, encoding: Encoding, packed: &Packed, codes: &[i8]) -> Result<Self> {
+        let shape = packed.shape();
+        let tokens = codes.chunks_exact(shape.k());
+        let n_tokens = tokens.len();
+        let sums: Vec<i32> = tokens.map(|token| code_sum(encoding, token)).collect();
+        Ok(Self {
+            shape,
+            n_tokens,
+            words: gpu.upload("w", packed.words())?,
+            codes: gpu.upload("x", &encode_codes(encoding, codes, shape.k()))?,
+            offset: gpu.upload("offset", &row_offsets(packed))?,
+            code_sum: gpu.upload("code_sum", &sums)?,
+            acc: gpu.storage("acc", n_tokens * kernels::padded_rows(shape.n()))?,
+        })
+    }
+
+    fn tiles(&self) -> usize {
+        kernels::padded_rows(self.shape.n()) / cpu_ref::layout::TILE_ROWS
+    }
+
+    fn inputs(&self) -> SumInputs<'_> {
+        let Self { words, codes, offset, code_sum, .. } = self;
+        SumInputs { words, codes, offset, code_sum }
+    }
+
+    fn run<'a>(&'a self, gpu: &Gpu, call: &Call, mut buffers: Vec<&'a Slice>) -> Result<Vec<i32>> {
+        buffers.push(&self.acc);
+        let params = PassParams { n_tokens: self.n_tokens as u32, ..PassParams::default() };
+        run(gpu, call, params, &buffers)?;
+        let n_pad = kernels::padded_rows(self.shape.n());
+        let words = gpu.read(&self.acc, self.n_tokens * n_pad)?;
+        let rows = words.chunks_exact(n_pad).flat_map(|row| &row[..self.shape.n()]);
+        Ok(rows.map(|&word| word as i32).collect())
+    }
 }
 
 /// Activations `[M, K]` of a matrix with scales of groups.
@@ -1009,7 +1130,7 @@ mod tests {
     use super::super::Variant;
     use super::*;
 
-    fn wrong() -> Error {
+    fn wrong_result() -> Error {
         let [device, kernel, problem] = ["gpu:0", "gemv", "wrong"].map(str::to_owned);
         Error::SelfTest { device, kernel, problem }
     }
@@ -1032,7 +1153,11 @@ mod tests {
                     |_| true,
                     |plan| {
                         checks.push(plan);
-                        if plan.variant == Variant::PackedDot { Err(wrong()) } else { Ok(()) }
+                        if plan.variant == Variant::PackedDot {
+                            Err(wrong_result())
+                        } else {
+                            Ok(())
+                        }
                     },
                 );
                 assert_eq!(found.unwrap(), plan(expected));
@@ -1042,6 +1167,31 @@ mod tests {
         assert_eq!(checks, [other, tuned, plan(Variant::PackedDot)]);
         assert_eq!(sums.refused.len(), 2);
         assert_eq!(sums.names().as_deref(), Some("gemv_planes (fused)"));
+    }
+
+    #[test]
+    fn wrong_tiles_are_replaced_and_named() {
+        let tiles = GemmPlan { rows: 64, tokens: 32 };
+        let mut gemms = Gemms::new(GemmPlans { i2: tiles, ..GemmPlans::default() });
+        let mut checks = Vec::new();
+        let mut check = |wrong: Option<GemmPlan>, layout| {
+            let check = |plan| {
+                checks.push((layout, plan));
+                if wrong.is_none_or(|wrong| wrong == plan) { Err(wrong_result()) } else { Ok(()) }
+            };
+            gemms.plan(layout, check)
+        };
+        for _layer in 0..2 {
+            assert_eq!(check(Some(tiles), Layout::I2).unwrap(), GemmPlan::FEW);
+            assert_eq!(check(Some(tiles), Layout::Planes).unwrap(), GemmPlan::default());
+        }
+        let usual = (Layout::Planes, GemmPlan::default());
+        assert_eq!(checks, [(Layout::I2, tiles), (Layout::I2, GemmPlan::FEW), usual]);
+        assert_eq!(gemms.refused.len(), 1);
+        // Where nothing is right there is no kernel for a prompt.
+        let mut gemms = Gemms::new(GemmPlans::default());
+        let found = gemms.plan(Layout::I2, |_| Err(wrong_result()));
+        assert!(matches!(found, Err(Error::SelfTest { .. })));
     }
 
     #[test]
@@ -1062,11 +1212,11 @@ mod tests {
     #[test]
     fn a_plan_that_is_asked_for_has_no_substitute() {
         let mut sums = Sums::new(Plans::Asked(plan(Variant::BitSerial)));
-        let found = sums.plan(Step::O, |_| true, |_| Err(wrong()));
+        let found = sums.plan(Step::O, |_| true, |_| Err(wrong_result()));
         assert!(matches!(found, Err(Error::SelfTest { .. })));
         let order = Variant::ALL.to_vec();
         let mut sums = Sums::new(Plans::Preferred([plan(Variant::BitSerial); 4], order));
-        assert!(sums.plan(Step::O, |_| true, |_| Err(wrong())).is_err());
+        assert!(sums.plan(Step::O, |_| true, |_| Err(wrong_result())).is_err());
         // A driver's failure is no wrong result.
         let lost = |_| Err(Error::EmptyPrompt);
         assert!(matches!(sums.plan(Step::Qkv, |_| true, lost), Err(Error::EmptyPrompt)));

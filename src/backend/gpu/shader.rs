@@ -35,6 +35,8 @@ kernels! {
     GEMV_I2_HALF = "gemv_i2_half",
     GEMM_PLANES = "gemm_planes",
     GEMM_I2 = "gemm_i2",
+    GEMM_PLANES_FEW = "gemm_planes_few",
+    GEMM_I2_FEW = "gemm_i2_few",
     GROUP_GEMV = "group_gemv",
     GROUP_GEMV_INT8 = "group_gemv_int8",
     FUSED_QKV = "fused_qkv",
@@ -60,8 +62,19 @@ kernels! {
 /// writes workgroup memory before it reads it, leaves every loop, divides by no zero, and touches no
 /// word of a binding past what its typed function in `kernels.rs` says, whatever its uniform and its
 /// inputs hold; `Gpu::op` compares that with the buffers.
-pub const UNCHECKED: &[Kernel] =
-    &[GEMV_PLANES, GEMV_I2, GEMV_I2_SIGNED, GEMV_I2_HALF, FUSED_QKV, FUSED_GATED, FUSED_RESIDUAL];
+pub const UNCHECKED: &[Kernel] = &[
+    GEMV_PLANES,
+    GEMV_I2,
+    GEMV_I2_SIGNED,
+    GEMV_I2_HALF,
+    GEMM_PLANES,
+    GEMM_I2,
+    GEMM_PLANES_FEW,
+    GEMM_I2_FEW,
+    FUSED_QKV,
+    FUSED_GATED,
+    FUSED_RESIDUAL,
+];
 
 /// The snippets of `shaders/shared/`.
 const SNIPPETS: &[(&str, &str)] = &[
@@ -74,6 +87,8 @@ const SNIPPETS: &[(&str, &str)] = &[
     ("exp", include_str!("../../../shaders/shared/exp.wgsl")),
     ("levels", include_str!("../../../shaders/shared/levels.wgsl")),
     ("mass", include_str!("../../../shaders/shared/mass.wgsl")),
+    ("gemm_few", include_str!("../../../shaders/shared/gemm_few.wgsl")),
+    ("gemm_tile", include_str!("../../../shaders/shared/gemm_tile.wgsl")),
     ("gemv_shape", include_str!("../../../shaders/shared/gemv_shape.wgsl")),
     ("half_pairs", include_str!("../../../shaders/shared/half_pairs.wgsl")),
     ("half_sum", include_str!("../../../shaders/shared/half_sum.wgsl")),

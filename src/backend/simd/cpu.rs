@@ -372,7 +372,7 @@ impl SimdBackend {
         let config = source.config().clone();
         let capacity = options.capacity(&config)?;
         let precision = options.activations(&config)?;
-        let max_batch = options.max_batch;
+        let max_batch = options.host_batch();
         let pool = Pool::new(options.threads.unwrap_or_else(default_threads))?;
         // The largest tensors first, while there is little beside their pages.
         let embedding = Head::pack(source.embedding()?)?;

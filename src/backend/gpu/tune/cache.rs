@@ -4,7 +4,8 @@
 //! {"key": {"adapter": "…", "driver": "…", "api": "vulkan", "wgpu": "30.0.1", "kernels": "…",
 //!   "capabilities": "Adapter"},
 //!  "plans": {"down 2560x6912 norm": {"variant": "packed_dot", "slices": 8, "rows": 32,
-//!   "unroll": 1, "fused": true}}}
+//!   "unroll": 1, "fused": true}},
+//!  "gemms": {"gemm_i2 13824x2560": {"rows": 64, "tokens": 64}}}
 //! ```
 
 use std::collections::BTreeMap;
@@ -17,7 +18,7 @@ use etcetera::BaseStrategy;
 use serde::{Deserialize, Serialize};
 
 use super::super::device::Gpu;
-use super::super::kernels::GemvPlan;
+use super::super::kernels::{GemmPlan, GemvPlan};
 use super::super::shader::KERNELS;
 use crate::error::{Error, Result};
 
@@ -99,12 +100,14 @@ pub(super) struct Kept {
     key: Key,
     /// By [`super::StepShape::id`].
     plans: BTreeMap<String, GemvPlan>,
+    /// By [`super::GemmShape::id`].
+    gemms: BTreeMap<String, GemmPlan>,
 }
 
 impl Kept {
     /// Nothing is known.
     pub fn new(key: &Key) -> Self {
-        Self { key: key.clone(), plans: BTreeMap::new() }
+        Self { key: key.clone(), plans: BTreeMap::new(), gemms: BTreeMap::new() }
     }
 
     /// What is in the file of a key, or nothing. If there is a file and it is not for this key, why.
@@ -114,7 +117,9 @@ impl Kept {
             Err(error) if error.kind() == io::ErrorKind::NotFound => None,
             Err(error) => Some(error.to_string()),
             Ok(bytes) => match serde_json::from_slice::<Self>(&bytes) {
-                Ok(kept) if kept.plans.len() > MAX_PLANS => Some("too many plans".to_owned()),
+                Ok(kept) if kept.plans.len().max(kept.gemms.len()) > MAX_PLANS => {
+                    Some("too many plans".to_owned())
+                }
                 Ok(kept) if kept.key == *key => return (kept, None),
                 Ok(kept) => Some(kept.difference(key)),
                 Err(error) => Some(error.to_string()),
@@ -148,6 +153,19 @@ impl Kept {
             self.plans.clear();
         }
         self.plans.extend(plans.iter().cloned());
+    }
+
+    /// The tiles of a product of many tokens.
+    pub fn gemm(&self, id: &str) -> Option<GemmPlan> {
+        self.gemms.get(id).copied()
+    }
+
+    /// [`Self::add`] for products of many tokens.
+    pub fn add_gemms(&mut self, plans: &[(String, GemmPlan)]) {
+        if self.gemms.len() + plans.len() > MAX_PLANS {
+            self.gemms.clear();
+        }
+        self.gemms.extend(plans.iter().cloned());
     }
 
     /// Writes the file, whole or not at all, and says where it is.

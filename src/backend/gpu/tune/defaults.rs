@@ -1,7 +1,8 @@
 //! The plan that is likely to be fastest on an adapter that was not measured.
 
 use super::super::device::{AdapterDescription, AdapterKind};
-use super::super::kernels::{GemvPlan, Variant};
+use super::super::kernels::{GemmPlan, GemvPlan, Variant};
+use super::GemmPlans;
 
 /// A class of adapters and its plan; the first that matches decides.
 struct Class {
@@ -66,6 +67,16 @@ pub(super) fn plan(adapter: &AdapterDescription) -> GemvPlan {
     let class = CLASSES.iter().find(|class| (class.matches)(adapter));
     let Class { variant, fused, .. } = class.expect("the last class takes every adapter");
     GemvPlan { fused: *fused, ..GemvPlan::from(*variant) }
+}
+
+/// The tiles that are likely to be fastest.
+pub(super) fn gemms(adapter: &AdapterDescription) -> GemmPlans {
+    // A lane that holds more tokens costs a rasteriser nothing, and a workgroup's turn at a barrier does.
+    let plan = match adapter.kind {
+        AdapterKind::Software => GemmPlan { rows: 64, tokens: 32 },
+        _ => GemmPlan::default(),
+    };
+    GemmPlans { planes: plan, i2: plan }
 }
 
 /// Every variant, the likely fastest first.

@@ -7,12 +7,15 @@ use cpu_ref::layout::{PIECE_WORDS, TILE_ROWS, k_chunks};
 
 use super::super::buffer::Slice;
 use super::super::device::{AdapterKind, Gpu};
-use super::super::kernels::{self, Fused, GemvPlan, LinearRows, SumInputs};
+use super::super::kernels::{
+    self, Fused, Gemm, GemmPlan, GemvPlan, LinearRows, SumInputs, gemm_encoding, gemm_inputs,
+};
 use super::super::readback::Staging;
 use super::super::record::{Call, Op, Parameters, PassParams, Pipelines};
 use super::super::self_test;
-use super::{Step, StepShape, Track};
+use super::{GemmShape, Step, StepShape, Track};
 use crate::error::{Error, Result};
+use crate::layout::Layout;
 use crate::random::Random;
 use crate::shape::MatShape;
 
@@ -34,6 +37,8 @@ const PASS: Duration = Duration::from_millis(2);
 const MAX_STEPS: u32 = 512;
 /// Timed passes; their median counts.
 const PASSES: usize = 5;
+/// Timed passes of a product of many tokens, which takes milliseconds.
+const GEMM_PASSES: usize = 3;
 /// A device sleeps until it has had something to do for a while.
 const WARM_UP: Duration = Duration::from_millis(40);
 /// Random words that the weights are filled with, again and again.
@@ -46,6 +51,8 @@ pub(super) struct Bench<'a> {
     pipelines: Pipelines,
     uniform: wgpu::Buffer,
     params: PassParams,
+    /// The uniform of the products of many tokens.
+    gemm_uniform: wgpu::Buffer,
     /// Random words, in two buffers.
     weights: [Slice; 2],
     clock: Clock,
@@ -82,6 +89,7 @@ impl<'a> Bench<'a> {
             pipelines: Pipelines::default(),
             uniform,
             params,
+            gemm_uniform: gpu.params_buffer(),
             weights,
             clock,
             is_warm: false,
@@ -102,6 +110,40 @@ impl<'a> Bench<'a> {
     /// Bytes of weights that a measured step reads: all, or what fits a binding.
     pub fn step_bytes(&self, step: &StepShape) -> u64 {
         step_bytes(self.gpu, step)
+    }
+
+    /// Rows of a measured product of many tokens: all, or what fits a binding.
+    pub fn gemm_rows(&self, product: &GemmShape) -> usize {
+        self.gemm_tiles(product) * TILE_ROWS
+    }
+
+    fn gemm_tiles(&self, product: &GemmShape) -> usize {
+        let shape = product.shape;
+        let tile_bytes = (k_chunks(shape.k()) * TILE_ROWS * PIECE_WORDS * 4) as u64;
+        let room = usize::try_from(self.weights[0].len_bytes() / tile_bytes).unwrap_or(usize::MAX);
+        let row_bytes = 4 * TILE_ROWS as u64 * self.gemm_tokens() as u64;
+        let fit = usize::try_from(self.gpu.max_binding() / row_bytes).unwrap_or(usize::MAX);
+        (shape.n() / TILE_ROWS).min(room).min(fit).max(1)
+    }
+
+    /// The operation of a product of many tokens.
+    fn gemm_op(&self, product: &GemmShape, plan: GemmPlan) -> Result<Op> {
+        let (gpu, layout, k) = (self.gpu, product.layout, product.shape.k());
+        let (tiles, max_tokens) = (self.gemm_tiles(product), self.gemm_tokens());
+        let shape = MatShape::new(tiles * TILE_ROWS, k)?;
+        let tile_words = k_chunks(k) * TILE_ROWS * PIECE_WORDS;
+        let words = self.weights[0].words(0, tiles * tile_words);
+        let n_codes = max_tokens * gemm_encoding(layout).chunk_words() * k_chunks(k);
+        let codes = self.weights[1].words(0, n_codes.min(self.weights[1].len_bytes() as usize / 4));
+        let offset = gpu.storage("offset", shape.n())?;
+        let code_sum = gpu.storage("code_sum", max_tokens)?;
+        let acc = gpu.storage("acc", max_tokens * shape.n())?;
+        let inputs =
+            SumInputs { words: &words, codes: &codes, offset: &offset, code_sum: &code_sum };
+        let gemm = Gemm { layout, shape, tile_base: 0, tiles, max_tokens };
+        let call = gemm.call_for(plan, max_tokens);
+        let buffers = [gemm_inputs(layout, inputs), vec![&acc]].concat();
+        gpu.op(&self.pipelines, &call, &self.gemm_uniform, &buffers)
     }
 
     fn left(&self, budget: Duration) -> bool {
@@ -307,6 +349,40 @@ impl Track for Bench<'_> {
         }
         // A clock that saw nothing has measured nothing.
         Ok(median(&mut times).map(|time| time / count).filter(|time| !time.is_zero()))
+    }
+
+    fn check_gemm(&mut self, layout: Layout, plan: GemmPlan) -> Result<()> {
+        self_test::check_gemm(self.gpu, layout, plan)
+    }
+
+    fn measure_gemm(
+        &mut self,
+        product: &GemmShape,
+        plan: GemmPlan,
+        end: Duration,
+    ) -> Result<Option<Duration>> {
+        let op = self.gemm_op(product, plan)?;
+        let params = PassParams { n_tokens: self.gemm_tokens() as u32, ..self.params };
+        self.gpu.queue.write_buffer(&self.gemm_uniform, 0, bytemuck::bytes_of(&params));
+        let pass = |count: u32| {
+            let ops = std::iter::repeat_n(&op, count as usize);
+            self.clock.time(self.gpu, &params, ops)
+        };
+        // The first pass pays for what is done once; it only says how many products to take.
+        let one = pass(1)?;
+        let count = passes_for(PASS, one, MAX_STEPS);
+        let mut times = Vec::new();
+        while times.len() < GEMM_PASSES && self.start.elapsed() + count * one < end {
+            times.push(pass(count)?);
+        }
+        Ok(median(&mut times).map(|time| time / count).filter(|time| !time.is_zero()))
+    }
+
+    fn gemm_tokens(&self) -> usize {
+        match self.gpu.adapter.kind {
+            AdapterKind::Software => 64,
+            _ => 256,
+        }
     }
 }
 

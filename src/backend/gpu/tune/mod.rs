@@ -19,16 +19,20 @@ use cpu_ref::mlp::Activation;
 use serde::Serialize;
 
 use super::device::{AdapterKind, Gpu};
-use super::kernels::{GemvPlan, RowOrder, Variant, padded_rows};
+use super::kernels::{GemmPlan, GemvPlan, RowOrder, Variant, padded_rows};
 use crate::backend::Tune;
 use crate::config::{Activations, ModelConfig};
 use crate::error::{Error, Result};
+use crate::layout::Layout;
 use crate::shape::MatShape;
 
 pub use cache::{Key, directory};
 
 /// Time that a model's first load on an adapter may spend on measuring.
 pub const AUTO_BUDGET: Duration = Duration::from_millis(1900);
+
+/// What of it is left for the products of many tokens.
+const AUTO_GEMM: Duration = Duration::from_millis(400);
 
 /// The lists of candidates: another value is another entry. [`StepShape::is_legal`] says what goes together.
 const VARIANTS: [Variant; 4] = Variant::ALL;
@@ -196,6 +200,37 @@ impl StepShape {
     }
 }
 
+/// A product of many tokens: the largest matrix of a model's layers, on which the tiles of a layout are
+/// raced.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct GemmShape {
+    layout: Layout,
+    /// `[N, K]`, padding of gate and up included.
+    shape: MatShape,
+}
+
+impl GemmShape {
+    /// Of the steps of a model.
+    fn of(steps: &[StepShape; 4], layout: Layout) -> Result<Self> {
+        let step = steps.iter().max_by_key(|step| step.shape.len()).expect("four steps");
+        Ok(Self { layout, shape: MatShape::new(padded_rows(step.rows()), step.shape.k())? })
+    }
+
+    /// The name under which a winner is kept.
+    fn id(&self) -> String {
+        let kernel = GemmPlan::default().kernel(self.layout).name;
+        format!("{kernel} {}x{}", self.shape.n(), self.shape.k())
+    }
+
+    /// The plans that may run it, the default first.
+    fn candidates(default: GemmPlan, lanes: u32) -> Vec<GemmPlan> {
+        let others = GemmPlan::all().into_iter().filter(|&plan| plan != default);
+        let mut plans = vec![default];
+        plans.extend(others.filter(|plan| plan.lanes() <= lanes as usize));
+        plans
+    }
+}
+
 /// Every pair of two lists' values.
 fn pairs<A: Copy, B: Copy>(first: &[A], second: &[B]) -> impl Iterator<Item = (A, B)> {
     first.iter().flat_map(|&a| second.iter().map(move |&b| (a, b)))
@@ -222,21 +257,33 @@ struct Race {
     candidates: Vec<(GemvPlan, Outcome)>,
 }
 
+/// The default, unless it was refused, or another is faster by more than the margin; with the default
+/// not measured, nothing is known.
+fn winner<P: Copy>(candidates: &[(P, Outcome)]) -> P {
+    let (default, outcome) = &candidates[0];
+    let bar = match outcome {
+        Outcome::Time(time) => time.as_secs_f64() / MARGIN,
+        Outcome::Refused(_) => f64::INFINITY,
+        Outcome::Waiting | Outcome::NotReached => return *default,
+    };
+    let timed = candidates.iter().filter_map(|(plan, outcome)| match outcome {
+        Outcome::Time(time) if time.as_secs_f64() < bar => Some((time, *plan)),
+        _ => None,
+    });
+    timed.min_by_key(|(time, _)| **time).map_or(*default, |(_, plan)| plan)
+}
+
+/// Whether a second race would find nothing new.
+fn is_settled<P>(candidates: &[(P, Outcome)]) -> bool {
+    let mut outcomes = candidates.iter().map(|(_, outcome)| outcome);
+    outcomes.clone().any(|outcome| matches!(outcome, Outcome::Time(_)))
+        || outcomes.all(|outcome| matches!(outcome, Outcome::Refused(_)))
+}
+
 impl Race {
-    /// The default, unless it was refused, or another is faster by more than the margin; with the
-    /// default not measured, nothing is known.
+    /// See [`winner`].
     fn winner(&self) -> GemvPlan {
-        let (default, outcome) = &self.candidates[0];
-        let bar = match outcome {
-            Outcome::Time(time) => time.as_secs_f64() / MARGIN,
-            Outcome::Refused(_) => f64::INFINITY,
-            Outcome::Waiting | Outcome::NotReached => return *default,
-        };
-        let timed = self.candidates.iter().filter_map(|(plan, outcome)| match outcome {
-            Outcome::Time(time) if time.as_secs_f64() < bar => Some((time, *plan)),
-            _ => None,
-        });
-        timed.min_by_key(|(time, _)| **time).map_or(*default, |(_, plan)| plan)
+        winner(&self.candidates)
     }
 
     /// Whose turn it is: the default's; then each variant's as it runs by default, fused and split; then
@@ -251,13 +298,14 @@ impl Race {
         let waiting = waiting.filter(|(_, (_, outcome))| *outcome == Outcome::Waiting);
         waiting.min_by_key(|(at, (plan, _))| (merit(*plan), *at)).map(|(at, _)| at)
     }
+}
 
-    /// Whether a second race would find nothing new.
-    fn is_settled(&self) -> bool {
-        let mut outcomes = self.candidates.iter().map(|(_, outcome)| outcome);
-        outcomes.clone().any(|outcome| matches!(outcome, Outcome::Time(_)))
-            || outcomes.all(|outcome| matches!(outcome, Outcome::Refused(_)))
-    }
+/// The tiles of a product of many tokens and the fastest of them.
+#[derive(Debug, Clone, PartialEq)]
+struct GemmRace {
+    product: GemmShape,
+    /// The default first.
+    candidates: Vec<(GemmPlan, Outcome)>,
 }
 
 /// In how many of its values a plan is another.
@@ -285,6 +333,18 @@ trait Track {
         plan: GemvPlan,
         end: Duration,
     ) -> Result<Option<Duration>>;
+    /// Whether the kernels of many tokens of a layout are exact here.
+    fn check_gemm(&mut self, layout: Layout, plan: GemmPlan) -> Result<()>;
+    /// The time of one product of [`Self::gemm_tokens`]; `None` if there is not enough left until
+    /// `end`.
+    fn measure_gemm(
+        &mut self,
+        product: &GemmShape,
+        plan: GemmPlan,
+        end: Duration,
+    ) -> Result<Option<Duration>>;
+    /// Tokens of a product that is measured.
+    fn gemm_tokens(&self) -> usize;
 }
 
 /// Races the candidates of all steps until the budget ends: one of each step, then another of each,
@@ -337,8 +397,42 @@ fn race(
     races
 }
 
+/// Races the tiles of products of many tokens until the budget ends, the defaults first.
+fn race_gemms(
+    products: &[GemmShape],
+    defaults: GemmPlans,
+    lanes: u32,
+    budget: Duration,
+    track: &mut impl Track,
+) -> Vec<GemmRace> {
+    let start = |product: &GemmShape| {
+        let plans = GemmShape::candidates(defaults.of(product.layout), lanes).into_iter();
+        GemmRace { product: *product, candidates: plans.map(|p| (p, Outcome::Waiting)).collect() }
+    };
+    let mut races: Vec<GemmRace> = products.iter().map(start).collect();
+    let mut longest = Duration::ZERO;
+    for at in 0..GemmPlan::all().len() {
+        for GemmRace { product, candidates } in &mut races {
+            let Some((plan, outcome)) = candidates.get_mut(at) else { continue };
+            let begin = track.elapsed();
+            // What took so long before may take as long again.
+            if begin + longest >= budget {
+                return races;
+            }
+            let checked = track.check_gemm(product.layout, *plan);
+            *outcome =
+                outcome_of(checked.and_then(|()| track.measure_gemm(product, *plan, budget)));
+            longest = longest.max(track.elapsed().saturating_sub(begin));
+        }
+    }
+    races
+}
+
 fn run(step: &StepShape, plan: GemvPlan, budget: Duration, track: &mut impl Track) -> Outcome {
-    let measured = track.check(plan).and_then(|()| track.measure(step, plan, budget));
+    outcome_of(track.check(plan).and_then(|()| track.measure(step, plan, budget)))
+}
+
+fn outcome_of(measured: Result<Option<Duration>>) -> Outcome {
     match measured {
         Ok(Some(time)) => Outcome::Time(time),
         Ok(None) => Outcome::NotReached,
@@ -382,6 +476,8 @@ pub struct Report {
     pub not_kept: Option<String>,
     /// One a step.
     pub shapes: Vec<ShapeReport>,
+    /// One for each layout of the winners.
+    pub gemms: Vec<GemmReport>,
 }
 
 /// The candidates of one step.
@@ -417,19 +513,84 @@ pub struct CandidateReport {
     pub refused: Option<String>,
 }
 
+/// The tiles of a product of many tokens.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct GemmReport {
+    /// The tiled kernel of the layout.
+    pub kernel: &'static str,
+    /// Tokens.
+    pub m: usize,
+    /// Rows.
+    pub n: usize,
+    /// Columns.
+    pub k: usize,
+    /// The default first.
+    pub candidates: Vec<GemmCandidateReport>,
+    /// The plan that is used from now on.
+    pub winner: GemmPlan,
+}
+
+/// What was measured of tiles.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct GemmCandidateReport {
+    /// Their `rows` and `tokens`.
+    #[serde(flatten)]
+    pub plan: GemmPlan,
+    /// Microseconds of the product.
+    pub us: Option<f64>,
+    /// Multiplications and additions, 10⁹ a second.
+    pub gop_s: Option<f64>,
+    /// See [`CandidateReport::exact`].
+    pub exact: Option<bool>,
+    /// Why they were not measured.
+    pub refused: Option<String>,
+}
+
+/// Whether the results were exact, and why a plan was not measured.
+fn verdict(outcome: &Outcome) -> (Option<bool>, Option<String>) {
+    match outcome {
+        Outcome::Time(_) => (Some(true), None),
+        Outcome::Refused(problem) => (Some(false), Some(problem.clone())),
+        Outcome::Waiting | Outcome::NotReached => (None, None),
+    }
+}
+
+/// Seconds, if it was measured.
+fn seconds(outcome: &Outcome) -> Option<f64> {
+    match outcome {
+        Outcome::Time(time) => Some(time.as_secs_f64()),
+        _ => None,
+    }
+}
+
+impl GemmReport {
+    /// Of a race in which `m` tokens and `n` rows were measured.
+    fn new(race: &GemmRace, m: usize, n: usize) -> Self {
+        let k = race.product.shape.k();
+        let ops = 2.0 * m as f64 * n as f64 * k as f64;
+        let candidates = race.candidates.iter().map(|(plan, outcome)| {
+            let (exact, refused) = verdict(outcome);
+            let time = seconds(outcome);
+            let (us, gop_s) = (time.map(|s| s * 1e6), time.map(|s| ops / s / 1e9));
+            GemmCandidateReport { plan: *plan, us, gop_s, exact, refused }
+        });
+        Self {
+            kernel: GemmPlan::default().kernel(race.product.layout).name,
+            m,
+            n,
+            k,
+            candidates: candidates.collect(),
+            winner: winner(&race.candidates),
+        }
+    }
+}
+
 impl ShapeReport {
     fn new(race: &Race, bytes: u64, copy_gb_s: Option<f64>) -> Self {
         let candidates = race.candidates.iter().map(|(plan, outcome)| {
-            let time = match outcome {
-                Outcome::Time(time) => Some(time.as_secs_f64()),
-                _ => None,
-            };
+            let time = seconds(outcome);
             let gb_s = time.map(|seconds| bytes as f64 / seconds / 1e9);
-            let (exact, refused) = match outcome {
-                Outcome::Time(_) => (Some(true), None),
-                Outcome::Refused(problem) => (Some(false), Some(problem.clone())),
-                Outcome::Waiting | Outcome::NotReached => (None, None),
-            };
+            let (exact, refused) = verdict(outcome);
             let share = gb_s.zip(copy_gb_s).map(|(gb_s, copy)| gb_s / copy);
             CandidateReport { plan: *plan, us: time.map(|s| s * 1e6), gb_s, share, exact, refused }
         });
@@ -450,7 +611,7 @@ impl ShapeReport {
 /// [`Error::Gpu`] if the driver fails. That the winners cannot be kept is in the report.
 pub fn tune(
     gpu: &Gpu,
-    steps: &[StepShape],
+    steps: &[StepShape; 4],
     budget: Duration,
     directory: Option<&Path>,
 ) -> Result<Report> {
@@ -458,7 +619,10 @@ pub fn tune(
     let mut bench = measure::Bench::new(gpu, steps, start)?;
     // The races are what the budget is for; what is left is enough for the rest.
     let default = defaults::plan(&gpu.adapter);
-    let races = race(steps, default, gpu.lanes(), budget * 9 / 10, &mut bench);
+    let races = race(steps, default, gpu.lanes(), budget * 7 / 10, &mut bench);
+    let products = products_of(steps, races.iter().map(Race::winner))?;
+    let gemms = defaults::gemms(&gpu.adapter);
+    let gemms = race_gemms(&products, gemms, gpu.lanes(), budget * 9 / 10, &mut bench);
     let copy_gb_s = bench.copy_gb_s(budget)?;
     let dispatch_us = bench.dispatch_us(budget)?;
     let key = Key::of(gpu);
@@ -470,6 +634,7 @@ pub fn tune(
         Some(directory) => {
             let (mut kept, _) = cache::Kept::read(directory, &key);
             kept.add(&winners(&races));
+            kept.add_gemms(&gemm_winners(&gemms));
             kept.write(directory).map_err(|error| error.to_string())
         }
     };
@@ -482,7 +647,11 @@ pub fn tune(
         let bytes = bench.step_bytes(&race.step);
         ShapeReport::new(race, bytes, copy_gb_s)
     });
+    let gemms = gemms
+        .iter()
+        .map(|race| GemmReport::new(race, bench.gemm_tokens(), bench.gemm_rows(&race.product)));
     Ok(Report {
+        gemms: gemms.collect(),
         device: format!("gpu:{}", gpu.adapter.index),
         adapter: gpu.adapter.name.clone(),
         kind: gpu.adapter.kind.to_string(),
@@ -503,8 +672,55 @@ pub fn tune(
 
 /// The winners of the races that settled something.
 fn winners(races: &[Race]) -> Vec<(String, GemvPlan)> {
-    let settled = races.iter().filter(|race| race.is_settled());
+    let settled = races.iter().filter(|race| is_settled(&race.candidates));
     settled.map(|race| (race.step.id(), race.winner())).collect()
+}
+
+/// The same of tiles.
+fn gemm_winners(races: &[GemmRace]) -> Vec<(String, GemmPlan)> {
+    let settled = races.iter().filter(|race| is_settled(&race.candidates));
+    settled.map(|race| (race.product.id(), winner(&race.candidates))).collect()
+}
+
+/// The products that tell which tiles are fastest for matrices of these plans: one for each layout.
+fn products_of(
+    steps: &[StepShape; 4],
+    plans: impl IntoIterator<Item = GemvPlan>,
+) -> Result<Vec<GemmShape>> {
+    let mut products: Vec<GemmShape> = Vec::new();
+    for plan in plans {
+        let layout = plan.variant.layout();
+        if !products.iter().any(|product| product.layout == layout) {
+            products.push(GemmShape::of(steps, layout)?);
+        }
+    }
+    Ok(products)
+}
+
+/// Which tiles the matrices of each layout get for many tokens.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub(super) struct GemmPlans {
+    /// Of [`Layout::Planes`].
+    pub planes: GemmPlan,
+    /// Of [`Layout::I2`].
+    pub i2: GemmPlan,
+}
+
+impl GemmPlans {
+    /// Those of a layout.
+    pub fn of(self, layout: Layout) -> GemmPlan {
+        match layout {
+            Layout::Planes => self.planes,
+            Layout::I2 => self.i2,
+        }
+    }
+
+    fn set(&mut self, layout: Layout, plan: GemmPlan) {
+        match layout {
+            Layout::Planes => self.planes = plan,
+            Layout::I2 => self.i2 = plan,
+        }
+    }
 }
 
 /// Which plans a model's matrices get.
@@ -524,38 +740,56 @@ pub(super) enum Plans {
 ///
 /// # Errors
 /// [`Error::Dimension`] if a matrix is too large.
-pub(super) fn choose(gpu: &Gpu, config: &ModelConfig, tune: Tune) -> Result<(Plans, Vec<String>)> {
+pub(super) fn choose(
+    gpu: &Gpu,
+    config: &ModelConfig,
+    tune: Tune,
+) -> Result<(Plans, GemmPlans, Vec<String>)> {
     let (default, order) = (defaults::plan(&gpu.adapter), defaults::order(&gpu.adapter));
+    let gemms = defaults::gemms(&gpu.adapter);
     let Some(steps) = StepShape::of(config)? else {
-        return Ok((Plans::Preferred([default; 4], order), Vec::new()));
+        return Ok((Plans::Preferred([default; 4], order), gemms, Vec::new()));
     };
     let defaults = steps.map(|step| step.default_plan(default));
     if tune == Tune::Off || gpu.adapter.kind == AdapterKind::Software {
-        return Ok((Plans::Preferred(defaults, order), Vec::new()));
+        return Ok((Plans::Preferred(defaults, order), gemms, Vec::new()));
     }
-    let measure = |missing: &[StepShape]| {
+    let measure = |missing: &[StepShape], products: &dyn Fn(&[Race]) -> Vec<GemmShape>| {
         let start = Instant::now();
         let gpu = gpu.open_again()?;
         let mut bench = measure::Bench::new(&gpu, missing, start)?;
-        Ok(race(missing, default, gpu.lanes(), AUTO_BUDGET, &mut bench))
+        let races = race(missing, default, gpu.lanes(), AUTO_BUDGET - AUTO_GEMM, &mut bench);
+        let products = products(&races);
+        let gemms = race_gemms(&products, gemms, gpu.lanes(), AUTO_BUDGET, &mut bench);
+        Ok((races, gemms))
     };
     let directory = cache::directory();
-    let lanes = gpu.lanes();
-    let (plans, notes) =
-        kept_or_measured(&steps, default, lanes, &Key::of(gpu), directory.as_deref(), measure);
-    Ok((Plans::Preferred(plans, order), notes))
+    let adapter = Adapter { default, gemms, lanes: gpu.lanes(), key: Key::of(gpu) };
+    let (plans, gemms, notes) = kept_or_measured(&steps, &adapter, directory.as_deref(), measure)?;
+    Ok((Plans::Preferred(plans, order), gemms, notes))
+}
+
+/// What is known of an adapter before anything is measured.
+struct Adapter {
+    default: GemvPlan,
+    gemms: GemmPlans,
+    /// Most lanes of a workgroup.
+    lanes: u32,
+    key: Key,
 }
 
 /// The plans in the cache, those of a race for what is not in it, and the defaults for what was not
-/// reached. Nothing here is worth failing for: what goes wrong is a note.
+/// reached. What goes wrong with measuring is not worth failing for: it is a note.
 fn kept_or_measured(
     steps: &[StepShape; 4],
-    default: GemvPlan,
-    lanes: u32,
-    key: &Key,
+    adapter: &Adapter,
     directory: Option<&Path>,
-    measure: impl FnOnce(&[StepShape]) -> Result<Vec<Race>>,
-) -> ([GemvPlan; 4], Vec<String>) {
+    measure: impl FnOnce(
+        &[StepShape],
+        &dyn Fn(&[Race]) -> Vec<GemmShape>,
+    ) -> Result<(Vec<Race>, Vec<GemmRace>)>,
+) -> Result<([GemvPlan; 4], GemmPlans, Vec<String>)> {
+    let Adapter { default, gemms, lanes, ref key } = *adapter;
     let mut notes = Vec::new();
     let mut kept = match directory {
         Some(directory) => {
@@ -569,18 +803,43 @@ fn kept_or_measured(
     let known = |kept: &cache::Kept, step: &StepShape| {
         kept.plan(&step.id()).filter(|plan| step.candidates(default, lanes).contains(plan))
     };
+    let known_gemm = |kept: &cache::Kept, product: &GemmShape| {
+        let candidates = GemmShape::candidates(gemms.of(product.layout), lanes);
+        kept.gemm(&product.id()).filter(|plan| candidates.contains(plan))
+    };
+    let products = [Layout::Planes, Layout::I2].map(|layout| GemmShape::of(steps, layout));
+    let [planes, i2] = products;
+    let products = [planes?, i2?];
+    let plan_of = |kept: &cache::Kept, step: &StepShape| {
+        known(kept, step).unwrap_or_else(|| step.default_plan(default))
+    };
+    // The layouts that matrices have after a race, and whose tiles are not known.
+    let before = kept.clone();
+    let missing_gemms = |races: &[Race]| {
+        let mut kept = before.clone();
+        kept.add(&winners(races));
+        let layouts: Vec<Layout> =
+            steps.iter().map(|step| plan_of(&kept, step).variant.layout()).collect();
+        let mut products = products.to_vec();
+        products.retain(|product| layouts.contains(&product.layout));
+        products.retain(|product| known_gemm(&kept, product).is_none());
+        products
+    };
     let missing: Vec<StepShape> =
         steps.iter().filter(|step| known(&kept, step).is_none()).copied().collect();
-    if !missing.is_empty() {
+    if !missing.is_empty() || !missing_gemms(&[]).is_empty() {
         let start = Instant::now();
-        match measure(&missing) {
-            Ok(races) => {
-                let winners = winners(&races);
-                let (count, seconds) = (winners.len(), start.elapsed().as_secs_f64());
+        match measure(&missing, &missing_gemms) {
+            Ok((races, gemm_races)) => {
+                let (winners, gemm_winners) = (winners(&races), gemm_winners(&gemm_races));
+                let count = winners.len() + gemm_winners.len();
+                let seconds = start.elapsed().as_secs_f64();
                 let name = &key.adapter;
                 notes.push(format!("tuned {count} matrix steps for {name} in {seconds:.1} s"));
                 notes.extend(refusals(&races));
+                notes.extend(gemm_refusals(&gemm_races));
                 kept.add(&winners);
+                kept.add_gemms(&gemm_winners);
                 let problem = match directory.map(|directory| kept.write(directory)) {
                     Some(Ok(_)) => None,
                     Some(Err(error)) => Some(error.to_string()),
@@ -591,8 +850,28 @@ fn kept_or_measured(
             Err(error) => notes.push(format!("not tuned: {error}")),
         }
     }
-    let plans = steps.map(|step| known(&kept, &step).unwrap_or_else(|| step.default_plan(default)));
-    (plans, notes)
+    let plans = steps.map(|step| plan_of(&kept, &step));
+    let mut tiles = gemms;
+    for product in &products {
+        if let Some(plan) = known_gemm(&kept, product) {
+            tiles.set(product.layout, plan);
+        }
+    }
+    Ok((plans, tiles, notes))
+}
+
+/// Each refusal of tiles.
+fn gemm_refusals(races: &[GemmRace]) -> Vec<String> {
+    let mut problems = Vec::new();
+    for race in races {
+        for (plan, outcome) in &race.candidates {
+            if let Outcome::Refused(problem) = outcome {
+                let kernel = plan.kernel(race.product.layout).name;
+                problems.push(format!("{kernel} {plan} is not used: {problem}"));
+            }
+        }
+    }
+    problems
 }
 
 /// Each refusal once.

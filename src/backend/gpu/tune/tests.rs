@@ -21,12 +21,22 @@ struct Fake<F> {
     wrong: Option<Variant>,
     refused: Option<Variant>,
     measured: Vec<(Step, GemvPlan)>,
+    wrong_tiles: Option<(Layout, GemmPlan)>,
+    measured_gemms: Vec<(Layout, GemmPlan)>,
 }
 
 impl<F: Fn(&StepShape, GemvPlan) -> u32> Fake<F> {
     /// `time` in microseconds.
     fn new(time: F) -> Self {
-        Self { now: Duration::ZERO, time, wrong: None, refused: None, measured: Vec::new() }
+        Self {
+            now: Duration::ZERO,
+            time,
+            wrong: None,
+            refused: None,
+            measured: Vec::new(),
+            wrong_tiles: None,
+            measured_gemms: Vec::new(),
+        }
     }
 }
 
@@ -62,6 +72,30 @@ impl<F: Fn(&StepShape, GemvPlan) -> u32> Track for Fake<F> {
             return Err(Error::Gpu { adapter, operation: "make a pipeline", problem });
         }
         Ok(Some(Duration::from_micros((self.time)(step, plan).into())))
+    }
+
+    fn check_gemm(&mut self, layout: Layout, plan: GemmPlan) -> Result<()> {
+        self.now += 10 * MS;
+        if self.wrong_tiles == Some((layout, plan)) { Err(wrong()) } else { Ok(()) }
+    }
+
+    fn measure_gemm(
+        &mut self,
+        product: &GemmShape,
+        plan: GemmPlan,
+        end: Duration,
+    ) -> Result<Option<Duration>> {
+        if self.now + 50 * MS > end {
+            return Ok(None);
+        }
+        self.now += 50 * MS;
+        self.measured_gemms.push((product.layout, plan));
+        // The smaller the faster.
+        Ok(Some(Duration::from_micros((plan.rows * plan.tokens) as u64)))
+    }
+
+    fn gemm_tokens(&self) -> usize {
+        256
     }
 }
 
@@ -247,40 +281,108 @@ fn key() -> Key {
 const SPLIT: GemvPlan =
     GemvPlan { variant: Variant::BitSerial, slices: 4, rows: 32, unroll: 1, fused: false };
 
+fn adapter() -> Adapter {
+    Adapter { default: default(), gemms: GemmPlans::default(), lanes: LANES, key: key() }
+}
+
 /// What a race on a fake adapter finds, on which one plan is twice as fast.
-fn measured(steps: &[StepShape]) -> Result<Vec<Race>> {
+fn measured(
+    steps: &[StepShape],
+    products: &dyn Fn(&[Race]) -> Vec<GemmShape>,
+) -> Result<(Vec<Race>, Vec<GemmRace>)> {
     let mut track = Fake::new(|_, plan| if plan == SPLIT { 500 } else { 1000 });
-    Ok(race(steps, default(), LANES, 1000 * 1000 * MS, &mut track))
+    let budget = 1000 * 1000 * MS;
+    let races = race(steps, default(), LANES, budget, &mut track);
+    let products = products(&races);
+    let gemms = race_gemms(&products, GemmPlans::default(), LANES, budget, &mut track);
+    Ok((races, gemms))
+}
+
+/// Measuring where everything is known.
+fn never(
+    _: &[StepShape],
+    _: &dyn Fn(&[Race]) -> Vec<GemmShape>,
+) -> Result<(Vec<Race>, Vec<GemmRace>)> {
+    panic!("everything is known")
+}
+
+/// What [`measured`] finds for the layout that wins.
+fn measured_tiles() -> GemmPlans {
+    GemmPlans { planes: GemmPlan::FEW, ..GemmPlans::default() }
+}
+
+#[test]
+fn tiles_are_raced_for_each_layout_within_the_budget() {
+    let products = products_of(&steps(), [default(), SPLIT, default()]).unwrap();
+    assert_eq!(products.iter().map(|p| p.layout).collect::<Vec<_>>(), [Layout::I2, Layout::Planes]);
+    assert_eq!(products[0].shape, MatShape::new(13_824, 2560).unwrap());
+    assert_eq!(products[0].id(), "gemm_i2 13824x2560");
+    let all = GemmPlan::all().len();
+    for (budget, reached) in [(0, 0), (70, 1), (130, 2), (1_000_000, 2 * all)] {
+        let mut track = Fake::new(|_, _| 1);
+        let races = race_gemms(&products, GemmPlans::default(), LANES, budget * MS, &mut track);
+        assert!(track.now <= (budget + 10) * MS, "{:?} of {budget} ms", track.now);
+        assert_eq!(track.measured_gemms.len(), reached);
+        assert_eq!(gemm_winners(&races).len(), reached.min(2));
+        let expected = if reached > 2 { GemmPlan::FEW } else { GemmPlan::default() };
+        assert!(races.iter().all(|race| winner(&race.candidates) == expected));
+    }
+    // Few lanes a workgroup leave what fits, and the default.
+    let candidates = GemmShape::candidates(GemmPlan::default(), 64);
+    assert_eq!(candidates, [GemmPlan::default(), GemmPlan { rows: 64, tokens: 32 }]);
+}
+
+#[test]
+fn wrong_tiles_do_not_take_part_and_are_reported() {
+    let products = products_of(&steps(), [default()]).unwrap();
+    let mut track = Fake::new(|_, _| 1);
+    track.wrong_tiles = Some((Layout::I2, GemmPlan::FEW));
+    let races = race_gemms(&products, GemmPlans::default(), LANES, 1000 * 1000 * MS, &mut track);
+    assert_eq!(winner(&races[0].candidates), GemmPlan { rows: 64, tokens: 32 });
+    let problems = gemm_refusals(&races);
+    assert!(problems.len() == 1 && problems[0].contains("gemm_i2_few 32x8"), "{problems:?}");
+    let report = GemmReport::new(&races[0], 256, 13_824);
+    let json = serde_json::to_value(&report).unwrap();
+    assert_eq!((&json["kernel"], &json["m"]), (&"gemm_i2".into(), &256.into()));
+    assert_eq!(json["winner"], serde_json::json!({ "rows": 64, "tokens": 32 }));
+    let ops = 2.0 * 256.0 * 13_824.0 * 2560.0;
+    let expected = serde_json::json!({
+        "rows": 64, "tokens": 64, "us": 4096.0, "gop_s": ops / 4096e-6 / 1e9, "exact": true,
+        "refused": null,
+    });
+    assert_eq!(json["candidates"][0], expected);
+    assert_eq!(json["candidates"][3]["exact"], false);
 }
 
 #[test]
 fn winners_are_kept_and_not_measured_again() {
     let directory = tempfile::tempdir().unwrap();
     let directory = Some(directory.path());
-    let (plans, notes) = kept_or_measured(&steps(), default(), LANES, &key(), directory, measured);
-    assert_eq!(plans, [SPLIT; 4]);
+    let (plans, tiles, notes) =
+        kept_or_measured(&steps(), &adapter(), directory, measured).unwrap();
+    assert_eq!((plans, tiles), ([SPLIT; 4], measured_tiles()));
     assert_eq!(notes.len(), 1, "{notes:?}");
-    assert!(notes[0].starts_with("tuned 4 matrix steps for A in "), "{notes:?}");
-    let never = |_: &[StepShape]| panic!("everything is known");
-    let again = kept_or_measured(&steps(), default(), LANES, &key(), directory, never);
-    assert_eq!(again, ([SPLIT; 4], Vec::new()));
+    assert!(notes[0].starts_with("tuned 5 matrix steps for A in "), "{notes:?}");
+    let again = kept_or_measured(&steps(), &adapter(), directory, never).unwrap();
+    assert_eq!(again, ([SPLIT; 4], measured_tiles(), Vec::new()));
     // Another model adds its steps.
     let other = StepShape::of(&published("bitnet-large").unwrap()).unwrap().unwrap();
-    kept_or_measured(&other, default(), LANES, &key(), directory, measured);
+    kept_or_measured(&other, &adapter(), directory, measured).unwrap();
     for steps in [steps(), other] {
-        let never = |_: &[StepShape]| panic!("everything is known");
-        let (plans, _) = kept_or_measured(&steps, default(), LANES, &key(), directory, never);
-        assert_eq!(plans, [SPLIT; 4]);
+        let (plans, tiles, _) = kept_or_measured(&steps, &adapter(), directory, never).unwrap();
+        assert_eq!((plans, tiles), ([SPLIT; 4], measured_tiles()));
     }
     // New kernels are measured anew.
-    let new = Key { kernels: "B".to_owned(), ..key() };
-    let (_, notes) = kept_or_measured(&steps(), default(), LANES, &new, directory, measured);
+    let new = Adapter { key: Key { kernels: "B".to_owned(), ..key() }, ..adapter() };
+    let (_, _, notes) = kept_or_measured(&steps(), &new, directory, measured).unwrap();
     assert!(notes.len() == 2 && notes[0].contains("kernels"), "{notes:?}");
 }
 
 #[test]
 fn a_file_cannot_ask_for_what_there_is_not() {
     let directory = tempfile::tempdir().unwrap();
+    let good = GemvPlan { slices: 8, ..SPLIT };
+    let product = products_of(&steps(), [good]).unwrap()[0];
     for wrong in [
         GemvPlan { slices: usize::MAX, ..SPLIT },
         GemvPlan { slices: 5, ..SPLIT },
@@ -288,22 +390,30 @@ fn a_file_cannot_ask_for_what_there_is_not() {
         GemvPlan { unroll: 3, ..SPLIT },
     ] {
         let mut kept = cache::Kept::new(&key());
-        let good = GemvPlan { slices: 8, ..SPLIT };
         kept.add(&steps().map(|step| (step.id(), good)));
         kept.add(&[(steps()[1].id(), wrong)]);
+        kept.add_gemms(&[(product.id(), GemmPlan::FEW)]);
         kept.write(directory.path()).unwrap();
-        let (plans, _) = kept_or_measured(
-            &steps(),
-            default(),
-            LANES,
-            &key(),
-            Some(directory.path()),
-            |missing| {
+        let (plans, _, _) =
+            kept_or_measured(&steps(), &adapter(), Some(directory.path()), |missing, products| {
                 assert_eq!(missing, &steps()[1..2]);
-                measured(missing)
-            },
-        );
+                measured(missing, products)
+            })
+            .unwrap();
         assert_eq!(plans, [good, SPLIT, good, good], "{wrong:?}");
+    }
+    for wrong in [GemmPlan { rows: 0, tokens: 64 }, GemmPlan { rows: 128, tokens: usize::MAX }] {
+        let mut kept = cache::Kept::new(&key());
+        kept.add(&steps().map(|step| (step.id(), good)));
+        kept.add_gemms(&[(product.id(), wrong)]);
+        kept.write(directory.path()).unwrap();
+        let measure = |missing: &[StepShape], products: &dyn Fn(&[Race]) -> Vec<GemmShape>| {
+            assert_eq!((missing.len(), products(&[])), (0, vec![product]));
+            measured(missing, products)
+        };
+        let directory = Some(directory.path());
+        let (plans, tiles, _) = kept_or_measured(&steps(), &adapter(), directory, measure).unwrap();
+        assert_eq!((plans, tiles), ([good; 4], measured_tiles()), "{wrong:?}");
     }
 }
 
@@ -313,14 +423,15 @@ fn what_fails_is_a_note() {
     let directory = tempfile::tempdir().unwrap();
     let file = directory.path().join("file");
     fs::write(&file, "").unwrap();
-    let result = kept_or_measured(&steps(), default(), LANES, &key(), Some(&file), measured);
-    assert_eq!(result.0, [SPLIT; 4]);
-    assert!(result.1.last().is_some_and(|note| note.contains("not kept")), "{:?}", result.1);
-    let (plans, notes) = kept_or_measured(&steps(), default(), LANES, &key(), None, measured);
+    let (plans, tiles, notes) =
+        kept_or_measured(&steps(), &adapter(), Some(&file), measured).unwrap();
+    assert_eq!((plans, tiles), ([SPLIT; 4], measured_tiles()));
+    assert!(notes.last().is_some_and(|note| note.contains("not kept")), "{notes:?}");
+    let (plans, _, notes) = kept_or_measured(&steps(), &adapter(), None, measured).unwrap();
     assert_eq!(plans, [SPLIT; 4]);
     assert!(notes[1].contains("STERNA_CACHE"), "{notes:?}");
-    let fails = |_: &[StepShape]| Err(wrong());
-    let (plans, notes) = kept_or_measured(&steps(), default(), LANES, &key(), None, fails);
-    assert_eq!(plans, [default(); 4]);
+    let (plans, tiles, notes) =
+        kept_or_measured(&steps(), &adapter(), None, |_, _| Err(wrong())).unwrap();
+    assert_eq!((plans, tiles), ([default(); 4], GemmPlans::default()));
     assert!(notes.len() == 1 && notes[0].starts_with("not tuned: "), "{notes:?}");
 }
