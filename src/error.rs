@@ -291,6 +291,22 @@ pub enum Error {
     /// A sequence of the KV cache has been closed, or belongs to another model.
     #[error("the sequence is not open")]
     NoSequence,
+    /// There is no memory for more of the KV cache.
+    #[error(
+        "no memory for another {bytes} bytes of KV cache; a shorter --context or --kv int8 needs less"
+    )]
+    KvMemory {
+        /// Bytes of a block.
+        bytes: usize,
+    },
+    /// The bytes of a block of the KV cache are not as many as the format has.
+    #[error("a block of the KV cache: expected {expected} bytes, found {found}")]
+    BlockLength {
+        /// Bytes of a block.
+        expected: usize,
+        /// Bytes given.
+        found: usize,
+    },
     /// A sampling option is out of range.
     #[error("{option}: expected {expected}, found {found}")]
     Sampling {

@@ -160,10 +160,11 @@ pub trait Backend: Send {
     /// # Errors
     /// If the device fails.
     fn read_block(&mut self, block: u32) -> Result<Vec<u8>>;
-    /// Writes what [`Backend::read_block`] returns, into a block of a sequence that was prepared.
+    /// Writes what [`Backend::read_block`] returns, into a block of a sequence that was prepared;
+    /// makes room for it.
     ///
     /// # Errors
-    /// If the length is not a block's, or the device fails.
+    /// If the length is not a block's, there is no memory, or the device fails.
     fn write_block(&mut self, block: u32, bytes: &[u8]) -> Result<()>;
     /// How many chosen tokens should wait to be taken, so that the device never idles: 1 where a
     /// pass is complete when `finish` returns. It may change from token to token.

@@ -21,6 +21,7 @@ mod golden;
 mod hub;
 #[cfg(feature = "cli")]
 mod hub_server;
+mod kv_cache;
 mod model;
 mod refusals;
 mod shaders;
