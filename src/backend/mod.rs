@@ -259,7 +259,8 @@ pub trait Backend: Send {
 /// How a model is to be loaded.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct LoadOptions {
-    /// Positions of the KV cache; `None`: the model's maximum, at most 4096.
+    /// Positions that a sequence may have; `None`: the model's maximum, at most 32,768. Memory is taken
+    /// as they are used.
     pub context: Option<usize>,
     /// How keys and values are held; `None`: see [`LoadOptions::kv_format`].
     pub kv: Option<KvFormat>,
@@ -325,8 +326,8 @@ impl Default for LoadOptions {
     }
 }
 
-/// Positions of the KV cache where neither the caller nor the model says less.
-const DEFAULT_CONTEXT: usize = 4096;
+/// Positions of a sequence where neither the caller nor the model says less.
+pub const DEFAULT_CONTEXT: usize = 32_768;
 
 /// Bytes of a whole context up to which keys and values are f32 by default.
 pub const F32_CACHE: u64 = 64 << 20;
@@ -360,7 +361,7 @@ impl LoadOptions {
         }))
     }
 
-    /// Positions the KV cache gets for this model.
+    /// Positions a sequence may have.
     ///
     /// # Errors
     /// [`Error::ContextOverflow`] if more are asked for than the model was made for,

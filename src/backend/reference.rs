@@ -200,12 +200,7 @@ impl Reference {
             final_norm: source.final_norm()?,
             layers,
             frequencies: source.frequencies()?,
-            cache: KvCache::new(KvShape {
-                layers: total,
-                heads: config.num_key_value_heads,
-                dim: config.head_dim,
-                format: options.kv_format(&config)?,
-            }),
+            cache: KvCache::new(KvShape::new(&config, options.kv_format(&config)?)),
             blocks: Blocks::new(capacity),
             pass: Pass::default(),
             sampler: Sampler::default(),

@@ -6,4 +6,5 @@ mod storage;
 
 pub use blocks::{BLOCK, Blocks, Prepared, SequenceId};
 pub use cpu_ref::kv::KvFormat;
+pub(crate) use storage::value_bytes;
 pub use storage::{HeadChunk, HeadChunkMut, KvCache, KvShape, Line, key_row};

@@ -15,6 +15,7 @@ use bytemuck::{Pod, Zeroable, cast_slice, cast_slice_mut};
 use cpu_ref::reduce::DOT_LANES;
 
 use super::{BLOCK, KvFormat, Prepared};
+use crate::config::ModelConfig;
 use crate::error::{Error, Result};
 
 /// What a block's memory is made of: a cache line.
@@ -36,6 +37,16 @@ pub struct KvShape {
 }
 
 impl KvShape {
+    /// Of a model.
+    pub fn new(config: &ModelConfig, format: KvFormat) -> Self {
+        Self {
+            layers: config.num_hidden_layers,
+            heads: config.num_key_value_heads,
+            dim: config.head_dim,
+            format,
+        }
+    }
+
     /// Bytes of one position in all layers, in any backend.
     pub fn position_bytes(&self) -> usize {
         2 * self.layers * self.heads * (self.dim * value_bytes(self.format) + self.scale_bytes())
@@ -58,7 +69,7 @@ impl KvShape {
 }
 
 /// Bytes of a value.
-fn value_bytes(format: KvFormat) -> usize {
+pub(crate) fn value_bytes(format: KvFormat) -> usize {
     match format {
         KvFormat::F32 => 4,
         KvFormat::F16 => 2,

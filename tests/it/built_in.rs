@@ -32,7 +32,7 @@ fn stories_do_not_loop() {
     for seed in 0..10 {
         let (temperature, top_p, min_p) = (0.7, 1.0, 0.0);
         let sampling = Sampling::Random { temperature, top_k: None, top_p, min_p, seed };
-        let options = GenerateOptions { max_tokens: 200, sampling, repetition_penalty: 1.0 };
+        let options = GenerateOptions { max_tokens: 200, sampling, ..GenerateOptions::default() };
         let story = tokens(&mut model, &options);
         assert!(story.len() > 50, "seed {seed}: a story of {} tokens", story.len());
         let mut runs: HashMap<&[u32], usize> = HashMap::new();

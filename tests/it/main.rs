@@ -24,6 +24,7 @@ mod hub_server;
 mod kv_cache;
 mod model;
 mod refusals;
+mod session;
 mod shaders;
 mod simd;
 mod util;

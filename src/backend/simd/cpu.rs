@@ -445,12 +445,7 @@ impl SimdBackend {
             lm_head,
             final_norm: source.final_norm()?,
             frequencies: source.frequencies()?,
-            cache: KvCache::new(KvShape {
-                layers: total,
-                heads: config.num_key_value_heads,
-                dim: config.head_dim,
-                format: options.kv_format(&config)?,
-            }),
+            cache: KvCache::new(KvShape::new(&config, options.kv_format(&config)?)),
             blocks: Blocks::new(capacity),
             attention: attention::Scratch::new(
                 max_batch,
