@@ -281,7 +281,9 @@ pub enum Error {
     #[error("no token has been chosen yet")]
     NoToken,
     /// The tokens do not fit the context.
-    #[error("{needed} tokens do not fit the context of {capacity}")]
+    #[error(
+        "{needed} tokens do not fit the context of {capacity}; --context sets it, up to the model's maximum"
+    )]
     ContextOverflow {
         /// Positions needed.
         needed: usize,
@@ -291,6 +293,53 @@ pub enum Error {
     /// A sequence of the KV cache has been closed, or belongs to another model.
     #[error("the sequence is not open")]
     NoSequence,
+    /// The caller has ended a prompt before it was through.
+    #[error("cancelled")]
+    Cancelled,
+    /// A file is no session, or not all of one.
+    #[error("{}: not a valid session file: {problem}", path.display())]
+    Snapshot {
+        /// The file.
+        path: PathBuf,
+        /// What is inconsistent, in numbers.
+        problem: String,
+    },
+    /// A session was saved by another model, or the same one in other files.
+    #[error("{}: a session of another model: expected identity {expected}, found {found}", path.display())]
+    SnapshotModel {
+        /// The file.
+        path: PathBuf,
+        /// The loaded model's identity, shortened.
+        expected: String,
+        /// The one in the file.
+        found: String,
+    },
+    /// A session's KV cache cannot be had in this format without loss.
+    #[error("{}: expected a KV cache of {expected}, found {found}; load the model with --kv {found}", path.display())]
+    SnapshotFormat {
+        /// The file.
+        path: PathBuf,
+        /// The format of the loaded model's cache.
+        expected: &'static str,
+        /// The one in the file.
+        found: &'static str,
+    },
+    /// There is no memory for more of the KV cache.
+    #[error(
+        "no memory for another {bytes} bytes of KV cache; a shorter --context or --kv int8 needs less"
+    )]
+    KvMemory {
+        /// Bytes of a block.
+        bytes: usize,
+    },
+    /// The bytes of a block of the KV cache are not as many as the format has.
+    #[error("a block of the KV cache: expected {expected} bytes, found {found}")]
+    BlockLength {
+        /// Bytes of a block.
+        expected: usize,
+        /// Bytes given.
+        found: usize,
+    },
     /// A sampling option is out of range.
     #[error("{option}: expected {expected}, found {found}")]
     Sampling {

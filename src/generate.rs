@@ -1,6 +1,7 @@
 //! Prompt in, text out: prefill, then decode · sample · detokenise, as an iterator.
 
 use std::fmt;
+use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
@@ -8,8 +9,10 @@ use crate::backend::{Device, HeadWork, LoadOptions, OnProgress};
 use crate::checkpoint::Checkpoint;
 use crate::error::{Error, Result};
 use crate::format::{Bytes, ModelFiles};
-use crate::model::Transformer;
+use crate::kv_cache::BLOCK;
+use crate::model::{OnPrompt, Transformer};
 use crate::sampler::{Sampler, Sampling};
+use crate::session::{Identity, IdentityHash};
 use crate::speculate::{Speculate, Speculation, SpeculationWork};
 use crate::tokenizer::{
     ChatTemplate, DecodeStream, GgufVocabulary, Message, Source, Tokenizer, stop_ids,
@@ -17,8 +20,12 @@ use crate::tokenizer::{
 use crate::weights::WeightSource;
 
 /// A model that speaks: transformer, tokenizer, chat template and stop tokens.
+///
+/// It keeps the last text's keys and values: a prompt that begins like it, as the next turn of a chat
+/// does, runs only from where it differs.
 pub struct Model {
     label: String,
+    identity: Identity,
     transformer: Transformer,
     tokenizer: Tokenizer,
     chat: Option<ChatTemplate>,
@@ -37,16 +44,42 @@ pub struct GenerateOptions {
     /// Whether tokens are guessed ahead and checked together. The text is the same, but for rounding in
     /// the last bits where a device computes several tokens in another order than one.
     pub speculate: Speculate,
+    /// What happens when the context is full.
+    pub overflow: Overflow,
+}
+
+/// What happens when the context is full and there are tokens to generate.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Overflow {
+    /// The text ends, with [`FinishReason::ContextFull`].
+    #[default]
+    Stop,
+    /// The middle of the text is forgotten: the first 64 tokens stay (a quarter of the context, if that
+    /// is less), and of the rest the newest, half a context in all. They are fed again, because keys
+    /// are rotated by their positions and cannot be moved, and so the text goes on as after a fresh
+    /// prompt of these tokens.
+    Shift,
+}
+
+impl Overflow {
+    /// The tokens that stay when `text` fills a context, for [`Overflow::Shift`].
+    pub fn shifted(text: &[u32], capacity: usize) -> Vec<u32> {
+        let first = BLOCK.min(capacity / 4).min(text.len());
+        let (first, rest) = text.split_at(first);
+        let newest = (capacity / 2).saturating_sub(first.len()).max(1).min(rest.len());
+        [first, &rest[rest.len() - newest..]].concat()
+    }
 }
 
 impl Default for GenerateOptions {
-    /// 512 tokens, greedily, one a forward pass.
+    /// 512 tokens, greedily, one a forward pass, and no more than the context holds.
     fn default() -> Self {
         Self {
             max_tokens: 512,
             sampling: Sampling::Greedy,
             repetition_penalty: 1.0,
             speculate: Speculate::Off,
+            overflow: Overflow::Stop,
         }
     }
 }
@@ -122,8 +155,13 @@ impl Model {
         let language = Language::of(checkpoint)?;
         let transformer = Transformer::load(checkpoint, device, options, progress)?;
         let label = checkpoint.files().label().to_owned();
+        let mut identity = IdentityHash::new(checkpoint.config());
+        identity.add(&checkpoint.identity()?.0);
+        // Other numbers make other keys and values.
+        identity.add(format!("{:?}", options.activations(checkpoint.config())?).as_bytes());
+        let identity = identity.finish();
         let Language { tokenizer, chat, stop_ids } = language;
-        Ok(Self { label, transformer, tokenizer, chat, stop_ids })
+        Ok(Self { label, identity, transformer, tokenizer, chat, stop_ids })
     }
 
     /// What a user should know of how a checkpoint's texts are read, one line each: such as a chat
@@ -187,6 +225,34 @@ impl Model {
         self.generate_tokens(prompt, options)
     }
 
+    /// Appends to the last text, or the one of [`Model::load_session`], and continues it.
+    ///
+    /// # Errors
+    /// As for [`Model::generate`].
+    pub fn append(&mut self, text: &str, options: &GenerateOptions) -> Result<Generation<'_>> {
+        let mut prompt = self.transformer.session().tokens().to_vec();
+        prompt.extend(self.tokenizer.encode(text, prompt.is_empty())?);
+        self.generate_tokens(prompt, options)
+    }
+
+    /// Writes the last text with its keys and values to a file.
+    ///
+    /// # Errors
+    /// As for [`Transformer::save`].
+    pub fn save_session(&mut self, path: impl AsRef<Path>) -> Result<()> {
+        self.transformer.save(path.as_ref(), &self.identity)
+    }
+
+    /// Makes the text in a file the last one, on whatever device it was made.
+    ///
+    /// # Errors
+    /// As for [`Transformer::restore`]; then the last text is what it was.
+    pub fn load_session(&mut self, path: impl AsRef<Path>) -> Result<()> {
+        let session = self.transformer.restore(path.as_ref(), &self.identity)?;
+        let before = self.transformer.switch(session)?;
+        self.transformer.close(before)
+    }
+
     /// Answers the last message of a conversation, in the form of the model's own chat template.
     ///
     /// # Errors
@@ -222,9 +288,12 @@ impl Model {
         }
         let mut sampler = Sampler::new(options.sampling, options.repetition_penalty)?;
         sampler.observe(&prompt);
-        self.transformer.reset();
+        let cached = self.transformer.resume(&prompt);
         self.transformer.choose_with(sampler)?;
         Ok(Generation {
+            cached,
+            is_prompted: false,
+            overflow: options.overflow,
             stream: self.tokenizer.stream(&prompt)?,
             transformer: &mut self.transformer,
             stop_ids: &self.stop_ids,
@@ -308,6 +377,8 @@ impl FinishReason {
 pub struct Timings {
     /// Tokens of the prompt.
     pub prompt_tokens: usize,
+    /// Those of them that the last text began with, so that they did not run again.
+    pub cached_tokens: usize,
     /// From the start to the first generated token: the prompt's forward passes and one choice.
     pub time_to_first_token: Duration,
     /// Tokens generated, a stop token included.
@@ -317,10 +388,10 @@ pub struct Timings {
 }
 
 impl Timings {
-    /// Prompt tokens a second; `None` before the first token.
+    /// Prompt tokens that ran, a second; `None` before the first token.
     pub fn prompt_rate(&self) -> Option<f64> {
         let seconds = self.time_to_first_token.as_secs_f64();
-        (seconds > 0.0).then(|| self.prompt_tokens as f64 / seconds)
+        (seconds > 0.0).then(|| (self.prompt_tokens - self.cached_tokens) as f64 / seconds)
     }
 
     /// Generated tokens a second, the first one not counted; `None` before the second token.
@@ -338,6 +409,10 @@ pub struct Generation<'a> {
     speculation: Option<Speculation>,
     stream: DecodeStream<'a>,
     prompt: Vec<u32>,
+    /// Tokens of the prompt that need not run.
+    cached: usize,
+    is_prompted: bool,
+    overflow: Overflow,
     tokens: Vec<u32>,
     max_tokens: usize,
     finish_reason: Option<FinishReason>,
@@ -376,6 +451,7 @@ impl Generation<'_> {
     pub fn timings(&self) -> Timings {
         Timings {
             prompt_tokens: self.prompt.len(),
+            cached_tokens: self.cached,
             time_to_first_token: self.prompt_time,
             generated_tokens: self.tokens.len(),
             decode_time: self.decode_time,
@@ -383,6 +459,7 @@ impl Generation<'_> {
     }
 
     fn advance(&mut self) -> Result<Piece> {
+        self.prefill(&mut |_, _| ControlFlow::Continue(()))?;
         let start = Instant::now();
         let token = self.next_token()?;
         let elapsed = start.elapsed();
@@ -395,7 +472,7 @@ impl Generation<'_> {
             Some(FinishReason::Stop)
         } else if self.tokens.len() >= self.max_tokens {
             Some(FinishReason::Length)
-        } else if self.text_len() >= self.transformer.capacity() {
+        } else if self.overflow == Overflow::Stop && self.is_full() {
             Some(FinishReason::ContextFull)
         } else {
             None
@@ -408,15 +485,29 @@ impl Generation<'_> {
         Ok(Piece { token, text })
     }
 
-    /// Tokens of the text that were fed: all but the last.
-    fn text_len(&self) -> usize {
-        self.transformer.position() - self.speculation.as_ref().map_or(0, Speculation::ahead)
+    /// Runs the prompt, if that has not been done, telling `progress` how far it is; else the first
+    /// piece does. After [`Error::Cancelled`] the text is over, or the prompt may run again.
+    ///
+    /// # Errors
+    /// As for [`Transformer::prompt_with`].
+    pub fn prefill(&mut self, progress: OnPrompt<'_>) -> Result<()> {
+        if self.is_prompted || self.max_tokens == 0 {
+            return Ok(());
+        }
+        let start = Instant::now();
+        self.transformer.prompt_with(&self.prompt[self.cached..], progress)?;
+        self.prompt_time += start.elapsed();
+        self.is_prompted = true;
+        Ok(())
     }
 
-    /// Feeds the prompt if that has not been done, and takes the next token.
+    /// Takes the next token, after the prompt has run and there is room.
     fn next_token(&mut self) -> Result<u32> {
-        if self.tokens.is_empty() {
-            self.transformer.prompt(&self.prompt)?;
+        if !self.tokens.is_empty() && self.is_full() {
+            let text = self.transformer.session().tokens();
+            let kept = Overflow::shifted(text, self.transformer.capacity());
+            let cached = self.transformer.resume(&kept);
+            self.transformer.prompt(&kept[cached..])?;
         }
         let (last, left) = (self.tokens.last().copied(), self.max_tokens - self.tokens.len());
         let stop_ids = self.stop_ids;
@@ -427,6 +518,11 @@ impl Generation<'_> {
                 speculation.next_token(self.transformer, last, left, ends)
             }
         }
+    }
+
+    /// Whether the context has no room for the last token.
+    fn is_full(&self) -> bool {
+        self.transformer.position() >= self.transformer.capacity()
     }
 }
 

@@ -1,29 +1,39 @@
 //! The transformer, written once over the `Backend` steps: prefill and decode.
 
+use std::collections::VecDeque;
+use std::ops::ControlFlow;
+use std::path::Path;
+
 use crate::backend::{self, Backend, Batch, Device, DeviceInfo, HeadWork, LoadOptions};
 use crate::backend::{MAX_DRAFT, OnProgress, Output, Tap, Tokens, Want};
 use crate::config::ModelConfig;
 use crate::error::{Error, Result};
-use crate::kv_cache::SequenceId;
+use crate::kv_cache::{KvFormat, KvShape};
 use crate::sampler::Sampler;
+use crate::session::{Identity, Owner, Session, snapshot};
 use crate::weights::WeightSource;
 
-/// A model on a device, with one sequence in its KV cache.
+/// A model on a device, with the sessions in its KV cache, one of which is current.
 pub struct Transformer {
     config: ModelConfig,
     backend: Box<dyn Backend>,
-    /// The sequence that is fed.
-    sequence: SequenceId,
-    /// Tokens fed, of those whose successor was asked for.
-    position: usize,
-    /// Tokens in the KV cache: chosen ones may be fed before they are asked for.
+    /// The session that is fed.
+    session: Session,
+    /// Tokens of it in the KV cache: chosen ones may be fed before they are asked for.
     fed: usize,
     /// Tokens that the backend has chosen and that were not taken.
     untaken: usize,
+    /// Tokens that a checked draft has made, fed but for the last, and that were not taken.
+    checked: VecDeque<u32>,
+    /// Whether the session's last token is the last one that the backend chose and handed out.
+    is_chosen: bool,
 }
 
 /// Sees the result of every step: which step, which layer (0 for `embed`), and its values.
 pub type OnTap<'a> = &'a mut dyn FnMut(Tap, usize, &[f32]);
+
+/// Sees how far a prompt is: tokens done, and tokens in all; says whether to go on.
+pub type OnPrompt<'a> = &'a mut dyn FnMut(usize, usize) -> ControlFlow<()>;
 
 impl Transformer {
     /// Loads a model's weights on a device.
@@ -42,8 +52,9 @@ impl Transformer {
 
     /// A transformer over a backend that has been loaded from a source of this configuration.
     pub fn new(config: ModelConfig, mut backend: Box<dyn Backend>) -> Self {
-        let sequence = backend.sequences().open();
-        Self { config, backend, sequence, position: 0, fed: 0, untaken: 0 }
+        let session = Session::new(Owner::next(), backend.sequences().open());
+        let checked = VecDeque::with_capacity(MAX_DRAFT + 1);
+        Self { config, backend, session, fed: 0, untaken: 0, checked, is_chosen: false }
     }
 
     /// The model's dimensions.
@@ -66,15 +77,145 @@ impl Transformer {
         self.backend.capacity()
     }
 
-    /// Tokens fed so far; a chosen token counts when the one after it has been taken.
-    pub fn position(&self) -> usize {
-        self.position
+    /// How the KV cache holds keys and values.
+    pub fn kv_format(&self) -> KvFormat {
+        self.backend.kv_format()
     }
 
-    /// Forgets the sequence; the next token fed is at position 0.
+    /// Bytes that the KV cache has allocated, for all sessions.
+    pub fn kv_bytes(&self) -> u64 {
+        self.backend.kv_bytes()
+    }
+
+    /// Tokens of the current session in the KV cache; a chosen token counts when the one after it has
+    /// been taken.
+    pub fn position(&self) -> usize {
+        self.session.position
+    }
+
+    /// The session that is fed.
+    pub fn session(&self) -> &Session {
+        &self.session
+    }
+
+    /// Forgets the current session's tokens; the next token fed is at position 0.
     pub fn reset(&mut self) {
-        self.position = 0;
+        self.truncate(0);
+    }
+
+    /// Forgets the current session's tokens but the first `positions`.
+    pub fn truncate(&mut self, positions: usize) {
+        self.session.truncate(positions);
         self.forget();
+    }
+
+    /// An empty session beside the current one. Whoever no longer needs a session hands it to
+    /// [`Transformer::close`]; the blocks of one that is dropped stay in use.
+    pub fn open(&mut self) -> Session {
+        Session::new(self.session.owner, self.backend.sequences().open())
+    }
+
+    /// A session with the first `positions` of the current one, which share their memory until one of
+    /// the two goes on from the middle of a block.
+    ///
+    /// # Errors
+    /// [`Error::ContextOverflow`] if the current session is shorter.
+    pub fn fork(&mut self, positions: usize) -> Result<Session> {
+        let capacity = self.session.position;
+        if positions > capacity {
+            return Err(Error::ContextOverflow { needed: positions, capacity });
+        }
+        let sequence = self.backend.sequences().fork(self.session.sequence, positions)?;
+        let mut fork = Session::new(self.session.owner, sequence);
+        fork.set(&self.session.tokens[..positions], positions);
+        Ok(fork)
+    }
+
+    /// Makes a session the current one, and returns the one that was. What was chosen ahead of the
+    /// caller is forgotten; a token that was taken and not fed is fed when the session goes on.
+    ///
+    /// # Errors
+    /// [`Error::NoSequence`] if the session is of another transformer.
+    pub fn switch(&mut self, session: Session) -> Result<Session> {
+        self.check_owner(&session)?;
+        self.forget();
+        let before = std::mem::replace(&mut self.session, session);
+        self.forget();
+        Ok(before)
+    }
+
+    /// Ends a session and frees the blocks that no other has.
+    ///
+    /// # Errors
+    /// [`Error::NoSequence`] if the session is of another transformer.
+    pub fn close(&mut self, session: Session) -> Result<()> {
+        self.check_owner(&session)?;
+        self.backend.sequences().close(session.sequence)
+    }
+
+    fn check_owner(&self, session: &Session) -> Result<()> {
+        if session.owner == self.session.owner { Ok(()) } else { Err(Error::NoSequence) }
+    }
+
+    /// Keeps of the current session what a prompt begins with, and returns how many tokens that are: the
+    /// rest is to be fed, at least one token.
+    pub fn resume(&mut self, prompt: &[u32]) -> usize {
+        let cached = &self.session.tokens[..self.session.position];
+        let common = cached.iter().zip(prompt).take_while(|(a, b)| a == b).count();
+        let kept = common.min(prompt.len().saturating_sub(1));
+        self.truncate(kept);
+        kept
+    }
+
+    /// Writes the current session to a file, which appears when it is complete.
+    ///
+    /// # Errors
+    /// [`Error::Io`], or if the device fails.
+    pub fn save(&mut self, path: &Path, identity: &Identity) -> Result<()> {
+        let shape = KvShape::new(&self.config, self.backend.kv_format());
+        let backend = self.backend.as_mut();
+        let table = backend.sequences().table(self.session.sequence)?.to_vec();
+        let header = snapshot::Header {
+            identity: *identity,
+            shape,
+            positions: self.session.position,
+            tokens: self.session.tokens.len(),
+        };
+        let tokens = &self.session.tokens;
+        snapshot::write(path, &header, tokens, |index| backend.read_block(table[index]))
+    }
+
+    /// The session in a file that [`Transformer::save`] has written, on any backend.
+    ///
+    /// # Errors
+    /// If the file is no snapshot, is damaged, belongs to another model, has another KV format (but
+    /// f16 goes into f32), or has more tokens than the context.
+    pub fn restore(&mut self, path: &Path, identity: &Identity) -> Result<Session> {
+        let format = self.backend.kv_format();
+        let expected = snapshot::Expected {
+            identity: *identity,
+            shape: KvShape::new(&self.config, format),
+            capacity: self.backend.capacity(),
+            vocab_size: self.config.vocab_size,
+        };
+        let mut file = snapshot::Reader::open(path, &expected)?;
+        let tokens = file.tokens()?;
+        let positions = file.header().positions;
+        let mut session = self.open();
+        let result = (|| {
+            let sequences = self.backend.sequences();
+            sequences.prepare(session.sequence, 0, positions)?;
+            for block in sequences.table(session.sequence)?.to_vec() {
+                self.backend.write_block(block, &file.block()?)?;
+            }
+            file.finish()
+        })();
+        if let Err(error) = result {
+            self.close(session)?;
+            return Err(error);
+        }
+        session.set(&tokens, positions);
+        Ok(session)
     }
 
     /// How tokens are chosen from now on; greedily at first. Those that were chosen and not taken are forgotten.
@@ -88,7 +229,8 @@ impl Transformer {
 
     /// What was fed ahead of the caller is not part of the sequence.
     fn forget(&mut self) {
-        (self.fed, self.untaken) = (self.position, 0);
+        (self.fed, self.untaken, self.is_chosen) = (self.session.position, 0, false);
+        self.checked.clear();
     }
 
     /// Feeds a prompt, after which [`Transformer::next_token`] hands out tokens.
@@ -96,7 +238,17 @@ impl Transformer {
     /// # Errors
     /// As for [`Transformer::feed`].
     pub fn prompt(&mut self, tokens: &[u32]) -> Result<()> {
-        self.feed_chunks(tokens, Want::Token, &mut None)?;
+        self.prompt_with(tokens, &mut |_, _| ControlFlow::Continue(()))
+    }
+
+    /// [`Transformer::prompt`], calling `progress` with the tokens done and the tokens in all before each
+    /// pass and after the last one; it may end the prompt before its next pass.
+    ///
+    /// # Errors
+    /// As for [`Transformer::feed`]; [`Error::Cancelled`] if `progress` says so. Either way the
+    /// position is where it was.
+    pub fn prompt_with(&mut self, tokens: &[u32], progress: OnPrompt<'_>) -> Result<()> {
+        self.feed_chunks(tokens, Want::Token, &mut None, progress)?;
         self.untaken = 1;
         Ok(())
     }
@@ -105,36 +257,51 @@ impl Transformer {
     /// asked for, at most `limit` in all, this one included, and no more than the context holds.
     ///
     /// # Errors
-    /// If the device fails, the logits are NaN, or the context is full.
+    /// If the device fails, the logits are NaN, the context is full, or the session is empty.
     pub fn next_token(&mut self, limit: usize) -> Result<u32> {
+        if let Some(token) = self.checked.pop_front() {
+            self.session.take(token, self.session.position + 1);
+            return Ok(token);
+        }
         let wanted = self.backend.lead().min(limit).max(1);
         while self.untaken < wanted && (self.untaken == 0 || self.fed < self.capacity()) {
-            let batch = Batch {
-                sequence: self.sequence,
-                tokens: Tokens::Chosen,
-                start: self.fed,
-                want: Want::Token,
+            let last = self.session.pending();
+            let tokens = match &last {
+                _ if self.is_chosen || self.untaken > 0 => Tokens::Chosen,
+                // Another session has been here, or another backend.
+                Some(token) => Tokens::Given(std::slice::from_ref(token)),
+                None => return Err(Error::NoToken),
             };
-            self.forward(batch, &mut None)?;
+            let sequence = self.session.sequence;
+            self.forward(
+                Batch { sequence, tokens, start: self.fed, want: Want::Token },
+                &mut None,
+            )?;
             self.fed += 1;
             self.untaken += 1;
         }
         let token = self.backend.take().inspect_err(|_| self.forget())?;
         self.untaken -= 1;
-        self.position = self.fed - self.untaken;
+        self.is_chosen = true;
+        self.session.take(token, self.fed - self.untaken);
         Ok(token)
     }
 
     /// The longest draft that [`Transformer::check_draft`] takes here; 0 also where the next token has
     /// not been taken.
     pub fn draft_limit(&self) -> usize {
-        let room = self.capacity() - self.position;
+        let room = self.capacity() - self.position();
         let tokens = room.min(self.backend.max_batch()).min(MAX_DRAFT + 1);
-        if self.untaken == 0 { tokens.saturating_sub(1) } else { 0 }
+        if self.untaken + self.ahead() == 0 { tokens.saturating_sub(1) } else { 0 }
+    }
+
+    /// Tokens that [`Transformer::next_token`] hands out without another pass: of a checked draft.
+    pub fn ahead(&self) -> usize {
+        self.checked.len()
     }
 
     /// Checks what may come after `last`, the token that was taken and not yet fed, in one forward pass.
-    /// Returns the tokens that [`Transformer::next_token`] would have: those of the draft as long as
+    /// Returns the tokens that [`Transformer::next_token`] will hand out: those of the draft as long as
     /// they are right, then the one that comes instead, or after them. A token that `ends` the text is
     /// the last one.
     ///
@@ -154,9 +321,9 @@ impl Transformer {
         let tokens = [&[last], draft].concat();
         self.forget();
         let batch = Batch {
-            sequence: self.sequence,
+            sequence: self.session.sequence,
             tokens: Tokens::Given(&tokens),
-            start: self.position,
+            start: self.session.position,
             want: Want::Tokens,
         };
         self.forward(batch, &mut None)?;
@@ -170,8 +337,10 @@ impl Transformer {
             }
         }
         self.backend.keep(found.len())?;
-        self.position += found.len();
-        self.forget();
+        self.session.take(last, self.session.position);
+        self.fed = self.session.position + found.len();
+        self.checked.extend(&found);
+        self.is_chosen = true;
         Ok(found)
     }
 
@@ -201,15 +370,14 @@ impl Transformer {
         want: Want,
         tap: &mut Option<OnTap<'_>>,
     ) -> Result<Output> {
-        let before = self.position;
-        let output = self.feed_chunks(tokens, want, tap)?;
+        let before = self.session.position;
+        let output = self.feed_chunks(tokens, want, tap, &mut |_, _| ControlFlow::Continue(()))?;
         if want != Want::Token {
             return Ok(output);
         }
         self.untaken = 1;
         self.next_token(1).map(Output::Token).inspect_err(|_| {
-            self.position = before;
-            self.forget();
+            self.truncate(before);
         })
     }
 
@@ -218,6 +386,7 @@ impl Transformer {
         tokens: &[u32],
         want: Want,
         tap: &mut Option<OnTap<'_>>,
+        progress: OnPrompt<'_>,
     ) -> Result<Output> {
         self.forget();
         let (needed, capacity) = (self.fed + tokens.len(), self.capacity());
@@ -227,9 +396,13 @@ impl Transformer {
         if tokens.is_empty() {
             return Err(Error::EmptyPrompt);
         }
-        let (sequence, mut start, mut rest) = (self.sequence, self.fed, tokens);
+        let (sequence, first) = (self.session.sequence, self.fed);
+        let (mut start, mut rest) = (first, tokens);
         let mut all_logits = Vec::new();
         while !rest.is_empty() {
+            if progress(start - first, tokens.len()).is_break() {
+                return Err(Error::Cancelled);
+            }
             let most = match want {
                 Want::AllLogits => self.backend.chunk().min(self.backend.max_logit_rows()),
                 Want::Tokens => self.backend.max_logit_rows(),
@@ -238,16 +411,17 @@ impl Transformer {
             let (chunk, after) = rest.split_at(most.min(rest.len()));
             let last = after.is_empty();
             let want = if last || want == Want::AllLogits { want } else { Want::Nothing };
-            let tokens = Tokens::Given(chunk);
-            if let Output::Logits(logits) =
-                self.forward(Batch { sequence, tokens, start, want }, tap)?
-            {
+            let batch = Batch { sequence, tokens: Tokens::Given(chunk), start, want };
+            if let Output::Logits(logits) = self.forward(batch, tap)? {
                 all_logits.extend(logits);
             }
             start += chunk.len();
             rest = after;
         }
-        (self.position, self.fed) = (start, start);
+        // Nobody is left to be told to stop.
+        let _ = progress(tokens.len(), tokens.len());
+        self.session.feed(tokens);
+        self.fed = start;
         Ok(match want {
             Want::Nothing | Want::Token | Want::Tokens => Output::Nothing,
             Want::LastLogits | Want::AllLogits => Output::Logits(all_logits),

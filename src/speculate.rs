@@ -4,7 +4,7 @@
 //! A guess changes no text: the model chooses every token, and what differs from its choice is dropped.
 //! It saves passes where a text repeats itself or its prompt, as in lists, code and quotations.
 
-use std::collections::{HashMap, VecDeque};
+use std::collections::HashMap;
 
 use crate::backend::MAX_DRAFT;
 use crate::error::Result;
@@ -149,8 +149,6 @@ impl PromptLookup {
 /// The text in the making, ahead of its reader.
 pub(crate) struct Speculation {
     lookup: PromptLookup,
-    /// Tokens that the model chose and the reader has not had.
-    ready: VecDeque<u32>,
     work: SpeculationWork,
 }
 
@@ -159,17 +157,12 @@ impl Speculation {
     pub(crate) fn new(prompt: &[u32]) -> Self {
         let mut lookup = PromptLookup::default();
         lookup.extend(prompt);
-        Self { lookup, ready: VecDeque::new(), work: SpeculationWork::default() }
+        Self { lookup, work: SpeculationWork::default() }
     }
 
     /// How well it went so far.
     pub(crate) fn work(&self) -> SpeculationWork {
         self.work
-    }
-
-    /// Tokens of the text that the reader has not had.
-    pub(crate) fn ahead(&self) -> usize {
-        self.ready.len()
     }
 
     /// The token after `last`, `None` being the prompt's: one of at most `left`, unless a token `ends`
@@ -181,8 +174,8 @@ impl Speculation {
         left: usize,
         ends: impl Fn(u32) -> bool,
     ) -> Result<u32> {
-        if let Some(token) = self.ready.pop_front() {
-            return Ok(token);
+        if transformer.ahead() > 0 {
+            return transformer.next_token(1);
         }
         let Some(last) = last else {
             let token = transformer.next_token(1)?;
@@ -205,8 +198,7 @@ impl Speculation {
         self.work.accepted += (found.len() - 1) as u64;
         self.lookup.judge(accepted);
         self.lookup.extend(&found);
-        self.ready.extend(found);
-        Ok(self.ready.pop_front().expect("a pass makes a token"))
+        transformer.next_token(1)
     }
 }
 

@@ -176,10 +176,11 @@ pub trait Backend: Send {
     /// # Errors
     /// If the device fails.
     fn read_block(&mut self, block: u32) -> Result<Vec<u8>>;
-    /// Writes what [`Backend::read_block`] returns, into a block of a sequence that was prepared.
+    /// Writes what [`Backend::read_block`] returns, into a block of a sequence that was prepared;
+    /// makes room for it.
     ///
     /// # Errors
-    /// If the length is not a block's, or the device fails.
+    /// If the length is not a block's, there is no memory, or the device fails.
     fn write_block(&mut self, block: u32, bytes: &[u8]) -> Result<()>;
     /// How many chosen tokens should wait to be taken, so that the device never idles: 1 where a
     /// pass is complete when `finish` returns. It may change from token to token.
@@ -275,7 +276,8 @@ pub trait Backend: Send {
 /// How a model is to be loaded.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct LoadOptions {
-    /// Positions of the KV cache; `None`: the model's maximum, at most 4096.
+    /// Positions that a sequence may have; `None`: the model's maximum, at most 32,768. Memory is taken
+    /// as they are used.
     pub context: Option<usize>,
     /// How keys and values are held; `None`: see [`LoadOptions::kv_format`].
     pub kv: Option<KvFormat>,
@@ -346,8 +348,8 @@ impl Default for LoadOptions {
 /// Most tokens of a prompt chunk on a CPU: the activations of more leave its caches.
 const HOST_BATCH: usize = 64;
 
-/// Positions of the KV cache where neither the caller nor the model says less.
-const DEFAULT_CONTEXT: usize = 4096;
+/// Positions of a sequence where neither the caller nor the model says less.
+pub const DEFAULT_CONTEXT: usize = 32_768;
 
 /// Bytes of a whole context up to which keys and values are f32 by default.
 pub const F32_CACHE: u64 = 64 << 20;
@@ -386,7 +388,7 @@ impl LoadOptions {
         self.max_batch.min(HOST_BATCH)
     }
 
-    /// Positions the KV cache gets for this model.
+    /// Positions a sequence may have.
     ///
     /// # Errors
     /// [`Error::ContextOverflow`] if more are asked for than the model was made for,

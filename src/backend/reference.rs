@@ -5,6 +5,7 @@
 use cpu_ref::attention::{Cached, attention};
 use cpu_ref::gemv::{dequantize, ternary_dot};
 use cpu_ref::group_gemv::{group_dot, group_dot_int8, quantize_absmax_groups};
+use cpu_ref::kv::{f16_bits, f16_value, store_head};
 use cpu_ref::quantize_absmax::quantize_absmax;
 use cpu_ref::rmsnorm::rmsnorm;
 use cpu_ref::{lm_head, mlp, residual::residual_add, rope};
@@ -15,7 +16,9 @@ use super::{Backend, Batch, DeviceInfo, LoadOptions, OnProgress, Output, Progres
 use crate::config::{Activations, ModelConfig};
 use crate::error::{Error, Result};
 use crate::format::float::f16_to_f32;
-use crate::kv_cache::{Blocks, KvCache, KvFormat};
+use crate::kv_cache::{
+    BLOCK, Blocks, HeadChunk, HeadChunkMut, KvCache, KvFormat, KvShape, SequenceId, key_row,
+};
 use crate::sampler::Sampler;
 use crate::weights::{Input, Table, TernaryMatrix, WeightScale, WeightSource, runs_of_input};
 
@@ -72,6 +75,7 @@ struct Layer {
 #[derive(Default)]
 struct Pass {
     tokens: Vec<u32>,
+    sequence: Option<SequenceId>,
     start: usize,
     want: Option<Want>,
     hidden: Vec<Vec<f32>>,
@@ -196,7 +200,7 @@ impl Reference {
             final_norm: source.final_norm()?,
             layers,
             frequencies: source.frequencies()?,
-            cache: KvCache::new(total, capacity, config.kv_size()),
+            cache: KvCache::new(KvShape::new(&config, options.kv_format(&config)?)),
             blocks: Blocks::new(capacity),
             pass: Pass::default(),
             choices: Choices::default(),
@@ -210,6 +214,92 @@ impl Reference {
     }
 }
 
+/// Stores one position's keys and values `[G·D]` as [`cpu_ref::kv`] says.
+fn store_token(
+    cache: &mut KvCache,
+    (block, layer): (u32, usize),
+    slot: usize,
+    key: &[f32],
+    value: &[f32],
+) {
+    let shape = *cache.shape();
+    let (dim, format) = (shape.dim, shape.format);
+    let chunks = cache.layer_mut(block, layer).chunks_exact_mut(shape.chunk_lines());
+    let heads = key.chunks_exact(dim).zip(value.chunks_exact(dim));
+    for (chunk, (key, value)) in chunks.zip(heads) {
+        let (key, value) = (store_head(key, format), store_head(value, format));
+        let mut chunk = HeadChunkMut::of(chunk, &shape);
+        if let HeadChunkMut::Int8(.., key_scales, value_scales) = &mut chunk {
+            (key_scales[slot], value_scales[slot]) = (key.scale, value.scale);
+        }
+        for d in 0..dim {
+            let (at_key, at_value) = (key_row(d, dim) * BLOCK + slot, slot * dim + d);
+            let (key, value) = (key.values[d], value.values[d]);
+            match &mut chunk {
+                HeadChunkMut::F32(keys, values) => {
+                    (keys[at_key], values[at_value]) = (key, value);
+                }
+                HeadChunkMut::F16(keys, values) => {
+                    (keys[at_key], values[at_value]) = (f16_bits(key), f16_bits(value));
+                }
+                HeadChunkMut::Int8(keys, values, ..) => {
+                    (keys[at_key], values[at_value]) = (key as i8, value as i8);
+                }
+            }
+        }
+    }
+}
+
+/// A layer of a sequence as the cache gives it back, position by position.
+#[derive(Default)]
+struct CachedRows {
+    /// `[S, G, D]`.
+    keys: Vec<f32>,
+    values: Vec<f32>,
+    /// `[S, G]`, or empty.
+    key_scales: Vec<f32>,
+    value_scales: Vec<f32>,
+}
+
+impl CachedRows {
+    fn gather(cache: &KvCache, table: &[u32], layer: usize) -> Self {
+        let KvShape { heads, dim, .. } = *cache.shape();
+        let mut rows = Self::default();
+        for (&block, slot) in table.iter().flat_map(|b| (0..BLOCK).map(move |slot| (b, slot))) {
+            for head in 0..heads {
+                let chunk = cache.head(block, layer, head);
+                for d in 0..dim {
+                    let (key, value) = (key_row(d, dim) * BLOCK + slot, slot * dim + d);
+                    let (key, value) = match chunk {
+                        HeadChunk::F32(keys, values) => (keys[key], values[value]),
+                        HeadChunk::F16(keys, values) => {
+                            (f16_value(keys[key]), f16_value(values[value]))
+                        }
+                        HeadChunk::Int8(keys, values, ..) => {
+                            (f32::from(keys[key]), f32::from(values[value]))
+                        }
+                    };
+                    rows.keys.push(key);
+                    rows.values.push(value);
+                }
+                if let HeadChunk::Int8(.., key_scales, value_scales) = chunk {
+                    rows.key_scales.push(key_scales[slot]);
+                    rows.value_scales.push(value_scales[slot]);
+                }
+            }
+        }
+        rows
+    }
+
+    /// The first positions.
+    fn prefix(&self, positions: usize, shape: &KvShape) -> Cached<'_> {
+        let (scales, len) = (positions * shape.heads, positions * shape.heads * shape.dim);
+        let scales = (shape.format == KvFormat::Int8)
+            .then(|| (&self.key_scales[..scales], &self.value_scales[..scales]));
+        Cached { keys: &self.keys[..len], values: &self.values[..len], scales }
+    }
+}
+
 impl Backend for Reference {
     fn device(&self) -> &DeviceInfo {
         &self.device
@@ -220,7 +310,7 @@ impl Backend for Reference {
     }
 
     fn capacity(&self) -> usize {
-        self.cache.capacity()
+        self.blocks.capacity()
     }
 
     fn sequences(&mut self) -> &mut Blocks {
@@ -228,19 +318,19 @@ impl Backend for Reference {
     }
 
     fn kv_format(&self) -> KvFormat {
-        todo!("kv")
+        self.cache.shape().format
     }
 
     fn kv_bytes(&self) -> u64 {
-        todo!("kv")
+        self.cache.bytes()
     }
 
-    fn read_block(&mut self, _: u32) -> Result<Vec<u8>> {
-        todo!("kv")
+    fn read_block(&mut self, block: u32) -> Result<Vec<u8>> {
+        Ok(self.cache.read_block(block))
     }
 
-    fn write_block(&mut self, _: u32, _: &[u8]) -> Result<()> {
-        todo!("kv")
+    fn write_block(&mut self, block: u32, bytes: &[u8]) -> Result<()> {
+        self.cache.write_block(block, bytes)
     }
 
     fn keep(&mut self, n: usize) -> Result<()> {
@@ -258,7 +348,15 @@ impl Backend for Reference {
             Tokens::Given(tokens) => tokens.to_vec(),
             Tokens::Chosen => vec![self.choices.last()?],
         };
-        self.pass = Pass { tokens, start: batch.start, want: Some(batch.want), ..Pass::default() };
+        let end = batch.start + tokens.len();
+        self.cache.apply(self.blocks.prepare(batch.sequence, batch.start, end)?)?;
+        self.pass = Pass {
+            tokens,
+            sequence: Some(batch.sequence),
+            start: batch.start,
+            want: Some(batch.want),
+            ..Pass::default()
+        };
         Ok(())
     }
 
@@ -278,6 +376,7 @@ impl Backend for Reference {
     fn qkv(&mut self, layer: usize) -> Result<()> {
         let Layer { input_layernorm, qkv, q_norm, k_norm, .. } = &self.layers[layer];
         let (dim, query_size) = (self.config.head_dim, self.config.query_size());
+        let table = self.blocks.table(self.pass.sequence.ok_or(Error::NoSequence)?)?;
         self.pass.query.clear();
         for (m, hidden) in self.pass.hidden.iter().enumerate() {
             let position = self.pass.start + m;
@@ -294,23 +393,21 @@ impl Backend for Reference {
                 rope::rotate(head, &cos, &sin);
             }
             let (query, key) = query_key.split_at(query_size);
-            let (key_slot, value_slot) = self.cache.slot(layer, position);
-            key_slot.copy_from_slice(key);
-            value_slot.copy_from_slice(value);
+            let block = table[position / BLOCK];
+            store_token(&mut self.cache, (block, layer), position % BLOCK, key, value);
             self.pass.query.push(query.to_vec());
         }
         Ok(())
     }
 
     fn attend(&mut self, layer: usize) -> Result<()> {
+        let table = self.blocks.table(self.pass.sequence.ok_or(Error::NoSequence)?)?;
+        let rows = CachedRows::gather(&self.cache, table, layer);
         self.pass.attended.clear();
         for (m, query) in self.pass.query.iter().enumerate() {
-            let (keys, values) = self.cache.prefix(layer, self.pass.start + m + 1);
-            self.pass.attended.push(attention(
-                query,
-                Cached { keys, values, scales: None },
-                self.config.heads(),
-            ));
+            let positions = self.pass.start + m + 1;
+            let cached = rows.prefix(positions, self.cache.shape());
+            self.pass.attended.push(attention(query, cached, self.config.heads()));
         }
         Ok(())
     }

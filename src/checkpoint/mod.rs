@@ -15,6 +15,7 @@ use crate::config::{Architecture, ModelConfig, WeightForm, gguf};
 use crate::error::{Error, Result};
 use crate::format::float::{Float, first_non_finite};
 use crate::format::{Dtype, ModelFiles, TensorInfo, TensorView, quoted};
+use crate::session::{Identity, IdentityHash};
 use crate::shape::MatShape;
 use crate::tensor_names::{
     ATTN_SUB_NORM, DOWN_PROJ, FFN_SUB_NORM, GATE_PROJ, INPUT_LAYERNORM, K_NORM, K_PROJ, LINEARS,
@@ -29,6 +30,9 @@ const ROPE_FACTORS: &str = "rope_freqs.weight";
 
 /// Bytes of a large tensor that are mapped at a time while it is copied.
 const COPY_BYTES: usize = 4 << 20;
+
+/// Bytes at each end of a tensor that tell a model from others.
+const IDENTITY_BYTES: usize = 4096;
 
 /// A checkpoint directory in the layout of Hugging Face, or the same files inside the program.
 ///
@@ -577,6 +581,22 @@ impl Checkpoint {
 impl WeightSource for Checkpoint {
     fn config(&self) -> &ModelConfig {
         &self.config
+    }
+
+    /// Of the configuration, and of each tensor the name, type, shape, and first and last bytes.
+    fn identity(&self) -> Result<Identity> {
+        let mut hash = IdentityHash::new(&self.config);
+        hash.add(&[matches!(self.options.i2s_layout, I2sLayout::Arm64).into()]);
+        for info in self.files.infos() {
+            hash.add(info.name.as_bytes());
+            hash.add(info.dtype.as_bytes());
+            hash.add(format!("{:?}", info.shape).as_bytes());
+            let len = usize::try_from(info.len_bytes).expect("inside the file");
+            let sample = len.min(IDENTITY_BYTES);
+            hash.add(&self.files.slice(info, 0..sample)?);
+            hash.add(&self.files.slice(info, len - sample..len)?);
+        }
+        Ok(hash.finish())
     }
 
     fn embedding(&self) -> Result<Table> {

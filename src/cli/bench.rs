@@ -53,6 +53,10 @@ pub(super) struct Arguments {
     )]
     tokens: usize,
 
+    /// Most tokens of a sequence [default: the model's maximum, at most 32768]
+    #[arg(long, value_name = "N", value_parser = at_least_one)]
+    context: Option<usize>,
+
     /// The kernel of matrices with one scale, for one token
     #[arg(
         long,
@@ -106,7 +110,7 @@ fn count(arguments: &Arguments, source: &dyn WeightSource) -> Result<DryRun> {
         },
         n_prompt: arguments.prompt,
         n_decode: arguments.tokens,
-        load: arguments.model.load_options(None),
+        load: arguments.model.load_options(arguments.context),
     };
     let mut bar = Bar::load();
     Ok(dry_run(source, &options, &mut |at| bar.layers(at))?)

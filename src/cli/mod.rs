@@ -19,6 +19,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use anyhow::{Context, Result};
 use clap::{Args, Parser, Subcommand};
 use sterna::backend::{Device, DeviceInfo, HeadChoice, LoadOptions, Tune};
+use sterna::kv_cache::KvFormat;
 use sterna::{Checkpoint, I2sLayout, OpenOptions};
 
 /// Runs ternary language models (BitNet b1.58 and relatives) on any GPU, and on the CPU.
@@ -121,6 +122,9 @@ struct ModelArguments {
     #[arg(long, value_enum, value_name = "KIND", default_value = "int8")]
     head: HeadKind,
 
+    #[command(flatten)]
+    kv: KvArguments,
+
     /// How a GPU's kernels are chosen
     ///
     /// "auto" takes the fastest that an earlier run on this adapter found, or looks for them now,
@@ -129,6 +133,42 @@ struct ModelArguments {
     /// rasterisers and other devices have nothing to tune.
     #[arg(long, value_enum, value_name = "HOW", default_value = "auto")]
     tune: TuneChoice,
+}
+
+/// How the KV cache is held.
+#[derive(Args, Clone, Copy)]
+struct KvArguments {
+    /// How keys and values are kept: f32, f16 or int8
+    ///
+    /// f16 takes half the memory of f32 and int8 a quarter (and one f32 scale a head and position), and
+    /// the time per token of a long context goes with it. "auto" takes f32 where a whole context
+    /// fits 64 MiB, f16 up to 2 GiB, int8 beyond.
+    #[arg(long, value_enum, value_name = "FORMAT", default_value = "auto")]
+    kv: KvChoice,
+}
+
+/// `--kv`.
+#[derive(Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+enum KvChoice {
+    /// By the bytes of a whole context.
+    Auto,
+    /// As they are.
+    F32,
+    /// IEEE half.
+    F16,
+    /// With a scale for each head and position.
+    Int8,
+}
+
+impl KvArguments {
+    fn format(self) -> Option<KvFormat> {
+        match self.kv {
+            KvChoice::Auto => None,
+            KvChoice::F32 => Some(KvFormat::F32),
+            KvChoice::F16 => Some(KvFormat::F16),
+            KvChoice::Int8 => Some(KvFormat::Int8),
+        }
+    }
 }
 
 /// `--head`.
@@ -217,8 +257,8 @@ impl ModelArguments {
             TuneChoice::Auto => Tune::Auto,
             TuneChoice::Off => Tune::Off,
         };
-        let threads = self.threads;
-        LoadOptions { context, threads, int8_activations, head, tune, ..LoadOptions::default() }
+        let (threads, kv) = (self.threads, self.kv.format());
+        LoadOptions { context, kv, threads, int8_activations, head, tune, ..LoadOptions::default() }
     }
 }
 

@@ -24,6 +24,11 @@ impl Bar {
         Self::new("loading {bar:32} {pos}/{len} layers")
     }
 
+    /// Of a prompt, in tokens.
+    pub(super) fn prompt() -> Self {
+        Self::new("reading the prompt {bar:32} {pos}/{len} tokens {eta}")
+    }
+
     /// Of a comparison, in layers.
     pub(super) fn compare() -> Self {
         Self::new("comparing {bar:32} {pos}/{len} layers")

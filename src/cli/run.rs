@@ -2,14 +2,17 @@
 
 use std::hash::{BuildHasher, Hasher};
 use std::io::{self, Read, Write};
-use std::sync::atomic::Ordering;
+use std::ops::ControlFlow;
+use std::path::PathBuf;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
 use serde::Serialize;
 use sterna::backend::HeadWork;
-use sterna::generate::{GenerateOptions, Generation, Model};
+use sterna::generate::{GenerateOptions, Generation, Model, Overflow};
 use sterna::sampler::Sampling;
+use sterna::session::snapshot::format_name;
 use sterna::speculate::{Speculate, SpeculationWork};
 use sterna::tokenizer::{Message, Role};
 
@@ -77,9 +80,30 @@ pub(super) struct Arguments {
     #[arg(long, value_name = "HOW", value_enum, default_value_t = SpeculateArgument::Off)]
     speculate: SpeculateArgument,
 
-    /// Most tokens of prompt and text together [default: the model's maximum, at most 4096]
+    /// Most tokens of prompt and text together [default: the model's maximum, at most 32768]
+    ///
+    /// Memory is taken 64 tokens at a time as they come, so a short text takes no more for a large
+    /// context.
     #[arg(long, value_name = "N", value_parser = at_least_one)]
     context: Option<usize>,
+
+    /// What happens when the context is full: stop, or shift
+    ///
+    /// "stop" ends the text. "shift" forgets the middle: the first 64 tokens stay and the newest, half a
+    /// context in all; they run again, and the text goes on. A prompt that is longer than the context
+    /// is an error either way.
+    #[arg(long, value_enum, value_name = "HOW", default_value = "stop")]
+    on_overflow: OverflowChoice,
+
+    /// Continue the text in FILE: the prompt is appended to it
+    ///
+    /// The file is one that --save-session has written, with the same model (on any device) and --kv.
+    #[arg(long, value_name = "FILE", conflicts_with = "chat")]
+    load_session: Option<PathBuf>,
+
+    /// Write the text, with what the model has computed of it, to FILE at the end
+    #[arg(long, value_name = "FILE")]
+    save_session: Option<PathBuf>,
 
     /// Put the prompt into the model's chat template
     #[arg(long)]
@@ -93,9 +117,9 @@ pub(super) struct Arguments {
     ///
     /// It has text (without the prompt), token_ids (with the stop token, if there is one),
     /// prompt_token_ids, model, device, finish_reason (stop, length, context or interrupted), seed
-    /// timings, for an int8 head how many rows a greedy token needed of the model's own
-    /// (head_candidates: mean and most), and with --speculate how it went (speculation: tokens
-    /// proposed and accepted, forward passes, and tokens_per_pass).
+    /// timings, the KV cache (kv: format, bytes, context), for an int8 head how many rows a greedy token
+    /// needed of the model's own (head_candidates: mean and most), and with --speculate how it went
+    /// (speculation: tokens proposed and accepted, forward passes, and tokens_per_pass).
     #[arg(long)]
     json: bool,
 }
@@ -118,6 +142,15 @@ impl From<SpeculateArgument> for Speculate {
     }
 }
 
+/// `--on-overflow`.
+#[derive(Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+enum OverflowChoice {
+    /// The text ends.
+    Stop,
+    /// The middle of the text is forgotten.
+    Shift,
+}
+
 const EXAMPLES: &str = "\
 Examples:
   sterna run \"Once upon a time\"
@@ -125,6 +158,7 @@ Examples:
   sterna run --seed 7 --top-p 0.9 \"The little dog\"   the same text for the same seed
   cat story.txt | sterna run -                       continue a file
   sterna run --speculate prompt \"One, two, one, two\"   the same text in fewer passes
+  sterna run \"Once\" --save-session s.kv; sterna run --load-session s.kv \" Then\"
   sterna run -m DIR --chat --system \"Be brief.\" \"Why is the sky blue?\"
   sterna run --json \"Once\" | jq .text";
 
@@ -141,6 +175,7 @@ struct Report<'a> {
     finish_reason: &'a str,
     seed: Option<u64>,
     timings: ReportTimings,
+    kv: ReportKv,
     #[serde(skip_serializing_if = "Option::is_none")]
     head_candidates: Option<ReportCandidates>,
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -163,6 +198,15 @@ impl From<SpeculationWork> for ReportSpeculation {
 }
 
 #[derive(Serialize)]
+struct ReportKv {
+    format: &'static str,
+    /// Allocated at the end of the text.
+    bytes: u64,
+    /// Most tokens.
+    context: usize,
+}
+
+#[derive(Serialize)]
 struct ReportCandidates {
     mean: f64,
     most: u64,
@@ -179,6 +223,7 @@ impl ReportCandidates {
 struct ReportTimings {
     load_seconds: f64,
     time_to_first_token_seconds: f64,
+    cached_prompt_tokens: usize,
     decode_seconds: f64,
     prompt_tokens_per_second: Option<f64>,
     decode_tokens_per_second: Option<f64>,
@@ -207,50 +252,107 @@ pub(super) fn run(arguments: Arguments) -> Result<()> {
     say_notes(model.transformer().device());
 
     let (label, device) = (model.label().to_owned(), model.transformer().device().clone());
+    let interrupted = interrupt_flag()?;
+    if let Some(path) = &arguments.load_session {
+        model.load_session(path)?;
+    }
     let mut generation = if arguments.chat {
         let system = arguments.system.map(|text| Message::new(Role::System, text));
         let messages: Vec<_> =
             system.into_iter().chain([Message::new(Role::User, &prompt)]).collect();
         model.generate_chat(&messages, &options)?
+    } else if arguments.load_session.is_some() {
+        model.append(&prompt, &options)?
     } else {
         model.generate(&prompt, &options)?
     };
 
     let echo = if arguments.chat { "" } else { &prompt };
-    let text = make_text(&mut generation, (!arguments.json).then_some(echo))?;
+    let text = match read_prompt_tokens(&mut generation, &interrupted)? {
+        true => make_text(&mut generation, (!arguments.json).then_some(echo), &interrupted)?,
+        false => String::new(),
+    };
     let finish_reason = generation.finish_reason().map_or("interrupted", |reason| reason.name());
     let seed = match options.sampling {
         Sampling::Greedy => None,
         Sampling::Random { seed, .. } => Some(seed),
     };
+    let made = Made {
+        timings: report_timings(&generation, load_time),
+        speed: speed(&generation),
+        token_ids: generation.tokens().to_vec(),
+        prompt_token_ids: generation.prompt().to_vec(),
+        candidates: generation.head_work().and_then(ReportCandidates::of),
+        speculation: generation.speculation().map(ReportSpeculation::from),
+        guesses: generation.speculation().map(guesses).unwrap_or_default(),
+    };
+    if let Some(path) = &arguments.save_session {
+        model.save_session(path)?;
+    }
+    let transformer = model.transformer();
+    let kv = ReportKv {
+        format: format_name(transformer.kv_format()),
+        bytes: transformer.kv_bytes(),
+        context: transformer.capacity(),
+    };
     if arguments.json {
         return print_json(&Report {
             text: &text,
-            token_ids: generation.tokens(),
-            prompt_token_ids: generation.prompt(),
+            token_ids: &made.token_ids,
+            prompt_token_ids: &made.prompt_token_ids,
             model: &label,
             device: &device.name,
             device_description: &device.description,
             kernel: &device.gemv,
             finish_reason,
             seed,
-            timings: report_timings(&generation, load_time),
-            head_candidates: generation.head_work().and_then(ReportCandidates::of),
-            speculation: generation.speculation().map(ReportSpeculation::from),
+            timings: made.timings,
+            kv,
+            head_candidates: made.candidates,
+            speculation: made.speculation,
         });
     }
     let seed = seed.map(|seed| format!("; seed {seed}")).unwrap_or_default();
     let device = format!("{} ({}), {}", device.name, device.description, device.gemv);
-    let candidates = generation.head_work().and_then(ReportCandidates::of);
-    let candidates = candidates
+    let candidates = made
+        .candidates
         .map(|ReportCandidates { mean, .. }| format!("; {mean:.1} rows a token re-ranked exactly"))
         .unwrap_or_default();
-    let guesses = generation.speculation().map(guesses).unwrap_or_default();
-    let speed = speed(&generation);
-    let status = format!("{device}: {speed}{candidates}{guesses}; {finish_reason}{seed}");
+    let guesses = made.guesses;
+    let ReportKv { format, bytes, .. } = kv;
+    let kv = format!("; KV cache {format}, {:.1} MB", bytes as f64 / 1e6);
+    let status =
+        format!("{device}: {}{candidates}{guesses}{kv}; {finish_reason}{seed}", made.speed);
     // The text is out: a closed standard error is no failure.
     let _ = writeln!(io::stderr(), "{status}");
     Ok(())
+}
+
+/// What remains of a text when the model is needed again.
+struct Made {
+    timings: ReportTimings,
+    speed: String,
+    token_ids: Vec<u32>,
+    prompt_token_ids: Vec<u32>,
+    candidates: Option<ReportCandidates>,
+    speculation: Option<ReportSpeculation>,
+    guesses: String,
+}
+
+/// Runs the prompt under a bar; false if Ctrl-C has ended it.
+fn read_prompt_tokens(generation: &mut Generation<'_>, interrupted: &AtomicBool) -> Result<bool> {
+    let mut bar = Bar::prompt();
+    let result = generation.prefill(&mut |done, total| {
+        bar.update(done as u64, total as u64);
+        match interrupted.load(Ordering::Relaxed) {
+            true => ControlFlow::Break(()),
+            false => ControlFlow::Continue(()),
+        }
+    });
+    match result {
+        Err(sterna::Error::Cancelled) => Ok(false),
+        result => Ok(result.map(|()| true)?),
+    }
 }
 
 fn options(arguments: &Arguments) -> GenerateOptions {
@@ -266,8 +368,12 @@ fn options(arguments: &Arguments) -> GenerateOptions {
         }
     };
     let repetition_penalty = arguments.repetition_penalty;
+    let overflow = match arguments.on_overflow {
+        OverflowChoice::Stop => Overflow::Stop,
+        OverflowChoice::Shift => Overflow::Shift,
+    };
     let (max_tokens, speculate) = (arguments.max_tokens, arguments.speculate.into());
-    GenerateOptions { max_tokens, sampling, repetition_penalty, speculate }
+    GenerateOptions { max_tokens, sampling, repetition_penalty, overflow, speculate }
 }
 
 /// A seed that is short to type again; the standard library seeds its hash maps at random.
@@ -290,10 +396,14 @@ fn read_prompt() -> Result<String> {
 }
 
 /// Generates until the end or Ctrl-C; with `echo`, prints that, then each piece, then a newline.
-fn make_text(generation: &mut Generation<'_>, echo: Option<&str>) -> Result<String> {
-    let Some(echo) = echo else { return collect(generation, |_| Ok(())) };
+fn make_text(
+    generation: &mut Generation<'_>,
+    echo: Option<&str>,
+    interrupted: &AtomicBool,
+) -> Result<String> {
+    let Some(echo) = echo else { return collect(generation, |_| Ok(()), interrupted) };
     print(echo)?;
-    let text = collect(generation, print);
+    let text = collect(generation, print, interrupted);
     // After a failure, too: its message gets a line of its own.
     if !text.as_ref().is_ok_and(|text| text.ends_with('\n')) {
         print("\n")?;
@@ -304,8 +414,8 @@ fn make_text(generation: &mut Generation<'_>, echo: Option<&str>) -> Result<Stri
 fn collect(
     generation: &mut Generation<'_>,
     mut each: impl FnMut(&str) -> Result<()>,
+    interrupted: &AtomicBool,
 ) -> Result<String> {
-    let interrupted = interrupt_flag()?;
     let mut text = String::new();
     for piece in generation {
         let piece = piece?;
@@ -345,6 +455,7 @@ fn report_timings(generation: &Generation<'_>, load_time: Duration) -> ReportTim
     ReportTimings {
         load_seconds: load_time.as_secs_f64(),
         time_to_first_token_seconds: timings.time_to_first_token.as_secs_f64(),
+        cached_prompt_tokens: timings.cached_tokens,
         decode_seconds: timings.decode_time.as_secs_f64(),
         prompt_tokens_per_second: timings.prompt_rate(),
         decode_tokens_per_second: timings.decode_rate(),

@@ -10,7 +10,7 @@ use sterna::weights::{Checkpoint, WeightSource};
 use sterna::{Model, Transformer};
 
 use super::progress::Bar;
-use super::{FileArguments, at_least_one, open, print, print_json};
+use super::{FileArguments, KvArguments, at_least_one, open, print, print_json};
 
 /// Prove that the devices of this machine compute what they should
 ///
@@ -37,6 +37,13 @@ pub(super) struct Arguments {
     /// CPU threads [default: one per physical core]
     #[arg(long, value_name = "N", value_parser = at_least_one)]
     threads: Option<usize>,
+
+    #[command(flatten)]
+    kv: KvArguments,
+
+    /// Most tokens of the text [default: the model's maximum, at most 32768]
+    #[arg(long, value_name = "N", value_parser = at_least_one)]
+    context: Option<usize>,
 
     /// Write one JSON object
     #[arg(long)]
@@ -99,7 +106,12 @@ pub(super) fn run(arguments: &Arguments) -> Result<()> {
     for &device in &devices {
         variants.extend(verify::verify(device)?.into_iter().map(Variant::from));
     }
-    let options = LoadOptions { threads: arguments.threads, ..LoadOptions::default() };
+    let options = LoadOptions {
+        context: arguments.context,
+        kv: arguments.kv.format(),
+        threads: arguments.threads,
+        ..LoadOptions::default()
+    };
     let generations = generations(&checkpoint, judged_devices(&checkpoint, &devices), &options)?;
     let report = Report {
         passed: variants.iter().all(|variant| variant.passed)

@@ -5,10 +5,9 @@ use cpu_ref::layout::{CHUNK_K, TILE_ROWS, k_chunks};
 use cpu_ref::mlp::Activation;
 use cpu_ref::quantize_absmax::Quantized;
 
-use crate::backend::simd::{
-    self, Activations, CacheHead, GroupLayout, Matrix, TableRows, TokenScale,
-};
+use crate::backend::simd::{self, Activations, GroupLayout, Matrix, TableRows, TokenScale};
 use crate::error::Result;
+use crate::kv_cache::KvFormat;
 use crate::layout::{Layout, Packed};
 use crate::shape::MatShape;
 use crate::weights::TernaryMatrix;
@@ -66,16 +65,7 @@ impl super::Kernels for OnCpu<'_> {
     }
 
     fn attention(&self, q: &[f32], k: &[f32], v: &[f32], heads: Heads) -> Result<Vec<f32>> {
-        let mut out = vec![0.0; q.len()];
-        let stride = heads.kv * heads.dim;
-        let each = q.chunks_exact(heads.dim).zip(out.chunks_exact_mut(heads.dim));
-        for (head, (q, out)) in each.enumerate() {
-            let at = head / (heads.query / heads.kv) * heads.dim;
-            let (keys, values) = (&k[at..], &v[at..]);
-            let cache = CacheHead { keys, values, stride, len: k.len() / stride };
-            self.0.attend_head(q, cache, out);
-        }
-        Ok(out)
+        simd::attention(self.0, q, (k, v), heads, KvFormat::F32)
     }
 
     fn gated_activation(&self, gate: &[f32], up: &[f32], act: Activation) -> Result<Vec<f32>> {

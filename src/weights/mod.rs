@@ -15,6 +15,7 @@ pub use ternary::{Alphabet, TernaryMatrix, WeightScale};
 
 use crate::config::ModelConfig;
 use crate::error::Result;
+use crate::session::{Identity, IdentityHash};
 use crate::tensor_names::{
     ATTN_SUB_NORM, DOWN_PROJ, FFN_SUB_NORM, GATE_PROJ, INPUT_LAYERNORM, K_NORM, K_PROJ, Linear,
     Norm, O_PROJ, POST_ATTENTION_LAYERNORM, Q_NORM, Q_PROJ, UP_PROJ, V_PROJ,
@@ -145,6 +146,18 @@ pub trait WeightSource {
     /// If the tensor is malformed.
     fn frequencies(&self) -> Result<cpu_ref::rope::Frequencies> {
         Ok(self.config().frequencies())
+    }
+    /// Which model this is. Without files there are only some values to tell by.
+    ///
+    /// # Errors
+    /// If a tensor is missing or malformed.
+    fn identity(&self) -> Result<Identity> {
+        let mut hash = IdentityHash::new(self.config());
+        let mut row = vec![0.0; self.config().hidden_size];
+        self.embedding()?.row(0, &mut row)?;
+        hash.add(bytemuck::cast_slice(&row));
+        hash.add(bytemuck::cast_slice(&self.final_norm()?));
+        Ok(hash.finish())
     }
     /// The weights of layer `index`.
     ///

@@ -21,8 +21,10 @@ mod golden;
 mod hub;
 #[cfg(feature = "cli")]
 mod hub_server;
+mod kv_cache;
 mod model;
 mod refusals;
+mod session;
 mod shaders;
 mod simd;
 mod speculate;

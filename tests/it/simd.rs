@@ -6,9 +6,11 @@ use cpu_ref::head_int8::Input;
 use cpu_ref::layout::{CHUNK_K, TILE_ROWS, int8_rows, k_chunks};
 use cpu_ref::mlp::Activation;
 use sterna::backend::simd::{
-    Activations, CacheHead, GroupLayout, GroupWeights, Kernels, Level, TableRows, TokenScale,
+    self, Activations, Attended, GroupLayout, GroupWeights, Kernels, Level, Queries, Softmax,
+    TableRows, TokenScale,
 };
 use sterna::format::float::{bf16_to_f32, f16_to_f32, f32_to_bf16};
+use sterna::kv_cache::{BLOCK, HeadChunkMut, KvCache, KvFormat, KvShape, Prepared};
 use sterna::layout::{Layout, Packed, Signs, group_scales};
 use sterna::random::Random;
 use sterna::shape::MatShape;
@@ -58,6 +60,7 @@ on_every_level! {
     norm_and_quantize
     elementwise
     attention
+    attention_of_tokens
     lm_head
     lm_head_of_codes
     head_input
@@ -567,29 +570,95 @@ fn attention(kernels: &dyn Kernels) {
         let q = random.floats(4 * dim, 3.0);
         let keys = random.floats(positions * 2 * dim, 2.0);
         let values = random.floats(positions * 2 * dim, 5.0);
-        let expected = {
-            let cached = cpu_ref::attention::Cached { keys: &keys, values: &values, scales: None };
-            cpu_ref::attention::attention(&q, cached, heads)
-        };
-        let found = same_bits(kernels, "attention", |kernels| {
-            guarded("attention", 4 * dim, 7.0, |out| {
-                for (head, out) in out.chunks_exact_mut(dim).enumerate() {
-                    let at = head / 2 * dim;
-                    let (keys, values) = (&keys[at..], &values[at..]);
-                    let cache = CacheHead { keys, values, stride: 2 * dim, len: positions };
-                    kernels.attend_head(&q[head * dim..][..dim], cache, out);
-                }
-            })
-        });
-        let shape = (positions, dim);
-        assert_same("attention", shape, seed as u64, kernels.level().name(), &expected, &found);
+        for format in [KvFormat::F32, KvFormat::F16, KvFormat::Int8] {
+            let (stored_keys, key_scales) = stored(&keys, dim, format);
+            let (stored_values, value_scales) = stored(&values, dim, format);
+            let expected = {
+                let scales = (format == KvFormat::Int8).then_some((&*key_scales, &*value_scales));
+                let cached = cpu_ref::attention::Cached {
+                    keys: &stored_keys,
+                    values: &stored_values,
+                    scales,
+                };
+                cpu_ref::attention::attention(&q, cached, heads)
+            };
+            let found = same_bits(kernels, "attention", |kernels| {
+                simd::attention(kernels, &q, (&keys, &values), heads, format).expect("memory")
+            });
+            let (shape, variant) = ((positions, dim, format), kernels.level().name());
+            assert_same("attention", shape, seed as u64, variant, &expected, &found);
+        }
     }
     // A NaN score must not vanish in the maximum.
-    let mut out = [0.0; 4];
-    let keys = [f32::NAN; 8];
-    let cache = CacheHead { keys: &keys, values: &[1.0; 8], stride: 4, len: 2 };
-    kernels.attend_head(&[1.0; 4], cache, &mut out);
-    assert!(out.iter().all(|value| value.is_nan()));
+    let heads = cpu_ref::attention::Heads { query: 1, kv: 1, dim: 4 };
+    for position in 0..2 {
+        let mut keys = [1.0; 8];
+        keys[4 * position] = f32::NAN;
+        for format in [KvFormat::F32, KvFormat::F16, KvFormat::Int8] {
+            let out = simd::attention(kernels, &[1.0; 4], (&keys, &[1.0; 8]), heads, format);
+            assert!(out.expect("memory").iter().all(|value| value.is_nan()));
+        }
+    }
+}
+
+/// What the cache gives back of heads `[.., D]`: values and a scale each.
+fn stored(heads: &[f32], dim: usize, format: KvFormat) -> (Vec<f32>, Vec<f32>) {
+    let stored = heads.chunks_exact(dim).map(|head| cpu_ref::kv::store_head(head, format));
+    let (values, scales): (Vec<_>, Vec<_>) = stored.map(|head| (head.values, head.scale)).unzip();
+    (values.concat(), scales)
+}
+
+/// Queries of several tokens at once, of which some do not see the block, and results that are
+/// merged later: the bits of one block after another.
+fn attention_of_tokens(kernels: &dyn Kernels) {
+    let (dim, heads, tokens) = (20, 3, 5);
+    let shape = KvShape { layers: 1, heads: 1, dim, format: KvFormat::F16 };
+    let mut cache = KvCache::new(shape);
+    cache.apply(Prepared { copy: None, blocks: 2 }).expect("memory");
+    let mut random = Random::new(9);
+    for position in 0..2 * BLOCK {
+        let (key, value) = (random.floats(dim, 2.0), random.floats(dim, 2.0));
+        let chunk = HeadChunkMut::of(cache.layer_mut((position / BLOCK) as u32, 0), &shape);
+        kernels.store_head(&key, &value, position % BLOCK, chunk);
+    }
+    let q = random.floats(tokens * heads * dim, 2.0);
+    // The first token sees 62 positions, the last 66.
+    let seen = 62;
+    let attend = |q: &[f32], tokens, seen: isize, block: u32| {
+        let mut softmax = vec![Softmax::default(); tokens * heads];
+        let sums = guarded("attend_block", tokens * heads * dim, 0.0, |out| {
+            let queries = Queries { q, stride: heads * dim, heads, tokens, seen };
+            let attended = Attended { softmax: &mut softmax, out, stride: heads };
+            kernels.attend_block(queries, cache.head(block, 0, 0), attended);
+        });
+        (softmax, sums)
+    };
+    let together = [(0, seen), (1, seen - 64)].map(|(block, seen)| attend(&q, tokens, seen, block));
+    for (m, q) in q.chunks_exact(heads * dim).enumerate() {
+        let seen = seen + m as isize;
+        for (block, together) in (0..).zip(&together) {
+            let (softmax, sums) = attend(q, 1, seen - 64 * block as isize, block);
+            assert_eq!(softmax, together.0[m * heads..][..heads]);
+            assert_eq!(sums, together.1[m * heads * dim..][..heads * dim]);
+            assert_eq!(softmax[0] == Softmax::default(), seen <= 64 * block as isize);
+        }
+    }
+    // Block after block is the same as merging two that were computed apart.
+    let last = (tokens - 1) * heads;
+    let q = &q[last * dim..];
+    let (mut softmax, mut out) = attend(q, 1, 66, 0);
+    let attended = Attended { softmax: &mut softmax, out: &mut out, stride: heads };
+    let queries = Queries { q, stride: heads * dim, heads, tokens: 1, seen: 2 };
+    kernels.attend_block(queries, cache.head(1, 0, 0), attended);
+    for head in 0..heads {
+        let [first, second] = &together;
+        let (mut running, mut merged) = (Softmax::default(), vec![0.0; dim]);
+        for (softmax, sums) in [first, second] {
+            let sums = &sums[(last + head) * dim..][..dim];
+            kernels.merge_block((softmax[last + head], sums), &mut running, &mut merged);
+        }
+        assert_eq!((running, &merged[..]), (softmax[head], &out[head * dim..][..dim]));
+    }
 }
 
 fn lm_head(kernels: &dyn Kernels) {

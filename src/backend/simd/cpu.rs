@@ -1,12 +1,14 @@
 //! The backend: packed weights, buffers and threads around the kernels.
 
+use std::ops::Range;
+
 use cpu_ref::layout::{CHUNK_K, TILE_ROWS};
 use cpu_ref::rope::Frequencies;
 
 use super::head::Int8Head;
 use super::matrix::{Head, Linears, Matrix, Scales};
 use super::pool::{Pool, Split};
-use super::{Activations, CHUNK_WORDS, CacheHead, Kernels, Level, TokenScale};
+use super::{Activations, CHUNK_WORDS, Kernels, Level, TokenScale, attention};
 use crate::backend::choices::Choices;
 use crate::backend::{
     Backend, Batch, DeviceInfo, HeadChoice, HeadWork, LoadOptions, MAX_DRAFT, OnProgress, Output,
@@ -14,14 +16,15 @@ use crate::backend::{
 };
 use crate::config::{Activations as Precision, ModelConfig};
 use crate::error::{Error, Result};
-use crate::kv_cache::{Blocks, KvCache, KvFormat};
+use crate::kv_cache::{BLOCK, Blocks, HeadChunkMut, KvCache, KvFormat, KvShape, SequenceId};
 use crate::sampler::{Sampler, Sampling};
 use crate::weights::WeightSource;
 
 /// A model on the CPU.
 ///
-/// Steps run at once. Everything a pass needs is allocated by [`SimdBackend::load`], except the
-/// logits that a pass returns and, for [`Want::AllLogits`], the room to compute them.
+/// Steps run at once. Everything a pass needs is allocated by [`SimdBackend::load`], except new
+/// blocks of the KV cache, the logits that a pass returns and, for [`Want::AllLogits`], the room to
+/// compute them.
 pub struct SimdBackend {
     device: DeviceInfo,
     config: ModelConfig,
@@ -35,6 +38,7 @@ pub struct SimdBackend {
     frequencies: Frequencies,
     cache: KvCache,
     blocks: Blocks,
+    attention: attention::Scratch,
     work: Work,
     pass: Pass,
     choices: Choices,
@@ -88,6 +92,7 @@ struct Work {
 /// What one forward pass leaves for its next step.
 struct Pass {
     tokens: Vec<u32>,
+    sequence: Option<SequenceId>,
     start: usize,
     want: Want,
     /// `[M, D/2]`.
@@ -301,6 +306,40 @@ impl Work {
         });
     }
 
+    /// Keys and values of `positions`, which the rows hold after `query_size` values, into the cache.
+    fn store(
+        &mut self,
+        cache: &mut KvCache,
+        table: &[u32],
+        layer: usize,
+        positions: Range<usize>,
+        query_size: usize,
+    ) {
+        let Self { pool, kernels, rows, .. } = self;
+        let (kernels, rows) = (kernels.as_ref(), &*rows);
+        let shape = *cache.shape();
+        let (dim, kv_size) = (shape.dim, shape.heads * shape.dim);
+        let mut from = positions.start;
+        while from < positions.end {
+            let to = positions.end.min((from / BLOCK + 1) * BLOCK);
+            let chunks = cache.layer_mut(table[from / BLOCK], layer);
+            let split = Split { len: shape.chunk_lines(), cost: 16 * dim * (to - from) };
+            pool.stripes(chunks, split, |first, chunks| {
+                for (head, chunk) in (first..).zip(chunks.chunks_exact_mut(shape.chunk_lines())) {
+                    for position in from..to {
+                        let row =
+                            &rows[(position - positions.start) * (query_size + 2 * kv_size)..];
+                        let key = &row[query_size + head * dim..][..dim];
+                        let value = &row[query_size + kv_size + head * dim..][..dim];
+                        let chunk = HeadChunkMut::of(chunk, &shape);
+                        kernels.store_head(key, value, position % BLOCK, chunk);
+                    }
+                }
+            });
+            from = to;
+        }
+    }
+
     /// Writes what a matrix multiplies into `inputs[M, K]`: `x` after the norm before the layer and
     /// what the layer does to its input.
     fn prepare(&mut self, run: &Matrix, x: &[f32], norm: Option<&[f32]>) {
@@ -419,12 +458,18 @@ impl SimdBackend {
             int8_head,
             final_norm: source.final_norm()?,
             frequencies: source.frequencies()?,
-            cache: KvCache::new(total, capacity, config.kv_size()),
+            cache: KvCache::new(KvShape::new(&config, options.kv_format(&config)?)),
             blocks: Blocks::new(capacity),
+            attention: attention::Scratch::new(
+                max_batch,
+                config.num_attention_heads,
+                config.head_dim,
+            ),
             work: Work::new(pool, kernels, precision, &config, max_batch, &layers),
             layers,
             pass: Pass {
                 tokens: Vec::with_capacity(max_batch),
+                sequence: None,
                 start: 0,
                 want: Want::Nothing,
                 cos: vec![0.0; max_batch * config.head_dim / 2],
@@ -453,7 +498,7 @@ impl Backend for SimdBackend {
     }
 
     fn capacity(&self) -> usize {
-        self.cache.capacity()
+        self.blocks.capacity()
     }
 
     fn head_work(&self) -> Option<HeadWork> {
@@ -465,19 +510,19 @@ impl Backend for SimdBackend {
     }
 
     fn kv_format(&self) -> KvFormat {
-        todo!("kv")
+        self.cache.shape().format
     }
 
     fn kv_bytes(&self) -> u64 {
-        todo!("kv")
+        self.cache.bytes()
     }
 
-    fn read_block(&mut self, _: u32) -> Result<Vec<u8>> {
-        todo!("kv")
+    fn read_block(&mut self, block: u32) -> Result<Vec<u8>> {
+        Ok(self.cache.read_block(block))
     }
 
-    fn write_block(&mut self, _: u32, _: &[u8]) -> Result<()> {
-        todo!("kv")
+    fn write_block(&mut self, block: u32, bytes: &[u8]) -> Result<()> {
+        self.cache.write_block(block, bytes)
     }
 
     fn keep(&mut self, n: usize) -> Result<()> {
@@ -498,6 +543,9 @@ impl Backend for SimdBackend {
             Tokens::Chosen => pass.tokens.push(self.choices.last()?),
         }
         (pass.start, pass.want) = (batch.start, batch.want);
+        pass.sequence = Some(batch.sequence);
+        let end = batch.start + pass.tokens.len();
+        self.cache.apply(self.blocks.prepare(batch.sequence, batch.start, end)?)?;
         let half = self.frequencies.inv_freq.len();
         let angles = pass.cos.chunks_exact_mut(half).zip(pass.sin.chunks_exact_mut(half));
         for (position, (cos, sin)) in (batch.start..).zip(angles).take(pass.tokens.len()) {
@@ -519,7 +567,7 @@ impl Backend for SimdBackend {
         let Layer { input_layernorm, qkv, q_norm, k_norm, .. } = &self.layers[layer];
         let (query_size, kv_size) = (self.config.query_size(), self.config.kv_size());
         let eps = self.config.rms_norm_eps;
-        let Pass { tokens, start, cos, sin, hidden, query, .. } = &mut self.pass;
+        let Pass { tokens, cos, sin, hidden, query, .. } = &mut self.pass;
         let n_tokens = tokens.len();
         let (cos, sin) = (&*cos, &*sin);
         let half = self.frequencies.inv_freq.len();
@@ -541,38 +589,25 @@ impl Backend for SimdBackend {
                 query.copy_from_slice(&query_key[..query_size]);
             },
         );
-        let rows = self.work.rows.chunks_exact(query_size + 2 * kv_size).take(n_tokens);
-        for (position, row) in (*start..).zip(rows) {
-            let (key, value) = self.cache.slot(layer, position);
-            key.copy_from_slice(&row[query_size..][..kv_size]);
-            value.copy_from_slice(&row[query_size + kv_size..]);
-        }
+        let table = self.blocks.table(self.pass.sequence.ok_or(Error::NoSequence)?)?;
+        let positions = self.pass.start..self.pass.start + n_tokens;
+        self.work.store(&mut self.cache, table, layer, positions, query_size);
         Ok(())
     }
 
     fn attend(&mut self, layer: usize) -> Result<()> {
-        let heads = self.config.heads();
-        let Pass { tokens, start, query, attended, .. } = &mut self.pass;
-        let (query, start, n_tokens) = (&*query, *start, tokens.len());
-        let (keys, values) = self.cache.prefix(layer, start + n_tokens);
+        let Pass { tokens, sequence, start, query, attended, .. } = &mut self.pass;
+        let len = tokens.len() * self.config.query_size();
+        let layer = attention::Layer {
+            cache: &self.cache,
+            table: self.blocks.table(sequence.ok_or(Error::NoSequence)?)?,
+            layer,
+            start: *start,
+            heads: self.config.num_attention_heads,
+        };
         let Work { pool, kernels, .. } = &mut self.work;
-        // A position costs its key and its value.
-        let cost = (start + n_tokens) * heads.dim * 2 * size_of::<f32>();
-        let per_head = Split { len: heads.dim, cost };
-        let attended = &mut attended[..n_tokens * heads.query * heads.dim];
-        pool.stripes(attended, per_head, |first, attended| {
-            for (index, out) in (first..).zip(attended.chunks_exact_mut(heads.dim)) {
-                let (m, head) = (index / heads.query, index % heads.query);
-                let group = head / (heads.query / heads.kv);
-                let cache = CacheHead {
-                    keys: &keys[group * heads.dim..],
-                    values: &values[group * heads.dim..],
-                    stride: heads.kv * heads.dim,
-                    len: start + m + 1,
-                };
-                kernels.attend_head(&query[index * heads.dim..][..heads.dim], cache, out);
-            }
-        });
+        let on = (pool, kernels.as_ref());
+        self.attention.attend(on, layer, &query[..len], &mut attended[..len]);
         Ok(())
     }
 

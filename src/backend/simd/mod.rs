@@ -10,8 +10,11 @@
 //! Matrices with scales of groups of inputs have float activations, and then a product is a table
 //! lookup (`tables.rs`); binary ones are in the layout `cpu_ref::layout::signs`.
 //!
+//! The KV cache is in blocks, whose layout ([`crate::kv_cache`]) is made for `attention.rs`.
+//!
 //! This module is the only home of `unsafe` in the crate.
 
+mod attention;
 #[cfg(target_arch = "x86_64")]
 mod avx2;
 #[cfg(target_arch = "x86_64")]
@@ -35,7 +38,9 @@ use cpu_ref::layout::{CHUNK_K, PIECE_WORDS, TILE_ROWS, int8_rows, signs};
 use cpu_ref::mlp::Activation;
 
 use crate::error::{Error, Result};
+use crate::kv_cache::{HeadChunk, HeadChunkMut};
 
+pub use attention::{Attended, Queries, Softmax, attention};
 pub use cpu::{SimdBackend, description};
 pub(crate) use matrix::Matrix;
 pub use portable::TokenScale;
@@ -387,19 +392,6 @@ impl TableRows<'_> {
     }
 }
 
-/// One head's keys or values in a KV cache `[S, G·D]`: position `s` at `data[s·stride..][..D]`.
-#[derive(Debug, Clone, Copy)]
-pub struct CacheHead<'a> {
-    /// Keys, from the head's first value.
-    pub keys: &'a [f32],
-    /// Values, from the head's first value.
-    pub values: &'a [f32],
-    /// Distance of two positions: `G·D`.
-    pub stride: usize,
-    /// Positions.
-    pub len: usize,
-}
-
 /// The kernels of one [`Level`]: each a twin of the `cpu_ref` function of its name.
 ///
 /// Lengths that do not match the stated shapes panic, as in `cpu_ref`. Integer results are equal to
@@ -477,8 +469,15 @@ pub trait Kernels: Send + Sync {
     /// `z[i] = act(gate[i])·up[i]`.
     fn gated_activation(&self, gate: &[f32], up: &[f32], activation: Activation, z: &mut [f32]);
 
-    /// One query head `q[D]` over a head of the cache, into `out[D]`.
-    fn attend_head(&self, q: &[f32], cache: CacheHead<'_>, out: &mut [f32]);
+    /// Stores a head's key and value `[D]` at position `slot` of a block: `cpu_ref::kv::store_head`.
+    fn store_head(&self, key: &[f32], value: &[f32], slot: usize, chunk: HeadChunkMut<'_>);
+
+    /// Merges a block of the cache into what some queries have seen, as `cpu_ref::attention` does.
+    fn attend_block(&self, queries: Queries<'_>, chunk: HeadChunk<'_>, attended: Attended<'_>);
+
+    /// Merges a block that was attended to by itself, its softmax and its `[D]` sums, into what a
+    /// query has seen.
+    fn merge_block(&self, block: (Softmax, &[f32]), running: &mut Softmax, out: &mut [f32]);
 
     /// Logits of at most `32·tiles` table rows for M tokens `x[M,K]`, into `logits[tiles][M][32]`.
     fn lm_head(&self, rows: TableRows<'_>, x: &[f32], k: usize, logits: &mut [f32]);
@@ -626,12 +625,19 @@ macro_rules! impl_kernels {
                     activation: cpu_ref::mlp::Activation, z: &mut [f32]) -> ()
                     where gate.len() == up.len() && gate.len() == z.len()
                     => super::portable::gated_activation(gate, up, activation, z);
-                fn attend_head(q: &[f32], cache: super::CacheHead<'_>,
+                fn store_head(key: &[f32], value: &[f32], slot: usize,
+                    chunk: super::HeadChunkMut<'_>) -> ()
+                    where key.len() == chunk.dim() && value.len() == key.len()
+                        && slot < crate::kv_cache::BLOCK
+                    => super::attention::store_head(key, value, slot, chunk);
+                fn attend_block(queries: super::Queries<'_>, chunk: super::HeadChunk<'_>,
+                    attended: super::Attended<'_>) -> ()
+                    where queries.heads > 0
+                    => super::attention::attend_block(queries, chunk, attended);
+                fn merge_block(block: (super::Softmax, &[f32]), running: &mut super::Softmax,
                     out: &mut [f32]) -> ()
-                    where cache.len > 0 && q.len() == out.len() && q.len() <= cache.stride
-                        && cache.keys.len() == cache.values.len()
-                        && cache.keys.len() >= (cache.len - 1) * cache.stride + q.len()
-                    => super::portable::attend_head(q, cache, out);
+                    where block.1.len() == out.len()
+                    => super::attention::merge_block(block, running, out);
                 fn lm_head(rows: super::TableRows<'_>, x: &[f32], k: usize,
                     logits: &mut [f32]) -> ()
                     where k > 0 && x.len().is_multiple_of(k) && rows.fit(k)

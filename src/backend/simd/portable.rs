@@ -5,16 +5,13 @@
 //! added in a fixed tree, and Rust never contracts `a·b + c`: **all levels return the same bits**,
 //! whatever the machine and the number of threads.
 
-use cpu_ref::attention::inv_sqrt_dim;
 use cpu_ref::exp::{EXP_MAX, EXP_MIN};
 use cpu_ref::layout::{TILE_ROWS, signs};
 use cpu_ref::mlp::Activation;
 use cpu_ref::quantize_absmax::ABSMAX_FLOOR;
-use cpu_ref::reduce::{DOT_LANES, GROUP_LANES, KEY_LANES, NORM_LANES, tree_sum};
+use cpu_ref::reduce::{GROUP_LANES, NORM_LANES, tree_sum};
 
-use super::{
-    Activations, CHUNK_WORDS, CacheHead, GroupLayout, GroupScales, GroupWeights, TableRows,
-};
+use super::{Activations, CHUNK_WORDS, GroupLayout, GroupScales, GroupWeights, TableRows};
 
 /// Lanes of a logit's sum: two 512-bit registers, so that two additions are always in flight.
 pub(super) const HEAD_LANES: usize = 32;
@@ -356,56 +353,6 @@ pub(super) fn exp(x: f32) -> f32 {
     let exponent = ((n + ROUND).to_bits() as i32).wrapping_sub(ROUND.to_bits() as i32);
     let value = p * f32::from_bits((exponent.wrapping_add(127) as u32) << 23);
     if below { 0.0 } else { value }
-}
-
-/// Twin of `cpu_ref::attention` for one query head, exact: `out = softmax(q·Kᵀ/√D)·V` by online
-/// softmax over blocks of 128 positions, so that no more scores than a block's are stored.
-#[inline(always)]
-pub(super) fn attend_head(q: &[f32], cache: CacheHead<'_>, out: &mut [f32]) {
-    let CacheHead { keys, values, stride, len } = cache;
-    let dim = q.len();
-    let inv_sqrt_dim = inv_sqrt_dim(dim);
-    let (mut running_max, mut total) = (f32::MIN, 0.0f32);
-    out.fill(0.0);
-    for start in (0..len).step_by(KEY_LANES) {
-        let positions = KEY_LANES.min(len - start);
-        let mut weights = [0.0f32; KEY_LANES];
-        let mut new_max = running_max;
-        for (i, weight) in weights[..positions].iter_mut().enumerate() {
-            let key = &keys[(start + i) * stride..][..dim];
-            let score = dot::<DOT_LANES, f32>(q, key, |value| value) * inv_sqrt_dim;
-            // A NaN stays: no comparison with it is true.
-            new_max = if new_max > score || new_max.is_nan() { new_max } else { score };
-            *weight = score;
-        }
-        for weight in &mut weights[..positions] {
-            *weight = exp(*weight - new_max);
-        }
-        let decay = exp(running_max - new_max);
-        total = total * decay + tree_sum(weights);
-        for out in out.iter_mut() {
-            *out *= decay;
-        }
-        let (groups, tail) = weights[..positions].as_chunks::<4>();
-        for (group, w) in groups.iter().enumerate() {
-            // Four positions a pass over `out`, added in order.
-            let at = start + 4 * group;
-            let [a, b, c, d] = [0, 1, 2, 3].map(|i| &values[(at + i) * stride..][..dim]);
-            for i in 0..dim {
-                out[i] = (((out[i] + w[0] * a[i]) + w[1] * b[i]) + w[2] * c[i]) + w[3] * d[i];
-            }
-        }
-        for (i, &w) in tail.iter().enumerate() {
-            let at = start + 4 * groups.len() + i;
-            for (out, &value) in out.iter_mut().zip(&values[at * stride..][..dim]) {
-                *out += w * value;
-            }
-        }
-        running_max = new_max;
-    }
-    for out in out.iter_mut() {
-        *out /= total;
-    }
 }
 
 /// Twin of `cpu_ref::lm_head` for a stripe of rows and M tokens `x[M,K]`, into
