@@ -3,6 +3,8 @@
 //! `decode_speculate`: the same with drafts of a text that repeats itself, all of them right.
 //!
 //! The shape is BitNet b1.58 2B4T's; as a test it is a tiny one. All threads of the machine.
+//! `decode_at`: one token after contexts of several lengths, two layers of 2B4T, by format of the KV cache; the time
+//! should grow no faster than the bytes of the cache.
 //! `sample`: the choice of a token on the GPU, one submit each.
 
 mod shapes;
@@ -13,6 +15,8 @@ use criterion::{
 use sterna::backend::gpu::kernels::{self, SampleLens};
 use sterna::backend::gpu::{AdapterKind, PassParams, Pipelines};
 use sterna::backend::{Device, LoadOptions, MAX_DRAFT, Output, Want};
+use sterna::config::ModelConfig;
+use sterna::kv_cache::KvFormat;
 use sterna::model::Transformer;
 use sterna::random::Random;
 use sterna::synthetic::{SyntheticModel, bitnet_2b4t, tiny_bitnet};
@@ -111,6 +115,38 @@ fn speculate(
     }
 }
 
+/// One token after `context` others.
+fn decode_at(criterion: &mut Criterion) {
+    let shape = if is_test() { tiny_bitnet() } else { bitnet_2b4t() };
+    let contexts: &[usize] = if is_test() { &[100] } else { &[512, 2048, 4096, 8192] };
+    let config = ModelConfig {
+        num_hidden_layers: 2,
+        vocab_size: 301,
+        max_position_embeddings: 9000,
+        ..shape
+    };
+    let model = SyntheticModel::new(config, 1);
+    let mut group = criterion.benchmark_group("decode_at");
+    group.throughput(Throughput::Elements(1)).sampling_mode(SamplingMode::Flat).sample_size(10);
+    for (name, kv) in [("f32", KvFormat::F32), ("f16", KvFormat::F16), ("int8", KvFormat::Int8)] {
+        let options = LoadOptions { kv: Some(kv), ..LoadOptions::default() };
+        let mut transformer = Transformer::load(&model, Device::Cpu, &options, &mut |_| {})
+            .unwrap_or_else(|error| panic!("{error}"));
+        for &context in contexts {
+            let more = vec![1; context - transformer.position()];
+            transformer.feed(&more, Want::Nothing).expect("a sound model");
+            group.bench_function(BenchmarkId::new(format!("{context}/{name}"), "cpu"), |bencher| {
+                bencher.iter(|| {
+                    transformer.truncate(context);
+                    transformer.feed(&[1], Want::Token).expect("a sound model")
+                });
+            });
+            transformer.truncate(context);
+        }
+    }
+    group.finish();
+}
+
 /// The three kernels that choose a token of 2B4T's vocabulary, with bell-shaped logits.
 fn sample(criterion: &mut Criterion) {
     let Some(gpu) = gpu::open() else { return };
@@ -165,5 +201,5 @@ fn sample(criterion: &mut Criterion) {
     group.finish();
 }
 
-criterion_group!(benches, decode, sample);
+criterion_group!(benches, decode, decode_at, sample);
 criterion_main!(benches);

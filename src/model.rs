@@ -253,7 +253,7 @@ impl Transformer {
         Ok(())
     }
 
-    /// The next token of a text. The device may be given tokens to feed and choose before they are
+    /// The next token of the session's text. The device may be given tokens to feed and choose before they are
     /// asked for, at most `limit` in all, this one included, and no more than the context holds.
     ///
     /// # Errors
@@ -264,6 +264,12 @@ impl Transformer {
             return Ok(token);
         }
         let wanted = self.backend.lead().min(limit).max(1);
+        let is_prompted = self.is_chosen || self.untaken > 0;
+        if !is_prompted && self.session.pending().is_none() {
+            // What follows the last token has been forgotten: it runs once more.
+            self.session.position = self.session.position.saturating_sub(1);
+            self.fed = self.session.position;
+        }
         while self.untaken < wanted && (self.untaken == 0 || self.fed < self.capacity()) {
             let last = self.session.pending();
             let tokens = match &last {

@@ -67,8 +67,6 @@ pub struct MemorySummary {
     pub lm_head: u64,
     /// RMSNorm weights, as f32.
     pub norms: u64,
-    /// Keys and values of one position in all layers, as f32.
-    pub kv_per_position: u64,
 }
 
 impl Checkpoint {
@@ -176,7 +174,6 @@ impl Checkpoint {
             embedding: table(naming.embedding()),
             lm_head: if config.tie_word_embeddings { 0 } else { table(naming.lm_head()) },
             norms: 4 * (layers * norms + config.hidden_size as u64),
-            kv_per_position: 4 * layers * 2 * config.kv_size() as u64,
         }
     }
 

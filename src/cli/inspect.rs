@@ -11,6 +11,8 @@ use sterna::Transformer;
 use sterna::backend::{Device, LoadOptions};
 use sterna::config::{Activations, ModelConfig, WeightForm};
 use sterna::generate::Model;
+use sterna::kv_cache::{BLOCK, KvShape};
+use sterna::session::snapshot::format_name;
 use sterna::sparsity::{LayerZeros, Sparsity};
 use sterna::tensor_names::{LINEARS, norms};
 use sterna::weights::WeightSource;
@@ -82,6 +84,7 @@ struct Memory {
     embedding_bytes: u64,
     lm_head_bytes: u64,
     norms_bytes: u64,
+    kv_cache_format: &'static str,
     kv_cache_bytes_per_position: u64,
     context: usize,
     kv_cache_bytes: u64,
@@ -269,14 +272,17 @@ fn parameters(config: &ModelConfig) -> u64 {
 
 fn memory(checkpoint: &Checkpoint) -> Result<Memory> {
     let summary = checkpoint.memory();
-    let context = sterna::backend::LoadOptions::default().capacity(checkpoint.config())?;
-    let kv_cache_bytes = summary.kv_per_position * context as u64;
+    let options = LoadOptions::default();
+    let context = options.capacity(checkpoint.config())?;
+    let kv = KvShape::new(checkpoint.config(), options.kv_format(checkpoint.config())?);
+    let kv_cache_bytes = (context.div_ceil(BLOCK) * kv.block_bytes()) as u64;
     Ok(Memory {
         ternary_bytes: summary.ternary,
         embedding_bytes: summary.embedding,
         lm_head_bytes: summary.lm_head,
         norms_bytes: summary.norms,
-        kv_cache_bytes_per_position: summary.kv_per_position,
+        kv_cache_format: format_name(kv.format),
+        kv_cache_bytes_per_position: kv.position_bytes() as u64,
         context,
         kv_cache_bytes,
         total_bytes: summary.ternary
@@ -309,7 +315,7 @@ fn text(report: &Report) -> Result<String> {
     writeln!(out, "  context       {} positions at most", config.max_position_embeddings)?;
 
     writeln!(out, "\nOn a device")?;
-    let context = format!("KV cache of {} positions", memory.context);
+    let context = format!("KV cache, {} positions in {}", memory.context, memory.kv_cache_format);
     for (part, bytes) in [
         ("ternary matrices, packed", memory.ternary_bytes),
         ("embedding", memory.embedding_bytes),

@@ -377,7 +377,6 @@ fn memory_is_counted() {
     assert_eq!(memory.ternary, 3 * 786_432 / 4);
     assert_eq!((memory.embedding, memory.lm_head), (512_000, 512_000));
     assert_eq!(memory.norms, 4 * (3 * 2 * 256 + 256));
-    assert_eq!(memory.kv_per_position, 3 * 2 * 128 * 4);
 }
 
 /// A name, what is done to the tiny model, and the message that must follow.

@@ -108,6 +108,9 @@ fn wrong_usage_exits_with_2() {
         ("run --threads 0 x", "--threads"),
         ("run --context 0 x", "--context"),
         ("run -n many x", "many"),
+        ("run --kv f64 x", "int8"),
+        ("run --on-overflow slide x", "shift"),
+        ("run --chat --load-session s x", "--load-session"),
         ("run --system x x", "--chat"),
         ("logits --tokens 1", "--out"),
         ("logits --tokens 1,x --out nowhere", "x"),
@@ -233,12 +236,64 @@ fn a_prompt_comes_from_standard_input() {
 }
 
 #[test]
+fn the_kv_cache_has_the_format_asked_for() {
+    // Three layers of two heads of 64 or so: what matters is how the formats compare.
+    let bytes = |arguments: &str| {
+        let report = json(run_golden(&format!("{arguments} -n 2 --temp 0 --json Hello")));
+        let kv = &report["kv"];
+        assert_eq!(kv["context"], 4096, "{report}");
+        (kv["format"].as_str().unwrap().to_owned(), kv["bytes"].as_u64().unwrap())
+    };
+    let (format, whole) = bytes("");
+    assert_eq!((format.as_str(), bytes("--kv f32")), ("f32", ("f32".to_owned(), whole)));
+    assert_eq!(bytes("--kv f16"), ("f16".to_owned(), whole / 2));
+    let (format, int8) = bytes("--kv int8");
+    assert!(format == "int8" && int8 > whole / 4 && int8 < whole / 3, "{int8} of {whole}");
+    let result = output(run_golden("-n 2 --kv f16 Hello"));
+    assert!(utf8(&result.stderr).contains("KV cache f16"), "{}", utf8(&result.stderr));
+}
+
+#[test]
+fn a_session_is_saved_and_continued() {
+    let directory = TempDir::new().unwrap();
+    let file = directory.path().join("s").display().to_string();
+    let ids = |report: &Value| {
+        let ids = report["token_ids"].as_array().unwrap();
+        ids.iter().map(|id| id.as_u64().unwrap()).collect::<Vec<_>>()
+    };
+    let whole = ids(&json(run_golden("-n 16 --temp 0 --json Hello")));
+    let first =
+        ids(&json(run_golden(&format!("-n 8 --temp 0 --save-session {file} --json Hello"))));
+    let mut command = run_golden(&format!("-n 8 --temp 0 --load-session {file} --json"));
+    command.arg("");
+    let second = json(command);
+    assert_eq!([first, ids(&second)].concat(), whole);
+    let timings = &second["timings"];
+    let prompt = second["prompt_token_ids"].as_array().unwrap().len() as u64;
+    assert_eq!(timings["cached_prompt_tokens"], prompt - 1);
+    // On another device; with a text of its own; into what it does not fit.
+    let cpu = sterna(&format!(
+        "run -m {GOLDEN}/bitnet-a-packed --device cpu -n 8 --temp 0 --load-session {file} --json x"
+    ));
+    assert_eq!(json(cpu)["prompt_token_ids"].as_array().unwrap().len() as u64, prompt + 1);
+    let message = failure(run_golden(&format!("--kv int8 --load-session {file} x")), 1);
+    assert!(message.contains("--kv f32"), "{message}");
+    let message = failure(sterna(&format!("run --device ref --load-session {file} x")), 1);
+    assert!(message.contains("another model"), "{message}");
+    fs::write(&file, "no session").unwrap();
+    let message = failure(run_golden(&format!("--load-session {file} x")), 1);
+    assert!(message.contains("not a valid session file"), "{message}");
+}
+
+#[test]
 fn the_context_is_a_limit() {
     let full = json(run_golden("-n 99 --temp 0 --context 8 --json Hello"));
     let (prompt, tokens) = (&full["prompt_token_ids"], &full["token_ids"]);
     // The last token need not fit: nothing follows it.
     let total = prompt.as_array().unwrap().len() + tokens.as_array().unwrap().len();
     assert_eq!((total, full["finish_reason"].as_str()), (9, Some("context")));
+    let shifted = json(run_golden("-n 20 --temp 0 --context 8 --on-overflow shift --json Hello"));
+    assert_eq!(shifted["token_ids"].as_array().unwrap().len(), 20);
     let message = failure(run_golden("--context 3 Hello"), 1);
     assert!(message.contains("do not fit the context of 3"), "{message}");
     let message = failure(run_golden("--context 999999 Hello"), 1);

@@ -224,11 +224,26 @@ fn by_drafts(
             *token = if random.below(6) == 0 { random.below(301) as u32 } else { *token };
         }
         let last = *text.last().expect("the prompt's");
-        let found = model.check_draft(last, &draft, |_| false)?;
+        let found = check(model, last, &draft, |_| false)?;
         assert!(found.len() <= draft.len() + 1);
         text.extend(found);
     }
     Ok(text)
+}
+
+/// Checks a draft and takes the tokens that it makes.
+fn check(
+    model: &mut Transformer,
+    last: u32,
+    draft: &[u32],
+    ends: impl Fn(u32) -> bool,
+) -> Result<Vec<u32>, Error> {
+    let position = model.position();
+    let found = model.check_draft(last, draft, ends)?;
+    assert_eq!((model.position(), model.ahead()), (position, found.len()));
+    let taken = found.iter().map(|_| model.next_token(1)).collect::<Result<Vec<_>, _>>()?;
+    assert_eq!((&taken, model.ahead()), (&found, 0));
+    Ok(found)
 }
 
 #[test]
@@ -394,13 +409,13 @@ fn drafts_that_cannot_be_checked_are_refused() {
         assert_eq!(model.draft_limit(), 0);
         let token = model.next_token(1).unwrap();
         assert_eq!((model.position(), model.draft_limit()), (3, MAX_DRAFT));
-        let long = model.check_draft(token, &[0; MAX_DRAFT + 1], |_| false);
+        let long = check(&mut model, token, &[0; MAX_DRAFT + 1], |_| false);
         assert!(matches!(long, Err(Error::Dimension { found: 8, max: 7, .. })), "{long:?}");
-        let unknown = model.check_draft(token, &[5, 1 << 20], |_| false);
+        let unknown = check(&mut model, token, &[5, 1 << 20], |_| false);
         assert!(matches!(unknown, Err(Error::TokenOutOfRange { .. })), "{unknown:?}");
         // It goes on from where it was.
         assert_eq!(model.position(), 3);
-        assert_eq!(model.check_draft(token, &[], |_| false).unwrap().len(), 1);
+        assert_eq!(check(&mut model, token, &[], |_| false).unwrap().len(), 1);
         assert_eq!(model.position(), 4);
         // As many as there is room for.
         model.reset();
@@ -427,7 +442,7 @@ fn a_token_that_ends_a_text_is_the_last_one() {
         one_by_one(&mut model, &prompt, &sampler, 1);
         let stop = expected[end];
         let first = expected[1..].iter().position(|&token| token == stop).unwrap() + 1;
-        let found = model.check_draft(expected[0], &expected[1..8], |token| token == stop).unwrap();
+        let found = check(&mut model, expected[0], &expected[1..8], |token| token == stop).unwrap();
         assert_eq!(found, expected[1..=first]);
         assert_eq!(model.position(), prompt.len() + first);
         // And a text that goes on all the same goes on from there.

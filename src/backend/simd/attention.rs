@@ -286,12 +286,10 @@ fn score<const Q: usize, T: Copy>(
         }
         // `cpu_ref::reduce::tree_sum` of every position.
         for step in [8, 4, 2, 1] {
-            for lane in 0..step {
-                for t in 0..Q {
-                    for i in 0..PART {
-                        lanes[lane][t][i] += lanes[lane + step][t][i];
-                    }
-                }
+            let (low, high) = lanes.split_at_mut(step);
+            for (low, high) in low.iter_mut().zip(high) {
+                let pairs = low.as_flattened_mut().iter_mut().zip(high.as_flattened());
+                pairs.for_each(|(low, high)| *low += high);
             }
         }
         for t in 0..Q {
