@@ -606,6 +606,14 @@ pub enum Error {
         /// The library's words.
         problem: String,
     },
+    /// A counter of an Apple chip failed.
+    #[error("energy of the {part}: {problem}")]
+    IoReport {
+        /// The part of the chip.
+        part: String,
+        /// What is wrong with it.
+        problem: String,
+    },
     /// Two meters count some of the same joules.
     #[error("{first} and {second} overlap; their energies cannot be added")]
     MetersOverlap {

@@ -35,6 +35,35 @@ impl fmt::Display for Socket {
     }
 }
 
+/// A part of an Apple chip.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum SocPart {
+    /// The CPU's cores.
+    Cpu,
+    /// The GPU.
+    Gpu,
+    /// The neural engine.
+    NeuralEngine,
+    /// The memory.
+    Dram,
+}
+
+impl SocPart {
+    /// All that are counted.
+    pub const ALL: [Self; 4] = [Self::Cpu, Self::Gpu, Self::NeuralEngine, Self::Dram];
+}
+
+impl fmt::Display for SocPart {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Cpu => "CPU",
+            Self::Gpu => "GPU",
+            Self::NeuralEngine => "neural engine",
+            Self::Dram => "memory",
+        })
+    }
+}
+
 /// What a meter measures. GPUs go by their PCI address, batteries by their name.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Domain {
@@ -50,6 +79,8 @@ pub enum Domain {
     Platform,
     /// An AMD APU, by its GPU's sensor: CPU and GPU.
     Apu(String),
+    /// A part of an Apple chip; no two parts overlap.
+    Soc(SocPart),
     /// A discrete GPU's board, with its memory.
     Board(String),
     /// A discrete GPU without its board.
@@ -68,6 +99,10 @@ impl Domain {
             Self::Dram(_) => "memory modules of the socket",
             Self::Platform => "platform: package, memory and what else the board's regulators feed",
             Self::Apu(_) => "APU: CPU and GPU",
+            Self::Soc(SocPart::Cpu) => "the chip's CPU cores",
+            Self::Soc(SocPart::Gpu) => "the chip's GPU, without the memory",
+            Self::Soc(SocPart::NeuralEngine) => "the chip's neural engine",
+            Self::Soc(SocPart::Dram) => "the chip's memory",
             Self::Board(_) => "GPU board with its memory, without the CPU",
             Self::GpuChip(_) => "GPU package, without the rest of its board",
             Self::Battery(_) => "the whole machine, screen included",
@@ -78,9 +113,12 @@ impl Domain {
     /// shows beyond it is a reset or a fault, not energy.
     pub(super) fn max_watts(&self) -> f64 {
         match self {
-            Self::Package(_) | Self::Core(_) | Self::Uncore(_) | Self::Dram(_) | Self::Apu(_) => {
-                2e3
-            }
+            Self::Package(_)
+            | Self::Core(_)
+            | Self::Uncore(_)
+            | Self::Dram(_)
+            | Self::Apu(_)
+            | Self::Soc(_) => 2e3,
             Self::Board(_) | Self::GpuChip(_) | Self::Platform => 5e3,
             Self::Battery(_) => 1e3,
         }
@@ -131,6 +169,7 @@ impl fmt::Display for Domain {
             Self::Dram(socket) => write!(f, "dram {socket}"),
             Self::Platform => f.write_str("platform"),
             Self::Apu(gpu) => write!(f, "APU {gpu}"),
+            Self::Soc(part) => write!(f, "chip's {part}"),
             Self::Board(gpu) => write!(f, "board {gpu}"),
             Self::GpuChip(gpu) => write!(f, "GPU {gpu}"),
             Self::Battery(name) => write!(f, "battery {name}"),
@@ -154,7 +193,8 @@ pub enum Workload<'a> {
 
 /// The meters whose sum is the energy of a run, as indices; no two of them overlap.
 ///
-/// For the CPU: every package and its memory, else the APU, else the platform, else the batteries.
+/// For the CPU: every package and its memory, else the APU, else all parts of an Apple chip, else
+/// the platform, else the batteries.
 /// For a discrete GPU: its board (else its chip), and the packages and their memory beside it.
 /// Where two meters have the same domain, the source that [`super::Source`] names first is taken.
 /// Parts (cores, uncore) never stand for the whole: without a meter for that the list is empty.
@@ -169,9 +209,10 @@ pub fn choose(workload: Workload<'_>, meters: &[MeterInfo]) -> Vec<usize> {
         }
     }
     let n_gpu = chosen.len();
-    let ladder: [fn(&Domain) -> bool; 4] = [
+    let ladder: [fn(&Domain) -> bool; 5] = [
         |domain| matches!(domain, Domain::Package(_)),
         |domain| matches!(domain, Domain::Apu(_)),
+        |domain| matches!(domain, Domain::Soc(_)),
         |domain| matches!(domain, Domain::Platform),
         |domain| matches!(domain, Domain::Battery(_)),
     ];

@@ -28,6 +28,7 @@ mod counter;
 mod domain;
 mod files;
 mod hwmon;
+mod ioreport;
 mod nvml;
 mod perf;
 mod powercap;
@@ -37,8 +38,9 @@ use std::fmt;
 use std::rc::Rc;
 use std::time::{Duration, Instant};
 
-pub use domain::{Domain, Socket, Workload, choose, overlaps, sum};
+pub use domain::{Domain, SocPart, Socket, Workload, choose, overlaps, sum};
 pub use files::{Files, Tree};
+pub use ioreport::{Channel, EnergyReport, OpenReport};
 pub use nvml::{Gpu, Nvml};
 pub use perf::{CountEvent, PerfEvent, PerfEvents};
 pub use window::{Energy, Measured, Sample, Window};
@@ -104,6 +106,8 @@ pub enum Source {
     Perf,
     /// RAPL through the kernel's powercap files.
     Powercap,
+    /// The counters of Apple's chips.
+    IoReport,
     /// NVIDIA's management library.
     Nvml,
     /// Sensors of GPU drivers.
@@ -117,6 +121,7 @@ impl fmt::Display for Source {
         f.write_str(match self {
             Self::Perf => "perf",
             Self::Powercap => "powercap",
+            Self::IoReport => "IOReport",
             Self::Nvml => "NVML",
             Self::Hwmon => "hwmon",
             Self::PowerSupply => "power_supply",
@@ -157,6 +162,8 @@ pub struct Host {
     pub files: Option<Rc<dyn Files>>,
     /// Perf events, on Linux.
     pub perf: Option<Rc<dyn PerfEvents>>,
+    /// IOReport, on Macs with Apple's chips.
+    pub report: Option<Rc<OpenReport>>,
     /// NVIDIA's library, or why there is none.
     pub nvml: std::result::Result<Rc<dyn Nvml>, String>,
 }
@@ -165,7 +172,12 @@ impl Host {
     /// This machine.
     pub fn this() -> Self {
         let files = cfg!(target_os = "linux").then(|| Rc::new(Tree("/".into())) as Rc<dyn Files>);
-        Self { files, perf: perf::of_this_system(), nvml: nvml::load() }
+        Self {
+            files,
+            perf: perf::of_this_system(),
+            report: ioreport::of_this_system(),
+            nvml: nvml::load(),
+        }
     }
 }
 
@@ -241,6 +253,9 @@ pub fn discover(host: &Host) -> Found {
             perf::find(files, events, &mut found);
         }
         powercap::find(files, &mut found);
+    }
+    if let Some(report) = &host.report {
+        ioreport::find(report.as_ref(), &mut found);
     }
     nvml::find(&host.nvml, &mut found);
     if let Some(files) = &host.files {

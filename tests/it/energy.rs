@@ -10,8 +10,9 @@ use std::time::{Duration, Instant};
 
 use sterna::Error;
 use sterna::energy::{
-    CountEvent, Domain, Energy, Files, Found, Gpu, Host, Measured, Meter, MeterInfo, Method, Nvml,
-    PerfEvent, PerfEvents, Socket, Source, Tree, Window, Workload, choose, discover, overlaps, sum,
+    Channel, CountEvent, Domain, Energy, EnergyReport, Files, Found, Gpu, Host, Measured, Meter,
+    MeterInfo, Method, Nvml, PerfEvent, PerfEvents, SocPart, Socket, Source, Tree, Window,
+    Workload, choose, discover, overlaps, sum,
 };
 use tempfile::TempDir;
 
@@ -57,7 +58,8 @@ impl Machine {
 
     fn host(&self) -> Host {
         let files = Rc::new(Tree(self.root.path().to_owned()));
-        Host { files: Some(files), perf: None, nvml: Err("libnvidia-ml.so.1 not found".into()) }
+        let nvml = Err("libnvidia-ml.so.1 not found".to_owned());
+        Host { files: Some(files), perf: None, report: None, nvml }
     }
 
     fn discover(&self) -> Found {
@@ -166,7 +168,7 @@ fn known_energies_are_counted() {
         && info.method == Method::Counter
         && info.resolution.step_joules == Some(1e-6)));
 
-    let mut window = machine.start(&mut found.meters);
+    let window = machine.start(&mut found.meters);
     for (index, (zone, _)) in zones.iter().enumerate() {
         machine.energy(zone, (index as u64 + 1) * 100_000_001);
     }
@@ -514,6 +516,23 @@ fn perf_without_permission_comes_with_the_fix() {
     );
 }
 
+#[cfg(target_os = "linux")]
+#[test]
+fn the_kernel_opens_events() {
+    let events = Host::this().perf.unwrap();
+    // The clock of a CPU, which is there without any hardware.
+    match events.open(PerfEvent { pmu: 1, config: 0, cpu: 0 }) {
+        Ok(mut count) => {
+            let before = count().unwrap();
+            std::thread::sleep(Duration::from_millis(50));
+            let nanoseconds = count().unwrap() - before;
+            assert!((40_000_000..60_000_000_000).contains(&nanoseconds), "{nanoseconds} ns");
+        }
+        Err(error) => assert_eq!(error.kind(), io::ErrorKind::PermissionDenied, "{error}"),
+    }
+    assert!(events.open(PerfEvent { pmu: u32::MAX, config: 0, cpu: 0 }).is_err());
+}
+
 #[test]
 fn perf_garbage_is_no_meter() {
     let cases = [
@@ -539,8 +558,11 @@ fn perf_garbage_is_no_meter() {
     }
 }
 
-/// An NVIDIA library: for each GPU its name, address and energy.
-struct FakeNvml(RefCell<Vec<(&'static str, &'static str, Result<u64, &'static str>)>>);
+/// A GPU's name, address and energy.
+type FakeGpu = (&'static str, &'static str, Result<u64, &'static str>);
+
+/// An NVIDIA library.
+struct FakeNvml(RefCell<Vec<FakeGpu>>);
 
 impl Nvml for FakeNvml {
     fn count(&self) -> Result<u32, String> {
@@ -589,6 +611,81 @@ fn nvml_counts_boards() {
     machine.pass(30.0);
     nvml.0.borrow_mut()[0].2 = Ok(5);
     assert_fails(&window.end()[0], &["NVIDIA H200: the counter fell", "it does not wrap"]);
+}
+
+/// What IOReport counted since the last report: group, channel, joules.
+type Report = Vec<(&'static str, &'static str, f64)>;
+
+struct FakeReport(Rc<RefCell<Result<Report, &'static str>>>);
+
+impl EnergyReport for FakeReport {
+    fn advance(&mut self) -> Result<Vec<Channel>, String> {
+        let channels = self.0.borrow().clone()?;
+        let channel = |(group, name, joules): (&str, &str, f64)| Channel {
+            group: group.to_owned(),
+            name: name.to_owned(),
+            joules,
+        };
+        Ok(channels.into_iter().map(channel).collect())
+    }
+}
+
+#[test]
+fn apple_chips_count_their_parts() {
+    const MODEL: &str = "Energy Model";
+    let first = vec![
+        ("CLPC", "CPU Energy", 1.0),
+        // Frozen where CLPC counts.
+        (MODEL, "CPU Energy", 0.0),
+        (MODEL, "GPU Energy", 0.25),
+        (MODEL, "DIE_0_CPU Energy", 7.0),
+        (MODEL, "ANE0", 0.5),
+        (MODEL, "ANE1", 0.5),
+        (MODEL, "DRAM0", 2.0),
+        (MODEL, "GPU SRAM0", 9.0),
+        (MODEL, "ECPU0", 9.0),
+    ];
+    let report = Rc::new(RefCell::new(Ok(first)));
+    let machine = Machine::new();
+    let opened = Rc::clone(&report);
+    let open = move || Ok(Box::new(FakeReport(Rc::clone(&opened))) as Box<dyn EnergyReport>);
+    let host = Host { files: None, report: Some(Rc::new(open)), ..machine.host() };
+    let mut found = discover(&host);
+    let parts = ["chip's CPU", "chip's GPU", "chip's neural engine", "chip's memory"];
+    assert_eq!(domains(&found), parts);
+    assert_eq!(choose(Workload::Package, &infos(&found)), [0, 1, 2, 3]);
+    let mut window = machine.start(&mut found.meters);
+    for _ in 0..10 {
+        machine.pass(1.0);
+        assert!(window.poll());
+    }
+    let measured = window.end();
+    // Ten reports and a last one.
+    for (measured, joules) in measured.iter().zip([11.0, 2.75, 11.0, 22.0]) {
+        assert_joules(measured, joules, 10.0);
+    }
+    assert_eq!(sum(&measured.iter().collect::<Vec<_>>()).unwrap(), 46.75);
+
+    let mut fails = |during: Result<Report, &'static str>, words: &str| {
+        let fine = vec![("CLPC", "CPU Energy", 1.0)];
+        *report.borrow_mut() = Ok(fine.clone());
+        let mut window = machine.start(&mut found.meters[..1]);
+        machine.pass(10.0);
+        *report.borrow_mut() = during;
+        assert!(window.poll());
+        *report.borrow_mut() = Ok(fine);
+        assert_fails(&window.end()[0], &["energy of the CPU: ", words]);
+    };
+    fails(Ok(vec![("CLPC", "CPU Energy", -1.0)]), "moved by -1 J in 10.0 s");
+    fails(Ok(vec![("CLPC", "CPU Energy", 1e6)]), "moved by 1000000 J in 10.0 s");
+    fails(Ok(vec![("CLPC", "CPU Energy", f64::NAN)]), "moved by NaN J");
+    fails(Ok(vec![(MODEL, "CPU Energy", 0.0)]), "the counter stands still on this system");
+    fails(Ok(Vec::new()), "its counter is gone");
+    fails(Err("no samples"), "no samples");
+    *report.borrow_mut() = Ok(vec![("PMP", "CPU Energy", 1.0)]);
+    let found = discover(&host);
+    let nothing = "no energy counter in the groups CLPC and Energy Model";
+    assert_eq!(missing(&found, Source::IoReport), nothing);
 }
 
 fn amdgpu(machine: &Machine, file: &str, microwatts: u64) {
@@ -792,25 +889,32 @@ fn overlaps_are_symmetric_and_as_the_hardware_is() {
         Domain::Battery("BAT0".into()),
         Domain::Battery("BAT1".into()),
         Domain::Apu(gpu("c")),
+        Domain::Soc(SocPart::Cpu),
     ];
     // A row and a column each, in the order above.
     let table = [
-        "1.11.1...111",
-        ".1...1...111",
-        "1.1..1...111",
-        "1..1.1...111",
-        "....11...11.",
-        "111111111111",
-        ".....11.111.",
-        ".....1.1.11.",
-        ".....11.111.",
-        "1111111111.1",
-        "111111111.11",
-        "1111.1...111",
+        "1.11.1...111.",
+        ".1...1...111.",
+        "1.1..1...111.",
+        "1..1.1...111.",
+        "....11...11..",
+        "1111111111111",
+        ".....11.111..",
+        ".....1.1.11..",
+        ".....11.111..",
+        "1111111111.11",
+        "111111111.111",
+        "1111.1...111.",
+        ".....1...11.1",
     ];
     for (a, row) in all.iter().zip(table) {
         for (b, expected) in all.iter().zip(row.chars()) {
             assert_eq!(overlaps(a, b), expected == '1', "{a} and {b}");
+        }
+    }
+    for (index, part) in SocPart::ALL.into_iter().enumerate() {
+        for other in &SocPart::ALL[..index] {
+            assert!(!overlaps(&Domain::Soc(part), &Domain::Soc(*other)));
         }
     }
     let die = |die| Domain::Package(Socket { package: 0, die: Some(die) });
