@@ -68,13 +68,15 @@ impl Values {
         Self { files, fix }
     }
 
-    /// The names in a directory, sorted; none if it is not there.
+    /// The names in a directory, sorted; none if it is not there. Names that would break a message
+    /// are none of the kernel's.
     pub(super) fn list(&self, path: &str) -> Result<Vec<String>> {
         let mut names = match self.files.list(Path::new(path)) {
             Ok(names) => names,
             Err(source) if source.kind() == io::ErrorKind::NotFound => Vec::new(),
             Err(source) => return Err(self.error(path, source)),
         };
+        names.retain(|name| !name.contains(char::is_control));
         names.sort();
         Ok(names)
     }
@@ -110,9 +112,10 @@ impl Values {
         }
     }
 
-    /// The last part of where a link leads; `None` if it leads nowhere.
+    /// The last part of where a link leads; `None` if it leads nowhere or to no such name.
     pub(super) fn target_name(&self, path: &str) -> Option<String> {
-        self.files.target_name(Path::new(path)).ok().map(|name| shortened(&name))
+        let name = self.files.target_name(Path::new(path)).ok()?;
+        (!name.contains(char::is_control)).then(|| shortened(&name))
     }
 
     fn error(&self, path: &str, source: io::Error) -> Error {

@@ -104,7 +104,7 @@ pub(super) fn find(nvml: &std::result::Result<Rc<dyn Nvml>, String>, found: &mut
 fn meter(nvml: &Rc<dyn Nvml>, index: u32) -> Result<Box<dyn Meter>> {
     let failure = |problem: String, gpu: &str| Error::Nvml { gpu: gpu.to_owned(), problem };
     let gpu = nvml.gpu(index).map_err(|problem| failure(problem, &format!("GPU {index}")))?;
-    let name = shortened(&gpu.name);
+    let name = shortened(&gpu.name.replace(char::is_control, " "));
     nvml.millijoules(index).map_err(|problem| {
         failure(format!("{problem} (energy is counted on Volta and newer)"), &name)
     })?;
@@ -127,7 +127,7 @@ fn meter(nvml: &Rc<dyn Nvml>, index: u32) -> Result<Box<dyn Meter>> {
 
 /// As the rest of the system writes it: a domain of four digits, small letters.
 fn pci_address(nvml: &str) -> String {
-    let address = shortened(nvml).to_ascii_lowercase();
+    let address = shortened(&nvml.replace(char::is_control, " ")).to_ascii_lowercase();
     match address.strip_prefix("0000") {
         Some(rest) if rest.find(':') == Some(4) => rest.to_owned(),
         _ => address,

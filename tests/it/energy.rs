@@ -161,8 +161,9 @@ fn known_energies_are_counted() {
     }
     // The control type itself and the second view of a package are no zones.
     machine.set(&format!("{POWERCAP}/intel-rapl/enabled"), 1);
-    machine.set(&format!("{POWERCAP}/intel-rapl-mmio:0/name"), "package-0");
+    machine.zone("intel-rapl-mmio:0", "package-0");
     let mut found = machine.discover();
+    assert!(!found.summary().contains("powercap"), "{}", found.summary());
     assert_eq!(domains(&found), ["package 0", "core 0", "uncore 0", "dram 0", "platform"]);
     assert!(infos(&found).iter().all(|info| info.source == Source::Powercap
         && info.method == Method::Counter
@@ -392,6 +393,13 @@ fn what_is_no_file_is_no_meter() {
     fs::remove_dir(&file).unwrap();
     std::os::unix::fs::symlink(&file, &file).unwrap();
     assert!(missing(&machine.discover(), Source::Powercap).contains("energy_uj: "));
+    // A name that would break the line.
+    machine.zone("intel-rapl:1\n", "garbage");
+    let found = machine.discover();
+    assert!(
+        !found.summary().contains('\n')
+            && found.missing.iter().all(|line| !line.problem.contains("garbage"))
+    );
     // A file in the place of each directory.
     for class in ["sys/class/powercap", "sys/class/hwmon", "sys/class/power_supply"] {
         let machine = Machine::new();
@@ -486,7 +494,11 @@ fn perf_events_count_by_their_scale() {
     let mut found = discover(&host);
     assert_eq!(domains(&found), ["package 0", "package 1", "package 0"]);
     assert_eq!(choose(Workload::Package, &infos(&found)), [0, 1]);
-    assert_eq!(infos(&found)[1].name, "power/energy-pkg/ on CPU 28");
+    let mut infos = infos(&found);
+    assert_eq!(infos[1].name, "power/energy-pkg/ on CPU 28");
+    // Perf comes before powercap, whatever the order.
+    infos.reverse();
+    assert_eq!(choose(Workload::Package, &infos), [1, 2]);
     let window = machine.start(&mut found.meters);
     counts[0].set(5 << 32);
     counts[1].set(7 << 31);
