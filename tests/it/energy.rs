@@ -393,6 +393,10 @@ fn what_is_no_file_is_no_meter() {
     fs::remove_dir(&file).unwrap();
     std::os::unix::fs::symlink(&file, &file).unwrap();
     assert!(missing(&machine.discover(), Source::Powercap).contains("energy_uj: "));
+    // No more is read than a value can need.
+    machine.set("endless", "1".repeat(1 << 20));
+    let tree = Tree(machine.root.path().to_owned());
+    assert_eq!(tree.read(Path::new("endless")).unwrap().len(), 4096);
     // A name that would break the line.
     machine.zone("intel-rapl:1\n", "garbage");
     let found = machine.discover();
