@@ -556,4 +556,130 @@ pub enum Error {
         /// The free space.
         free: String,
     },
+    /// A file that a meter reads is not there, or no more.
+    #[error("{}: no such file", path.display())]
+    MeterVanished {
+        /// The file.
+        path: PathBuf,
+    },
+    /// A file that a meter reads may not be read.
+    #[error("{}: permission denied; {fix}", path.display())]
+    MeterPermission {
+        /// The file.
+        path: PathBuf,
+        /// What would help.
+        fix: &'static str,
+    },
+    /// A meter shows something that is no value of its kind.
+    #[error("{}: expected {expected}, found {found}", path.display())]
+    MeterValue {
+        /// The file, or the meter.
+        path: PathBuf,
+        /// What would do.
+        expected: String,
+        /// What is there.
+        found: String,
+    },
+    /// A counter of energy fell, and did not wrap.
+    #[error(
+        "{meter}: the counter fell from {before} to {after} {unit} ({reason}): it was reset; measure again"
+    )]
+    CounterFell {
+        /// The meter.
+        meter: String,
+        /// Its value before.
+        before: u64,
+        /// Its value now.
+        after: u64,
+        /// What it counts.
+        unit: &'static str,
+        /// Why that is no wrap.
+        reason: String,
+    },
+    /// A counter of energy grew by more than can have been used.
+    #[error(
+        "{meter}: the counter grew by {joules:.0} J in {seconds:.1} s, more than {max_watts} W: it was reset; measure again"
+    )]
+    CounterLeapt {
+        /// The meter.
+        meter: String,
+        /// By how much it grew.
+        joules: f64,
+        /// In which time.
+        seconds: f64,
+        /// More than anything of the kind draws.
+        max_watts: f64,
+    },
+    /// A battery measures only what it feeds.
+    #[error(
+        "{meter}: expected a battery that is discharging, found status {status:?}; unplug the power supply"
+    )]
+    BatteryNotDischarging {
+        /// The battery.
+        meter: String,
+        /// What it does instead.
+        status: String,
+    },
+    /// A discharging battery's gauge went up.
+    #[error(
+        "{meter}: the battery's gauge rose from {before} to {after} while discharging; measure again"
+    )]
+    BatteryRose {
+        /// The battery.
+        meter: String,
+        /// µWh or µAh before.
+        before: f64,
+        /// µWh or µAh now.
+        after: f64,
+    },
+    /// A perf event cannot be opened or read.
+    #[error("{event}: {source}")]
+    PerfEvent {
+        /// The event and its CPU.
+        event: String,
+        /// The system's reason.
+        source: std::io::Error,
+    },
+    /// A perf event may not be opened.
+    #[error("{event}: permission denied (perf_event_paranoid is {paranoid}); {fix}")]
+    PerfPermission {
+        /// The event and its CPU.
+        event: String,
+        /// The kernel's setting.
+        paranoid: String,
+        /// What would help.
+        fix: &'static str,
+    },
+    /// NVIDIA's library failed.
+    #[error("{gpu}: {problem}")]
+    Nvml {
+        /// The GPU.
+        gpu: String,
+        /// The library's words.
+        problem: String,
+    },
+    /// A counter of an Apple chip failed.
+    #[error("energy of the {part}: {problem}")]
+    IoReport {
+        /// The part of the chip.
+        part: String,
+        /// What is wrong with it.
+        problem: String,
+    },
+    /// Two meters count some of the same joules.
+    #[error("{first} and {second} overlap; their energies cannot be added")]
+    MetersOverlap {
+        /// What one measures.
+        first: String,
+        /// What the other measures.
+        second: String,
+    },
+    /// A meter has no energy for a window.
+    #[error("{meter}: not measured: {problem}")]
+    NotMeasured {
+        /// The meter.
+        meter: String,
+        /// Why.
+        problem: String,
+    },
 }

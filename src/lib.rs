@@ -19,6 +19,8 @@ pub mod built_in;
 mod checkpoint;
 pub mod config;
 pub mod convert;
+#[cfg(feature = "energy")]
+pub mod energy;
 pub mod error;
 pub mod format;
 pub mod generate;

@@ -448,12 +448,23 @@ fn a_failed_logits_run_leaves_nothing() {
 #[test]
 fn devices_are_listed() {
     let list = json(sterna("devices --json"));
-    let devices = list.as_array().unwrap();
+    let devices = list["devices"].as_array().unwrap();
     assert!(devices.iter().any(|device| device["name"] == "cpu"));
     assert_eq!(devices.iter().filter(|device| device["chosen"] == true).count(), 1);
     let text = stdout(sterna("devices"));
-    assert_eq!(text.lines().count(), devices.len());
+    let is_energy = |line: &&str| line.starts_with("energy: ") || line.starts_with("no ");
+    assert_eq!(text.lines().filter(|line| !is_energy(line)).count(), devices.len());
     assert_eq!(text.lines().filter(|line| line.starts_with('*')).count(), 1);
+    // Meters, or one line that names everything that was looked for.
+    let energy = &list["energy"];
+    let (meters, missing) = (energy["meters"].as_array(), energy["missing"].as_array().unwrap());
+    assert_eq!(
+        text.lines().filter(|line| line.starts_with("energy: ")).count(),
+        meters.unwrap().len()
+    );
+    let line = text.lines().find(|line| line.starts_with("no ")).unwrap_or_default();
+    assert_eq!(line.starts_with("no energy counter: "), meters.unwrap().is_empty(), "{text}");
+    assert!(missing.iter().all(|missing| line.contains(missing.as_str().unwrap())), "{text}");
 }
 
 #[test]

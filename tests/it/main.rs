@@ -8,6 +8,9 @@ mod checkpoint;
 mod cli;
 #[cfg(feature = "cli")]
 mod convert;
+// The names of sysfs hold colons, which Windows has no files with.
+#[cfg(all(feature = "energy", unix))]
+mod energy;
 mod format_vectors;
 mod formats;
 #[path = "../common/formats.rs"]

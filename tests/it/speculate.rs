@@ -237,11 +237,11 @@ fn check(
     last: u32,
     draft: &[u32],
     ends: impl Fn(u32) -> bool,
-) -> Result<Vec<u32>, Error> {
+) -> Result<Vec<u32>> {
     let position = model.position();
     let found = model.check_draft(last, draft, ends)?;
     assert_eq!((model.position(), model.ahead()), (position, found.len()));
-    let taken = found.iter().map(|_| model.next_token(1)).collect::<Result<Vec<_>, _>>()?;
+    let taken = found.iter().map(|_| model.next_token(1)).collect::<Result<Vec<_>>>()?;
     assert_eq!((&taken, model.ahead()), (&found, 0));
     Ok(found)
 }
