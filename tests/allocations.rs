@@ -1,12 +1,15 @@
-//! A decode step on the CPU allocates nothing: everything is paid at load.
+//! A decode step on the CPU allocates nothing but blocks of the KV cache, and nothing else grows with the context.
 //!
 //! A binary of its own, because the allocator counts for the whole process.
 
 use std::alloc::{GlobalAlloc, Layout, System};
 use std::sync::atomic::{AtomicUsize, Ordering::SeqCst};
+use std::sync::{Mutex, PoisonError};
 
 use sterna::backend::simd::{Level, SimdBackend};
 use sterna::backend::{LoadOptions, Output, Want};
+use sterna::config::ModelConfig;
+use sterna::kv_cache::{KvFormat, KvShape};
 use sterna::model::Transformer;
 use sterna::synthetic::{SyntheticModel, tiny_bitnet, tiny_bonsai, tiny_llama, tiny_normed};
 use sterna::weights::WeightSource;
@@ -16,16 +19,24 @@ struct Counting;
 
 static ALLOCATIONS: AtomicUsize = AtomicUsize::new(0);
 
+/// Bytes allocated and not freed.
+static LIVE: AtomicUsize = AtomicUsize::new(0);
+
+/// One test at a time: they count for the whole process.
+static COUNTS: Mutex<()> = Mutex::new(());
+
 #[expect(unsafe_code, reason = "an allocator is unsafe by its interface")]
 // SAFETY: forwards to the system's allocator.
 unsafe impl GlobalAlloc for Counting {
     unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
         ALLOCATIONS.fetch_add(1, SeqCst);
+        LIVE.fetch_add(layout.size(), SeqCst);
         // SAFETY: the caller's promises are passed on.
         unsafe { System.alloc(layout) }
     }
 
     unsafe fn dealloc(&self, pointer: *mut u8, layout: Layout) {
+        LIVE.fetch_sub(layout.size(), SeqCst);
         // SAFETY: the caller's promises are passed on.
         unsafe { System.dealloc(pointer, layout) }
     }
@@ -36,6 +47,7 @@ static ALLOCATOR: Counting = Counting;
 
 #[test]
 fn a_decode_step_allocates_nothing() {
+    let _alone = COUNTS.lock().unwrap_or_else(PoisonError::into_inner);
     let bonsai = [tiny_bonsai(1, 128), tiny_bonsai(2, 64)];
     let cases = [(tiny_bitnet(), false), (tiny_llama(), false), (tiny_normed(), false)]
         .into_iter()
@@ -59,6 +71,35 @@ fn a_decode_step_allocates_nothing() {
                 let fewest = (0..5).map(|_| allocations_of_decode(&mut transformer)).min();
                 assert_eq!(fewest, Some(0), "{level:?}, {threads} threads");
             }
+        }
+    }
+}
+
+#[test]
+fn only_the_kv_cache_grows_with_the_context() {
+    /// Token ids, tables of blocks, and what the harness does meanwhile.
+    const SLACK: usize = 64 << 10;
+    let _alone = COUNTS.lock().unwrap_or_else(PoisonError::into_inner);
+    let config = ModelConfig { max_position_embeddings: 4096, ..tiny_bitnet() };
+    let model = SyntheticModel::new(config.clone(), 5);
+    for kv in [KvFormat::F32, KvFormat::F16, KvFormat::Int8] {
+        let options = LoadOptions { kv: Some(kv), threads: Some(2), ..LoadOptions::default() };
+        let backend =
+            SimdBackend::load_on(Level::Scalar, &model, &options, &mut |_| {}).expect("loads");
+        let mut transformer = Transformer::new(config.clone(), Box::new(backend));
+        let before = LIVE.load(SeqCst);
+        assert_eq!(transformer.kv_bytes(), 0);
+        for context in [500, 1000, 2000] {
+            let more = context - transformer.position();
+            transformer.feed(&vec![7; more], Want::Nothing).expect("runs");
+            let block = KvShape::new(&config, kv).block_bytes();
+            let expected = context.div_ceil(64) * block;
+            assert_eq!(transformer.kv_bytes(), expected as u64);
+            let grown = LIVE.load(SeqCst) - before;
+            assert!(
+                (expected..expected + SLACK).contains(&grown),
+                "{kv:?}, {context}: expected {expected} bytes, found {grown}"
+            );
         }
     }
 }

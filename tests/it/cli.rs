@@ -545,6 +545,33 @@ fn ctrl_c_ends_the_text() {
     assert!(status.contains("interrupted") && text.ends_with(b"\n"), "{status}");
 }
 
+/// A prompt that takes the reference many seconds ends at Ctrl-C, too.
+#[cfg(target_os = "linux")]
+#[test]
+fn ctrl_c_ends_a_prompt() {
+    let mut command = run_golden("-n 5 --temp 0 --json");
+    command.arg("Why? ".repeat(1000));
+    let mut child = command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+    // The signals that it handles itself, as a mask: the second bit is SIGINT.
+    let status = format!("/proc/{}/status", child.id());
+    let handles = || {
+        let status = fs::read_to_string(&status).unwrap();
+        let mask = status.lines().find_map(|line| line.strip_prefix("SigCgt:")).unwrap();
+        u64::from_str_radix(mask.trim(), 16).unwrap() & 2 != 0
+    };
+    while !handles() {
+        assert!(child.try_wait().unwrap().is_none(), "it ended by itself");
+        std::thread::sleep(std::time::Duration::from_millis(10));
+    }
+    let kill = Command::new("kill").args(["-INT", &child.id().to_string()]).status().unwrap();
+    assert!(kill.success());
+    let output = child.wait_with_output().unwrap();
+    assert_eq!(output.status.code(), Some(0), "{}", utf8(&output.stderr));
+    let report: Value = serde_json::from_slice(&output.stdout).unwrap();
+    assert_eq!(report["finish_reason"], "interrupted");
+    assert_eq!((&report["text"], report["token_ids"].as_array().unwrap().len()), (&"".into(), 0));
+}
+
 /// Whether there is an adapter; a test that is skipped without one says so.
 #[expect(clippy::print_stderr, reason = "a skipped test says so")]
 fn has_adapter() -> bool {
