@@ -76,6 +76,10 @@ pub(super) type Block = [[u32; TILE_ROWS]; BLOCK_CHUNKS * QUARTERS];
 #[target_feature(enable = "avx2")]
 pub(super) fn unpack(chunks: &[[u32; CHUNK_WORDS]], block: &mut Block) {
     for (chunk, block) in chunks.iter().zip(block.as_chunks_mut::<QUARTERS>().0) {
+        // The next block comes while this one is multiplied.
+        for line in chunk.as_chunks::<{ 2 * PAIR_WORDS }>().0 {
+            prefetch::<_MM_HINT_T0>(line, BLOCK_CHUNKS * CHUNK_WORDS);
+        }
         for (e, eight) in chunk.as_chunks::<{ 4 * PAIR_WORDS }>().0.iter().enumerate() {
             let words = transpose(eight.as_chunks::<PAIR_WORDS>().0);
             for (w, &word) in words.iter().enumerate() {
@@ -91,7 +95,7 @@ pub(super) fn unpack(chunks: &[[u32; CHUNK_WORDS]], block: &mut Block) {
 
 /// Defines `block_gemm(tile, x, acc)` with the target features of a level, its `step(sum, codes, x)`,
 /// which adds 4 products a row to the lanes of a sum, and `widen(sum)`, which makes a lane a row's
-/// i32; so many tokens at once as the last of the numbers says.
+/// i32. It takes as many tokens at once as the first number says; the others are all up to it.
 macro_rules! blocks {
     (#[$features:meta] $max:literal: $($tokens:literal)*) => {
         /// One tile for many tokens: `acc[M][32]`.
