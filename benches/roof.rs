@@ -2,7 +2,7 @@
 //!
 //! `gemv`: bytes of packed weights per second beside a plain sum of the same words; from memory
 //! (copies that no cache holds together take turns) and from the cache (one copy), for one token and
-//! a few. `gemm`: multiplications per second for more and more tokens.
+//! a few. `gemm`: multiplications per second for more and more tokens. An argument chooses one of them.
 //!
 //! Unlike criterion's, these numbers mean something on a busy machine: calls are short, all
 //! contestants take turns call by call, and each is judged by the fastest fiftieth of its calls.
@@ -23,15 +23,21 @@ const COLD_BYTES: usize = 256 << 20;
 /// Tokens of the GEMV tables' columns.
 const FEW: [usize; 4] = [1, 2, 4, 8];
 
-/// Rows of a matrix in the GEMM table: a call takes a millisecond or two.
-const GEMM_ROWS: usize = 256;
+/// Multiplications of a call in the GEMM table, as far as 32 to 8192 rows allow: a millisecond or two.
+const GEMM_LEN: usize = 300_000_000;
 
 /// A contestant's name and its call with one copy of the weights.
 type Contestant<'a> = (String, Box<dyn FnMut(&[u32]) + 'a>);
 
 fn main() {
-    gemv();
-    gemm();
+    let names: Vec<_> = std::env::args().skip(1).filter(|name| !name.starts_with('-')).collect();
+    let wanted = |name: &str| names.is_empty() || names.iter().any(|other| other == name);
+    if wanted("gemv") {
+        gemv();
+    }
+    if wanted("gemm") {
+        gemm();
+    }
 }
 
 /// The levels that use what the machine has; the scalar one is a class of its own.
@@ -89,7 +95,8 @@ fn gemm() {
             let all_kernels = kernels();
             header("M", all_kernels.iter().map(|kernels| kernels.level().name()));
             for m in token_counts() {
-                let n = if is_test() { 70 } else { GEMM_ROWS };
+                let rows = (GEMM_LEN / (k * m)).clamp(32, 8192).next_multiple_of(32);
+                let n = if is_test() { 70 } else { rows };
                 let product = Product::new(n, k, m);
                 let mut contestants: Vec<Contestant<'_>> = Vec::new();
                 for kernels in &all_kernels {
