@@ -24,6 +24,7 @@ macro_rules! on_every_level {
                 #[cfg(target_arch = "x86_64")] avx512vnni = Avx512Vnni,
                 #[cfg(target_arch = "x86_64")] avxvnni = AvxVnni,
                 #[cfg(target_arch = "x86_64")] avx2 = Avx2,
+                #[cfg(target_arch = "aarch64")] neon_i8mm = NeonI8mm,
                 #[cfg(target_arch = "aarch64")] neon_dotprod = NeonDotprod,
                 #[cfg(target_arch = "aarch64")] neon = Neon,
                 #[cfg(all())] scalar = Scalar,

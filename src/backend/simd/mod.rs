@@ -24,6 +24,8 @@ mod matrix;
 mod neon;
 #[cfg(all(target_arch = "aarch64", target_endian = "little"))]
 mod neon_dotprod;
+#[cfg(all(target_arch = "aarch64", target_endian = "little"))]
+mod neon_i8mm;
 mod pool;
 mod portable;
 mod scalar;
@@ -62,6 +64,8 @@ pub enum Level {
     AvxVnni,
     /// x86-64 with AVX2.
     Avx2,
+    /// AArch64 with the extensions for dot products and for products of int8 matrices.
+    NeonI8mm,
     /// AArch64 with the dot-product extension.
     NeonDotprod,
     /// AArch64 without it.
@@ -72,10 +76,11 @@ pub enum Level {
 
 impl Level {
     /// All levels, best first.
-    pub const ALL: [Self; 6] = [
+    pub const ALL: [Self; 7] = [
         Self::Avx512Vnni,
         Self::AvxVnni,
         Self::Avx2,
+        Self::NeonI8mm,
         Self::NeonDotprod,
         Self::Neon,
         Self::Scalar,
@@ -87,6 +92,7 @@ impl Level {
             Self::Avx512Vnni => "avx512vnni",
             Self::AvxVnni => "avxvnni",
             Self::Avx2 => "avx2",
+            Self::NeonI8mm => "neon-i8mm",
             Self::NeonDotprod => "neon-dotprod",
             Self::Neon => "neon",
             Self::Scalar => "scalar",
@@ -99,6 +105,7 @@ impl Level {
             Self::Avx512Vnni => "AVX-512 VNNI",
             Self::AvxVnni => "AVX-VNNI",
             Self::Avx2 => "AVX2",
+            Self::NeonI8mm => "NEON int8 matrix product",
             Self::NeonDotprod => "NEON dot product",
             Self::Neon => "NEON",
             Self::Scalar => "scalar",
@@ -147,6 +154,8 @@ impl Level {
             Self::AvxVnni => Some(Box::new(avx_vnni::AvxVnni::new()?)),
             #[cfg(target_arch = "x86_64")]
             Self::Avx2 => Some(Box::new(avx2::Avx2::new()?)),
+            #[cfg(all(target_arch = "aarch64", target_endian = "little"))]
+            Self::NeonI8mm => Some(Box::new(neon_i8mm::NeonI8mm::new()?)),
             #[cfg(all(target_arch = "aarch64", target_endian = "little"))]
             Self::NeonDotprod => Some(Box::new(neon_dotprod::NeonDotprod::new()?)),
             #[cfg(all(target_arch = "aarch64", target_endian = "little"))]
