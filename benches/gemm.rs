@@ -1,7 +1,7 @@
 //! `gemm_i2`, `gemm_planes`: packed ternary matrix × M int8 vectors, in tiles of every size and by the
 //! kernels of a few tokens, in operations per second (a multiplication
-//! and an addition a weight and token). The CPU rows use one thread; GPU rows where there is an
-//! adapter. `group_gemm_*`: the same for matrices with scales of groups, as in the bench `gemv`.
+//! and an addition a weight and token). The CPU rows use one thread, and all; GPU rows where there is
+//! an adapter. `group_gemm_*`: the same for matrices with scales of groups, as in the bench `gemv`.
 
 mod shapes;
 
@@ -11,7 +11,9 @@ use criterion::{
 use sterna::backend::gpu::{GemmPlan, Variant};
 use sterna::backend::simd::Level;
 
-use shapes::{Product, cpu, gpu, group, group_matrices, matrices, token_counts};
+use shapes::{
+    CHUNK_TOKENS, Product, cpu, gpu, group, group_matrices, is_test, matrices, token_counts,
+};
 
 fn gemm(criterion: &mut Criterion) {
     let gpu = gpu::open();
@@ -23,19 +25,22 @@ fn gemm(criterion: &mut Criterion) {
             group.sampling_mode(SamplingMode::Flat).sample_size(10);
             group.measurement_time(std::time::Duration::from_secs(1));
             group.warm_up_time(std::time::Duration::from_millis(300));
-            for level in Level::available() {
-                // Seconds an iteration, and nobody's choice where there is anything else.
-                if level == Level::Scalar && n_tokens > 32 {
-                    continue;
+            for pool in cpu::pools() {
+                for level in Level::available() {
+                    // Seconds an iteration, and nobody's choice where there is anything else.
+                    if level == Level::Scalar && n_tokens > 32 {
+                        continue;
+                    }
+                    let kernels = level.kernels().expect("an available level");
+                    let mut call = cpu::Call::new(&product);
+                    call.check(kernels.as_ref(), &product);
+                    let shape = format!("{n_tokens}x{n}x{k}");
+                    let row = format!("cpu-{}-{}t", level.name(), pool.current_num_threads());
+                    group.bench_function(BenchmarkId::new(shape, row), |bencher| {
+                        let words = product.packed.words();
+                        bencher.iter(|| call.run_on(&pool, kernels.as_ref(), words));
+                    });
                 }
-                let kernels = level.kernels().expect("an available level");
-                let mut call = cpu::Call::new(&product);
-                call.check(kernels.as_ref(), &product);
-                let shape = format!("{n_tokens}x{n}x{k}");
-                let id = BenchmarkId::new(shape, format!("cpu-{}", level.name()));
-                group.bench_function(id, |bencher| {
-                    bencher.iter(|| call.run(kernels.as_ref(), product.packed.words()));
-                });
             }
             group.finish();
             let Some(gpu) = gpu.as_ref().filter(|_| n_tokens > 1) else { continue };
@@ -59,8 +64,7 @@ fn gemm(criterion: &mut Criterion) {
 }
 
 fn group_gemm(criterion: &mut Criterion) {
-    // A prompt chunk: what is longer takes proportionally long.
-    let n_tokens = token_counts()[1];
+    let n_tokens = if is_test() { 5 } else { CHUNK_TOKENS };
     for (name, layout, int8) in group::KERNELS {
         for (n, k) in group_matrices() {
             let product = group::Product::new(layout, n, k, n_tokens);

@@ -2,8 +2,8 @@
 //!
 //! The weights come from memory, as in a decode step, which reads every matrix once: the bench goes
 //! through copies that no cache holds together. `gemv_i2_cached` repeats one copy. The CPU rows use
-//! one thread; the GPU rows, where there is an adapter, wait for the device inside the timed region,
-//! many dispatches a submit.
+//! one thread, and all; beside them a row `read` sums the same words as plain numbers. The GPU rows,
+//! where there is an adapter, wait for the device inside the timed region, many dispatches a submit.
 //!
 //! `group_gemv_*`: the same for ternary (`i2`) and binary (`signs`) matrices with a scale for every
 //! 128 inputs, with float and with int8 activations.
@@ -38,19 +38,32 @@ fn gemv(criterion: &mut Criterion) {
         for (name, copies) in [("gemv_i2", copies), ("gemv_i2_cached", 1)] {
             let mut group = criterion.benchmark_group(name);
             group.throughput(Throughput::Bytes(product.len_bytes() as u64)).sample_size(20);
-            group.measurement_time(std::time::Duration::from_secs(2));
-            for level in Level::available() {
-                let kernels = level.kernels().expect("an available level");
-                let mut call = cpu::Call::new(&product);
-                call.check(kernels.as_ref(), &product);
-                let id = BenchmarkId::new(format!("{n}x{k}"), format!("cpu-{}", level.name()));
-                let mut copy = 0;
-                group.bench_function(id, |bencher| {
+            group.measurement_time(std::time::Duration::from_secs(1));
+            group.warm_up_time(std::time::Duration::from_millis(500));
+            let copy = |i: usize| &all[i % copies * words.len()..][..words.len()];
+            for pool in cpu::pools() {
+                let threads = pool.current_num_threads();
+                let id =
+                    |name: &str| BenchmarkId::new(format!("{n}x{k}"), format!("{name}-{threads}t"));
+                let mut i = 0;
+                group.bench_function(id("read"), |bencher| {
                     bencher.iter(|| {
-                        copy = (copy + 1) % copies;
-                        call.run(kernels.as_ref(), &all[copy * words.len()..][..words.len()]);
+                        i += 1;
+                        cpu::read(&pool, copy(i));
                     });
                 });
+                for level in Level::available() {
+                    let kernels = level.kernels().expect("an available level");
+                    let mut call = cpu::Call::new(&product);
+                    call.check(kernels.as_ref(), &product);
+                    let mut i = 0;
+                    group.bench_function(id(&format!("cpu-{}", level.name())), |bencher| {
+                        bencher.iter(|| {
+                            i += 1;
+                            call.run_on(&pool, kernels.as_ref(), copy(i));
+                        });
+                    });
+                }
             }
             group.finish();
         }

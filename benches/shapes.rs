@@ -16,8 +16,10 @@ const BONSAI: [(usize, usize); 4] = [(4096, 4096), (12_288, 4096), (4096, 12_288
 /// A quarter of the head `(V, K)` of BitNet b1.58 2B4T.
 const HEADS: [(usize, usize); 1] = [(32_064, 2560)];
 
-/// Token counts of a matrix product: decode, a short prompt chunk, a long one.
-const TOKENS: [usize; 3] = [1, 32, 512];
+/// Token counts of a matrix product: decode, few sequences or guesses at once, prompts.
+const TOKENS: [usize; 7] = [1, 2, 4, 8, 32, 128, 512];
+/// A prompt chunk: what is longer takes proportionally long.
+pub const CHUNK_TOKENS: usize = 32;
 
 /// Whether each bench is only to run once, to see that it works: `cargo bench -- --test` and
 /// `cargo test --benches`.
@@ -89,7 +91,32 @@ pub mod cpu {
     use cpu_ref::layout::{CHUNK_K, TILE_ROWS, k_chunks};
     use sterna::backend::simd::{Activations, Kernels, TokenScale};
 
-    use super::Product;
+    use super::{Product, is_test};
+
+    /// One thread, and as many as the machine runs.
+    pub fn pools() -> Vec<rayon::ThreadPool> {
+        let all = std::thread::available_parallelism().map_or(1, usize::from);
+        let mut counts = vec![1, if is_test() { 2 } else { all }];
+        counts.dedup();
+        let pool = |n| rayon::ThreadPoolBuilder::new().num_threads(n).build().expect("threads");
+        counts.into_iter().map(pool).collect()
+    }
+
+    /// Reads what a GEMV reads, and does no more with it than a compiler must.
+    pub fn read(pool: &rayon::ThreadPool, words: &[u32]) {
+        let sum = |words: &[u32]| {
+            std::hint::black_box(words.iter().fold(0, |sum: u32, &w| sum.wrapping_add(w)));
+        };
+        let threads = pool.current_num_threads();
+        if threads == 1 {
+            return sum(words);
+        }
+        pool.scope(|scope| {
+            for words in words.chunks(words.len().div_ceil(threads)) {
+                scope.spawn(move |_| sum(words));
+            }
+        });
+    }
 
     /// A product's inputs as the kernels take them.
     pub struct Call {
@@ -115,9 +142,32 @@ pub mod cpu {
             Self { codes, scales, chunks, acc }
         }
 
+        /// M.
+        pub fn n_tokens(&self) -> usize {
+            self.scales.len()
+        }
+
         pub fn run(&mut self, kernels: &dyn Kernels, words: &[u32]) {
             let x = Activations::new(&self.codes, &self.scales, self.chunks);
             kernels.gemm(words, x, &mut self.acc);
+        }
+
+        /// [`Call::run`], the tiles shared out among the threads.
+        pub fn run_on(&mut self, pool: &rayon::ThreadPool, kernels: &dyn Kernels, words: &[u32]) {
+            let x = Activations::new(&self.codes, &self.scales, self.chunks);
+            let tile_len = self.scales.len() * TILE_ROWS;
+            let tiles = self.acc.len() / tile_len;
+            let part = tiles.div_ceil(pool.current_num_threads());
+            let tile_words = words.len() / tiles;
+            if part == tiles {
+                return self.run(kernels, words);
+            }
+            pool.scope(|scope| {
+                let parts = words.chunks(part * tile_words);
+                for (words, acc) in parts.zip(self.acc.chunks_mut(part * tile_len)) {
+                    scope.spawn(move |_| kernels.gemm(words, x, acc));
+                }
+            });
         }
 
         /// Runs once and compares with the reference's first and last token.

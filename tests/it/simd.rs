@@ -26,7 +26,9 @@ macro_rules! on_every_level {
 
             on_every_level!(@level $test
                 #[cfg(target_arch = "x86_64")] avx512vnni = Avx512Vnni,
+                #[cfg(target_arch = "x86_64")] avxvnni = AvxVnni,
                 #[cfg(target_arch = "x86_64")] avx2 = Avx2,
+                #[cfg(target_arch = "aarch64")] neon_i8mm = NeonI8mm,
                 #[cfg(target_arch = "aarch64")] neon_dotprod = NeonDotprod,
                 #[cfg(target_arch = "aarch64")] neon = Neon,
                 #[cfg(all())] scalar = Scalar,
@@ -117,7 +119,7 @@ fn check_gemm(kernels: &dyn Kernels, (n, k, m): (usize, usize, usize), seed: u64
 fn gemm_edges(kernels: &dyn Kernels) {
     for k in [1, 63, 64, 65, 127, 128, 1000, 1024, 1088] {
         for n in [1, 31, 32, 33, 65] {
-            for m in 1..=9 {
+            for m in 1..=14 {
                 check_gemm(kernels, (n, k, m), (k * 100 + n) as u64);
             }
         }
@@ -127,6 +129,8 @@ fn gemm_edges(kernels: &dyn Kernels) {
             check_gemm(kernels, (33, k, m), k as u64);
         }
     }
+    // More tokens than the kernels go through at a time, and a rest.
+    check_gemm(kernels, (33, 23_040, 27), 27);
 }
 
 /// The largest sums there can be, in rows long enough to overflow i16 many times.
@@ -137,7 +141,7 @@ fn gemm_extremes(kernels: &dyn Kernels) {
             let w = vec![weight; shape.len()];
             let packed = Packed::pack(Layout::I2, shape, &w);
             for code in [-128, 127] {
-                for m in [1, 4] {
+                for m in [1, 4, 9] {
                     let x = vec![code; m * k];
                     let expected = vec![i32::from(weight) * i32::from(code) * k as i32; m * 33];
                     let found = run_gemm(kernels, &packed, &x);

@@ -10,8 +10,13 @@
 //! 2. Sums stay in i16 for [`FLUSH_CHUNKS`] chunks, then widen to i32.
 //! 3. Binary weights are bits, 1 for −1: `Σ w·x = Σ x − 2·Σ bit·x`, with eight one-bit fields a byte.
 //! 4. Float activations: a lane is a row, and `vpermilps` looks up a field ([`super::tables`]).
-//! 5. GEMV sums 8 pairs at once, GEMM 4 pairs × 2 tokens: eight i16 accumulators, which is what 16
+//! 5. Tokens pass a tile several times: meanwhile the next one is asked for, so that memory is read
+//!    all the time, and not in the first pass alone.
+//! 6. One token sums 8 pairs at once, two 4 pairs each: eight i16 accumulators, which is what 16
 //!    registers hold beside the activations.
+//! 7. For many tokens the codes of a block of a tile are unpacked once, a byte each, with 4
+//!    consecutive `k` of 8 rows in a register (`blocks!`): a lane is a row, 4 activations are
+//!    broadcast to all of them, and nothing has to be summed across lanes.
 #![expect(unsafe_code, reason = "loads, and entry into target features")]
 
 use std::arch::x86_64::*;
@@ -42,9 +47,12 @@ impl Avx2 {
 impl_kernels!(Avx2, Level::Avx2, #[target_feature(enable = "avx2")]);
 
 /// Words of a pair: two rows × 16 bytes, one register.
-const PAIR_WORDS: usize = 8;
+pub(super) const PAIR_WORDS: usize = 8;
 /// Pairs of a chunk.
-const PAIRS: usize = CHUNK_WORDS / PAIR_WORDS;
+pub(super) const PAIRS: usize = CHUNK_WORDS / PAIR_WORDS;
+
+/// Chunks of 512 bytes to prefetch ahead within a tile: 8 KiB.
+pub(super) const PREFETCH_CHUNKS: usize = 16;
 
 /// Chunks whose sums fit i16: a lane gets two products of a code ≤ 2 and an activation in
 /// −128..=127 from each of four fields, so a chunk adds −2048..=2032, and 16 chunks at most
@@ -53,9 +61,128 @@ const FLUSH_CHUNKS: usize = 16;
 const _: () = assert!(FLUSH_CHUNKS * 4 * 2 * 2 * 128 <= 1 << 15);
 const _: () = assert!(FLUSH_CHUNKS * 4 * 2 * 2 * 127 < 1 << 15);
 
+/// Tokens from which on unpacking a block costs less than it saves.
+pub(super) const BLOCK_TOKENS: usize = 8;
+/// Chunks of a block: what a sum in i16 holds. A lane gets two products of a code ≤ 2 and an
+/// activation from each 4 of its 256 `k`, so as many as from [`FLUSH_CHUNKS`] chunks above.
+pub(super) const BLOCK_CHUNKS: usize = 4;
+const _: () = assert!(BLOCK_CHUNKS * QUARTERS == FLUSH_CHUNKS * 4);
+/// Steps of 4 `k` in a chunk.
+pub(super) const QUARTERS: usize = CHUNK_K / 4;
+
+/// The codes of a block of a tile: step, row, 4 `k` a word.
+pub(super) type Block = [[u32; TILE_ROWS]; BLOCK_CHUNKS * QUARTERS];
+
+/// Writes a byte for each code of at most [`BLOCK_CHUNKS`] chunks.
+#[target_feature(enable = "avx2")]
+pub(super) fn unpack(chunks: &[[u32; CHUNK_WORDS]], block: &mut Block) {
+    for (chunk, block) in chunks.iter().zip(block.as_chunks_mut::<QUARTERS>().0) {
+        // The next block comes while this one is multiplied.
+        for line in chunk.as_chunks::<{ 2 * PAIR_WORDS }>().0 {
+            prefetch::<_MM_HINT_T0>(line, BLOCK_CHUNKS * CHUNK_WORDS);
+        }
+        for (e, eight) in chunk.as_chunks::<{ 4 * PAIR_WORDS }>().0.iter().enumerate() {
+            let words = transpose(eight.as_chunks::<PAIR_WORDS>().0);
+            for (w, &word) in words.iter().enumerate() {
+                let codes = codes(_mm256_permutevar8x32_epi32(word, row_order()));
+                for (j, &codes) in codes.iter().enumerate() {
+                    // Word `w` of field `j` is for k = 16j + 4w and the next three.
+                    store_codes(codes, &mut block[4 * j + w].as_chunks_mut().0[e]);
+                }
+            }
+        }
+    }
+}
+
+/// Defines `block_gemm(tile, x, acc)` with the target features of a level, its `step(sum, codes, x)`,
+/// which adds 4 products a row to the lanes of a sum, and `widen(sum)`, which makes a lane a row's
+/// i32. It takes as many tokens at once as the first number says; the others are all up to it.
+macro_rules! blocks {
+    (#[$features:meta] $max:literal: $($tokens:literal)*) => {
+        /// One tile for many tokens: `acc[M][32]`.
+        #[$features]
+        fn block_gemm(
+            tile: &[[u32; CHUNK_WORDS]],
+            x: Activations<'_>,
+            acc: &mut [[i32; TILE_ROWS]],
+        ) {
+            for (m, acc) in acc.iter_mut().enumerate() {
+                acc.fill(-x.code_sum(m));
+            }
+            let mut block = [[0; TILE_ROWS]; BLOCK_CHUNKS * QUARTERS];
+            for (first, chunks) in (0..).step_by(BLOCK_CHUNKS).zip(tile.chunks(BLOCK_CHUNKS)) {
+                unpack(chunks, &mut block);
+                let block = &block[..chunks.len() * QUARTERS];
+                for (group, acc) in acc.chunks_mut($max).enumerate() {
+                    let m = $max * group;
+                    match acc.len() {
+                        $($tokens => block_tokens::<$tokens>(block, x, (m, first), acc),)*
+                        _ => unreachable!("a group has a token and no more than the most"),
+                    }
+                }
+            }
+        }
+
+        /// Adds a block, whose first chunk is `first`, for tokens `m..m + T`.
+        #[inline]
+        #[$features]
+        fn block_tokens<const T: usize>(
+            block: &[[u32; TILE_ROWS]],
+            x: Activations<'_>,
+            (m, first): (usize, usize),
+            acc: &mut [[i32; TILE_ROWS]],
+        ) {
+            let mut tokens: [&[[i8; 4]]; T] = [&[]; T];
+            for (t, token) in tokens.iter_mut().enumerate() {
+                let codes = x.token(m + t)[first..].as_flattened().as_chunks().0;
+                *token = &codes[..block.len()];
+            }
+            for pass in 0..2 {
+                let mut sums = [[_mm256_setzero_si256(); 2]; T];
+                for (k, rows) in block.iter().enumerate() {
+                    let rows = rows.as_chunks::<8>().0;
+                    let codes = [load(&rows[2 * pass]), load(&rows[2 * pass + 1])];
+                    for (sums, token) in sums.iter_mut().zip(&tokens) {
+                        let x = _mm256_set1_epi32(i32::from_le_bytes(token[k].map(|x| x as u8)));
+                        for (sum, &codes) in sums.iter_mut().zip(&codes) {
+                            *sum = step(*sum, codes, x);
+                        }
+                    }
+                }
+                for (acc, sums) in acc.iter_mut().zip(&sums) {
+                    let acc = &mut acc.as_chunks_mut::<8>().0[2 * pass..];
+                    for (acc, &sum) in acc.iter_mut().zip(sums) {
+                        add_rows(widen(sum), acc);
+                    }
+                }
+            }
+        }
+    };
+}
+pub(super) use blocks;
+
+blocks!(#[target_feature(enable = "avx2")] 4: 1 2 3 4);
+
+/// Adds the products of neighbours to lanes of i16.
+#[inline]
+#[target_feature(enable = "avx2")]
+fn step(sum: __m256i, codes: __m256i, x: __m256i) -> __m256i {
+    _mm256_add_epi16(sum, _mm256_maddubs_epi16(codes, x))
+}
+
+/// The sums of a row's two lanes of i16.
+#[inline]
+#[target_feature(enable = "avx2")]
+fn widen(sum: __m256i) -> __m256i {
+    _mm256_madd_epi16(sum, _mm256_set1_epi16(1))
+}
+
 /// One tile: `acc[M][32]`.
 #[target_feature(enable = "avx2")]
 fn gemm_tile(tile: &[[u32; CHUNK_WORDS]], x: Activations<'_>, acc: &mut [[i32; TILE_ROWS]]) {
+    if acc.len() >= BLOCK_TOKENS {
+        return block_gemm(tile, x, acc);
+    }
     for (group, acc) in acc.chunks_mut(2).enumerate() {
         let m = 2 * group;
         match acc.len() {
@@ -85,6 +212,9 @@ fn tokens_tile<const T: usize, const P: usize>(
                 let pairs: &[[u32; PAIR_WORDS]; P] = chunk.as_chunks().0[pass * P..]
                     .first_chunk()
                     .expect("P divides the pairs of a chunk");
+                if m == 0 {
+                    prefetch_next(pairs, tile);
+                }
                 let mut x = [[_mm256_setzero_si256(); 4]; T];
                 for (x, token) in x.iter_mut().zip(&tokens) {
                     *x = fields(&token[c]);
@@ -119,7 +249,7 @@ fn tokens_tile<const T: usize, const P: usize>(
 
 /// One tile of int8 rows and the two limbs of an input, in i16: no product of two bytes exceeds it.
 #[target_feature(enable = "avx2")]
-fn limb_sums(chunks: &[[u32; CODE_WORDS]], hi: &[i8], lo: &[i8], sums: &mut LimbSums) {
+pub(super) fn limb_sums(chunks: &[[u32; CODE_WORDS]], hi: &[i8], lo: &[i8], sums: &mut LimbSums) {
     /// Pairs whose sums stay in registers.
     const P: usize = 2;
     for pass in 0..PAIRS / P {
@@ -127,14 +257,14 @@ fn limb_sums(chunks: &[[u32; CODE_WORDS]], hi: &[i8], lo: &[i8], sums: &mut Limb
         let limbs = hi.as_chunks().0.iter().zip(lo.as_chunks().0);
         for (chunk, (hi, lo)) in chunks.iter().zip(limbs) {
             let limbs = [
-                widen(_mm256_castsi256_si128(field(hi))),
-                widen(_mm256_castsi256_si128(field(lo))),
+                widen_bytes(_mm256_castsi256_si128(field(hi))),
+                widen_bytes(_mm256_castsi256_si128(field(lo))),
             ];
             let pairs = &chunk.as_chunks().0[pass * P..][..P];
             for (pair, acc) in pairs.iter().zip(acc.as_chunks_mut::<2>().0) {
                 let codes = load(pair);
                 let rows = [_mm256_castsi256_si128(codes), _mm256_extracti128_si256::<1>(codes)]
-                    .map(|row| widen(row));
+                    .map(|row| widen_bytes(row));
                 for (acc, row) in acc.iter_mut().zip(rows) {
                     for (acc, limb) in acc.iter_mut().zip(limbs) {
                         *acc = _mm256_add_epi32(*acc, _mm256_madd_epi16(row, limb));
@@ -153,7 +283,7 @@ fn limb_sums(chunks: &[[u32; CODE_WORDS]], hi: &[i8], lo: &[i8], sums: &mut Limb
 /// 16 bytes as i16.
 #[inline]
 #[target_feature(enable = "avx2")]
-fn widen(bytes: __m128i) -> __m256i {
+fn widen_bytes(bytes: __m128i) -> __m256i {
     _mm256_cvtepi8_epi16(bytes)
 }
 
@@ -227,7 +357,11 @@ fn signs_tokens<const T: usize, const P: usize>(
 
 /// One chunk of [`super::tables`].
 #[target_feature(enable = "avx2")]
-fn lookup_chunk(chunk: &[u32; CHUNK_WORDS], tables: &[FieldTables], sums: &mut [[f32; TILE_ROWS]]) {
+pub(super) fn lookup_chunk(
+    chunk: &[u32; CHUNK_WORDS],
+    tables: &[FieldTables],
+    sums: &mut [[f32; TILE_ROWS]],
+) {
     for (tables, sums) in tables.chunks(2).zip(sums.chunks_mut(2)) {
         match tables {
             [a, b] => lookup_tokens::<2>(chunk, [a, b], sums),
@@ -245,8 +379,6 @@ fn lookup_tokens<const T: usize>(
     tables: [&FieldTables; T],
     sums: &mut [[f32; TILE_ROWS]],
 ) {
-    // The rows of a register's lanes, undone.
-    let row_order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
     for (half, chunk) in chunk.as_chunks::<{ 8 * PAIR_WORDS }>().0.iter().enumerate() {
         let (low, high) = chunk.as_chunks::<PAIR_WORDS>().0.split_at(4);
         let words = [transpose(low), transpose(high)];
@@ -271,7 +403,7 @@ fn lookup_tokens<const T: usize>(
         for (acc, sums) in acc.iter().zip(&mut *sums) {
             let rows = &mut sums.as_chunks_mut().0[2 * half..];
             for (&acc, rows) in acc.iter().zip(rows) {
-                store(_mm256_permutevar8x32_ps(acc, row_order), rows);
+                store(_mm256_permutevar8x32_ps(acc, row_order()), rows);
             }
         }
     }
@@ -293,6 +425,13 @@ fn transpose(pairs: &[[u32; PAIR_WORDS]]) -> [__m256i; 4] {
     ]
 }
 
+/// The permutation of a register's lanes that undoes the order of the rows in [`transpose`].
+#[inline]
+#[target_feature(enable = "avx2")]
+fn row_order() -> __m256i {
+    _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7)
+}
+
 /// A field's table, in both 128-bit lanes.
 #[inline]
 #[target_feature(enable = "avx2")]
@@ -310,10 +449,51 @@ fn store(rows: __m256, out: &mut [f32; 8]) {
     unsafe { _mm256_storeu_ps(out.as_mut_ptr(), rows) };
 }
 
+/// Eight rows' codes.
+#[inline]
+#[target_feature(enable = "avx2")]
+fn store_codes(codes: __m256i, out: &mut [u32; 8]) {
+    // SAFETY: `out` has 32 bytes to write, and the store needs no alignment.
+    unsafe { _mm256_storeu_si256(out.as_mut_ptr().cast(), codes) };
+}
+
+/// Adds to eight rows' sums.
+#[inline]
+#[target_feature(enable = "avx2")]
+pub(super) fn add_rows(rows: __m256i, out: &mut [i32; 8]) {
+    let out: *mut __m256i = out.as_mut_ptr().cast();
+    // SAFETY: `out` has 32 bytes to read and write, and neither needs alignment.
+    unsafe { _mm256_storeu_si256(out, _mm256_add_epi32(_mm256_loadu_si256(out), rows)) };
+}
+
+/// Words from a tile to the next one; a few chunks where "tiles" are parts of one.
+pub(super) fn next_tile(tile: &[[u32; CHUNK_WORDS]]) -> usize {
+    tile.len().max(PREFETCH_CHUNKS) * CHUNK_WORDS
+}
+
+/// Asks for the lines of these pairs in the next tile to come into the second-level cache.
+#[inline(always)]
+pub(super) fn prefetch_next(pairs: &[[u32; PAIR_WORDS]], tile: &[[u32; CHUNK_WORDS]]) {
+    for line in pairs.iter().step_by(2) {
+        prefetch::<_MM_HINT_T1>(line, next_tile(tile));
+    }
+}
+
+/// Asks for the cache line so many words ahead.
+#[inline(always)]
+pub(super) fn prefetch<const HINT: i32>(at: &[u32], words: usize) {
+    let ahead = at.as_ptr().wrapping_add(words);
+    #[allow(unused_unsafe, reason = "the intrinsic is safe in newer compilers")]
+    // SAFETY: a prefetch is a hint; it does not access memory, whatever the address.
+    unsafe {
+        _mm_prefetch::<HINT>(ahead.cast());
+    }
+}
+
 /// The codes of two rows, field by field.
 #[inline]
 #[target_feature(enable = "avx2")]
-fn codes(v: __m256i) -> [__m256i; 4] {
+pub(super) fn codes(v: __m256i) -> [__m256i; 4] {
     let low = _mm256_set1_epi8(0x03);
     [
         _mm256_and_si256(v, low),
@@ -326,7 +506,7 @@ fn codes(v: __m256i) -> [__m256i; 4] {
 /// The sums of the two 128-bit lanes: one a row.
 #[inline]
 #[target_feature(enable = "avx2")]
-fn row_sums(lanes: __m256i) -> [i32; 2] {
+pub(super) fn row_sums(lanes: __m256i) -> [i32; 2] {
     let mut out = [[0i32; 4]; 2];
     // SAFETY: `out` has 32 bytes to write, and the store needs no alignment.
     unsafe { _mm256_storeu_si256(out.as_mut_ptr().cast(), lanes) };
@@ -336,7 +516,7 @@ fn row_sums(lanes: __m256i) -> [i32; 2] {
 /// A token's activations of one chunk, field by field, each in both 128-bit lanes.
 #[inline]
 #[target_feature(enable = "avx2")]
-fn fields(x: &[i8; CHUNK_K]) -> [__m256i; 4] {
+pub(super) fn fields(x: &[i8; CHUNK_K]) -> [__m256i; 4] {
     let x = x.as_chunks::<16>().0;
     [field(&x[0]), field(&x[1]), field(&x[2]), field(&x[3])]
 }
@@ -344,7 +524,7 @@ fn fields(x: &[i8; CHUNK_K]) -> [__m256i; 4] {
 /// The 16 activations of a field, in both 128-bit lanes.
 #[inline]
 #[target_feature(enable = "avx2")]
-fn field(x: &[i8; 16]) -> __m256i {
+pub(super) fn field(x: &[i8; 16]) -> __m256i {
     // SAFETY: `x` has 16 bytes to read, and the load needs no alignment.
     _mm256_broadcastsi128_si256(unsafe { _mm_loadu_si128(x.as_ptr().cast()) })
 }
@@ -352,7 +532,7 @@ fn field(x: &[i8; 16]) -> __m256i {
 /// Two rows' pieces.
 #[inline]
 #[target_feature(enable = "avx2")]
-fn load(pair: &[u32; PAIR_WORDS]) -> __m256i {
+pub(super) fn load(pair: &[u32; PAIR_WORDS]) -> __m256i {
     // SAFETY: `pair` has 32 bytes to read, and the load needs no alignment.
     unsafe { _mm256_loadu_si256(pair.as_ptr().cast()) }
 }

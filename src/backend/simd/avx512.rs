@@ -11,8 +11,10 @@
 //!    are fields 0 and 1 (the latter times 4), and `v >> 4` brings fields 2 and 3 to the same
 //!    places. Sums of field 1 and 3 are kept apart and divided by 4 at the end, exactly.
 //! 3. All 8 quads of a chunk are summed at once, 16 accumulators, so that the weights are read
-//!    front to back; they are prefetched 4 KiB ahead.
-//! 4. GEMM keeps 4 quads × up to 4 tokens: a masked field is used for every token.
+//!    front to back; they are prefetched 8 KiB ahead.
+//! 4. GEMM keeps 4 quads × up to 4 tokens: a masked field is used for every token, which leaves
+//!    `vpdpbusd` as the limit. It passes a tile twice or more often; meanwhile the next one is asked
+//!    for, so that memory is read all the time, and not in the first pass alone.
 //! 5. Binary weights are bits, 1 for −1: `Σ w·x = Σ x − 2·Σ bit·x`, with eight one-bit fields a byte.
 //! 6. Float activations: a lane is a row, and `vpermps` looks up a nibble ([`super::tables`]).
 #![expect(unsafe_code, reason = "loads, and entry into target features")]
@@ -21,6 +23,7 @@ use std::arch::x86_64::*;
 
 use cpu_ref::layout::{CHUNK_K, TILE_ROWS};
 
+use super::avx2::{PREFETCH_CHUNKS, next_tile, prefetch};
 use super::head::{CODE_WORDS, LimbSums};
 use super::tables::{NibbleTables, i2_column};
 use super::{Activations, CHUNK_WORDS, GroupLayout, GroupScales, Level, impl_kernels};
@@ -57,8 +60,6 @@ const QUAD_WORDS: usize = 16;
 const QUADS: usize = CHUNK_WORDS / QUAD_WORDS;
 /// Quads that one pass of GEMM sums.
 const PASS_QUADS: usize = 4;
-/// Chunks of 512 bytes to prefetch ahead: 4 KiB.
-const PREFETCH_CHUNKS: usize = 8;
 
 /// One tile: `acc[M][32]`.
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]
@@ -66,14 +67,17 @@ fn gemm_tile(tile: &[[u32; CHUNK_WORDS]], x: Activations<'_>, acc: &mut [[i32; T
     if let [acc] = acc {
         return gemv_tile(tile, x.token(0), x.code_sum(0), acc);
     }
-    for (group, acc) in acc.chunks_mut(4).enumerate() {
-        let m = 4 * group;
+    // Groups of equal size, so that none has less to do than the instruction's latency.
+    let (mut m, mut rest) = (0, acc);
+    for groups in (1..=rest.len().div_ceil(4)).rev() {
+        let (acc, after) = rest.split_at_mut(rest.len().div_ceil(groups));
         match acc.len() {
             4 => tokens_tile::<4>(tile, x, m, acc),
             3 => tokens_tile::<3>(tile, x, m, acc),
             2 => tokens_tile::<2>(tile, x, m, acc),
             _ => tokens_tile::<1>(tile, x, m, acc),
         }
+        (m, rest) = (m + acc.len(), after);
     }
 }
 
@@ -91,7 +95,7 @@ fn gemv_tile(
     for (chunk, x) in tile.iter().zip(x) {
         let (x0, x1, x2, x3) = (field::<0>(x), field::<1>(x), field::<2>(x), field::<3>(x));
         for (q, quad) in chunk.as_chunks::<QUAD_WORDS>().0.iter().enumerate() {
-            prefetch(quad);
+            prefetch::<_MM_HINT_T0>(quad, PREFETCH_CHUNKS * CHUNK_WORDS);
             let v = load(quad);
             let u = _mm512_srli_epi16::<4>(v);
             units[q] = _mm512_dpbusd_epi32(units[q], _mm512_and_si512(v, low), x0);
@@ -127,6 +131,9 @@ fn tokens_tile<const T: usize>(
             let quads = &chunk.as_chunks::<QUAD_WORDS>().0[pass * PASS_QUADS..][..PASS_QUADS];
             let mut v = [_mm512_setzero_si512(); PASS_QUADS];
             for q in 0..PASS_QUADS {
+                if m == 0 {
+                    prefetch::<_MM_HINT_T1>(&quads[q], next_tile(tile));
+                }
                 v[q] = load(&quads[q]);
             }
             accumulate::<0, 0, T>(&mut sums, &v, &tokens, c);
@@ -231,7 +238,7 @@ fn limb_sums(chunks: &[[u32; CODE_WORDS]], hi: &[i8], lo: &[i8], sums: &mut Limb
         let (hi, lo) = (broadcast(hi), broadcast(lo));
         of_x = [_mm512_dpbusd_epi32(of_x[0], bias, hi), _mm512_dpbusd_epi32(of_x[1], bias, lo)];
         for (q, quad) in chunk.as_chunks::<QUAD_WORDS>().0.iter().enumerate() {
-            prefetch(quad);
+            prefetch::<_MM_HINT_T0>(quad, PREFETCH_CHUNKS * CHUNK_WORDS);
             let codes = _mm512_xor_si512(load(quad), bias);
             high[q] = _mm512_dpbusd_epi32(high[q], codes, hi);
             low[q] = _mm512_dpbusd_epi32(low[q], codes, lo);
@@ -421,16 +428,4 @@ fn broadcast(codes: &[i8; 16]) -> __m512i {
 fn load(quad: &[u32; QUAD_WORDS]) -> __m512i {
     // SAFETY: `quad` has 64 bytes to read, and the load needs no alignment.
     unsafe { _mm512_loadu_si512(quad.as_ptr().cast()) }
-}
-
-/// Asks for the cache line [`PREFETCH_CHUNKS`] ahead.
-#[inline]
-#[target_feature(enable = "avx512f")]
-fn prefetch(quad: &[u32; QUAD_WORDS]) {
-    let ahead = quad.as_ptr().wrapping_add(PREFETCH_CHUNKS * CHUNK_WORDS);
-    #[allow(unused_unsafe, reason = "the intrinsic is safe in newer compilers")]
-    // SAFETY: a prefetch is a hint; it does not access memory, whatever the address.
-    unsafe {
-        _mm_prefetch::<_MM_HINT_T0>(ahead.cast());
-    }
 }

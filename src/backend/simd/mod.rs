@@ -19,6 +19,8 @@ mod attention;
 mod avx2;
 #[cfg(target_arch = "x86_64")]
 mod avx512;
+#[cfg(target_arch = "x86_64")]
+mod avx_vnni;
 mod cpu;
 mod head;
 mod matrix;
@@ -26,6 +28,8 @@ mod matrix;
 mod neon;
 #[cfg(all(target_arch = "aarch64", target_endian = "little"))]
 mod neon_dotprod;
+#[cfg(all(target_arch = "aarch64", target_endian = "little"))]
+mod neon_i8mm;
 mod pool;
 mod portable;
 mod scalar;
@@ -48,6 +52,13 @@ pub use portable::TokenScale;
 /// Words of one chunk of a tile: 32 rows × 16 bytes.
 const CHUNK_WORDS: usize = TILE_ROWS * PIECE_WORDS;
 
+/// Bytes of activations that a GEMM goes through with one tile after another: a quarter of a small
+/// second-level cache that two threads share.
+const CACHED_CODES: usize = 256 << 10;
+
+/// A multiple of how many tokens any level takes at once.
+const TOKENS_STEP: usize = 12;
+
 /// The environment variable that forces a [`Level`].
 const LEVEL_VARIABLE: &str = "STERNA_CPU";
 
@@ -56,8 +67,12 @@ const LEVEL_VARIABLE: &str = "STERNA_CPU";
 pub enum Level {
     /// x86-64 with AVX-512 F, BW, DQ, VL and VNNI.
     Avx512Vnni,
+    /// x86-64 with AVX2 and AVX-VNNI.
+    AvxVnni,
     /// x86-64 with AVX2.
     Avx2,
+    /// AArch64 with the extensions for dot products and for products of int8 matrices.
+    NeonI8mm,
     /// AArch64 with the dot-product extension.
     NeonDotprod,
     /// AArch64 without it.
@@ -68,14 +83,23 @@ pub enum Level {
 
 impl Level {
     /// All levels, best first.
-    pub const ALL: [Self; 5] =
-        [Self::Avx512Vnni, Self::Avx2, Self::NeonDotprod, Self::Neon, Self::Scalar];
+    pub const ALL: [Self; 7] = [
+        Self::Avx512Vnni,
+        Self::AvxVnni,
+        Self::Avx2,
+        Self::NeonI8mm,
+        Self::NeonDotprod,
+        Self::Neon,
+        Self::Scalar,
+    ];
 
     /// As the environment variable `STERNA_CPU` takes it.
     pub fn name(self) -> &'static str {
         match self {
             Self::Avx512Vnni => "avx512vnni",
+            Self::AvxVnni => "avxvnni",
             Self::Avx2 => "avx2",
+            Self::NeonI8mm => "neon-i8mm",
             Self::NeonDotprod => "neon-dotprod",
             Self::Neon => "neon",
             Self::Scalar => "scalar",
@@ -86,7 +110,9 @@ impl Level {
     pub fn title(self) -> &'static str {
         match self {
             Self::Avx512Vnni => "AVX-512 VNNI",
+            Self::AvxVnni => "AVX-VNNI",
             Self::Avx2 => "AVX2",
+            Self::NeonI8mm => "NEON int8 matrix product",
             Self::NeonDotprod => "NEON dot product",
             Self::Neon => "NEON",
             Self::Scalar => "scalar",
@@ -132,7 +158,11 @@ impl Level {
             #[cfg(target_arch = "x86_64")]
             Self::Avx512Vnni => Some(Box::new(avx512::Avx512Vnni::new()?)),
             #[cfg(target_arch = "x86_64")]
+            Self::AvxVnni => Some(Box::new(avx_vnni::AvxVnni::new()?)),
+            #[cfg(target_arch = "x86_64")]
             Self::Avx2 => Some(Box::new(avx2::Avx2::new()?)),
+            #[cfg(all(target_arch = "aarch64", target_endian = "little"))]
+            Self::NeonI8mm => Some(Box::new(neon_i8mm::NeonI8mm::new()?)),
             #[cfg(all(target_arch = "aarch64", target_endian = "little"))]
             Self::NeonDotprod => Some(Box::new(neon_dotprod::NeonDotprod::new()?)),
             #[cfg(all(target_arch = "aarch64", target_endian = "little"))]
@@ -203,6 +233,16 @@ impl<'a> Activations<'a> {
             group,
             ..self
         }
+    }
+
+    /// The tokens, as many at a time as stay in the second-level cache while tiles pass; with the
+    /// number of the first.
+    fn blocks(self) -> impl Iterator<Item = (usize, Self)> {
+        let tokens = CACHED_CODES / (self.stride * CHUNK_K);
+        let tokens = (tokens / TOKENS_STEP).max(1) * TOKENS_STEP;
+        (0..self.n_tokens).step_by(tokens).map(move |first| {
+            (first, self.part(first, tokens.min(self.n_tokens - first), self.group))
+        })
     }
 
     /// Token `m` in chunks.
@@ -535,13 +575,15 @@ macro_rules! impl_kernels {
                 let tiles = super::check_gemm(words, &x, acc);
                 let tile_words = words.len() / tiles.max(1);
                 let tile_acc = x.n_tokens() * cpu_ref::layout::TILE_ROWS;
-                for (tile, acc) in
-                    words.chunks_exact(tile_words.max(1)).zip(acc.chunks_exact_mut(tile_acc))
-                {
-                    #[allow(unused_unsafe, reason = "as for the portable kernels")]
-                    // SAFETY: `self` exists only where the features are available.
-                    unsafe {
-                        gemm_tile(tile.as_chunks().0, x, acc.as_chunks_mut().0);
+                for (first, x) in x.blocks() {
+                    let tiles = words.chunks_exact(tile_words.max(1));
+                    for (tile, acc) in tiles.zip(acc.chunks_exact_mut(tile_acc)) {
+                        let acc = &mut acc.as_chunks_mut().0[first..][..x.n_tokens()];
+                        #[allow(unused_unsafe, reason = "as for the portable kernels")]
+                        // SAFETY: `self` exists only where the features are available.
+                        unsafe {
+                            gemm_tile(tile.as_chunks().0, x, acc);
+                        }
                     }
                 }
             }

@@ -44,27 +44,11 @@ pub(super) const PASS_ROWS: usize = 8;
 /// Four fields of one row's codes, or of a token's activations.
 pub(super) type Fields = [int8x16_t; 4];
 
-/// Defines `gemm_tile` with the target features of a level and its `dot(sum, codes, x)`, which adds
-/// the products of 64 codes and activations to four lanes. A macro, because a generic function
-/// would not take the features of `dot`.
+/// Defines `tokens_tile` and `signs_tile` with the target features of a level and its
+/// `dot(sum, codes, x)`, which adds the products of 64 codes and activations to four lanes. A macro,
+/// because a generic function would not take the features of `dot`.
 macro_rules! tiles {
     (#[$features:meta]) => {
-        /// One tile: `acc[M][32]`.
-        #[$features]
-        fn gemm_tile(
-            tile: &[[u32; CHUNK_WORDS]],
-            x: Activations<'_>,
-            acc: &mut [[i32; TILE_ROWS]],
-        ) {
-            for (group, acc) in acc.chunks_mut(2).enumerate() {
-                let m = 2 * group;
-                match acc.len() {
-                    2 => tokens_tile::<2>(tile, x, m, acc),
-                    _ => tokens_tile::<1>(tile, x, m, acc),
-                }
-            }
-        }
-
         /// One tile and tokens `m..m + T`; `acc` holds T tokens.
         #[$features]
         fn tokens_tile<const T: usize>(
@@ -128,7 +112,30 @@ macro_rules! tiles {
 }
 pub(super) use tiles;
 
+/// Defines `gemm_tile` by `tokens_tile`, two tokens at a time.
+macro_rules! gemm_by_two {
+    (#[$features:meta]) => {
+        /// One tile: `acc[M][32]`.
+        #[$features]
+        fn gemm_tile(
+            tile: &[[u32; CHUNK_WORDS]],
+            x: Activations<'_>,
+            acc: &mut [[i32; TILE_ROWS]],
+        ) {
+            for (group, acc) in acc.chunks_mut(2).enumerate() {
+                let m = 2 * group;
+                match acc.len() {
+                    2 => tokens_tile::<2>(tile, x, m, acc),
+                    _ => tokens_tile::<1>(tile, x, m, acc),
+                }
+            }
+        }
+    };
+}
+pub(super) use gemm_by_two;
+
 tiles!(#[target_feature(enable = "neon")]);
+gemm_by_two!(#[target_feature(enable = "neon")]);
 
 /// A lane of i16 gets 8 products of a code ≤ 2 and an activation in −128..=127: |lane| ≤ 2048.
 #[inline]
@@ -147,8 +154,21 @@ fn dot(sum: int32x4_t, codes: &Fields, x: &Fields) -> int32x4_t {
 #[inline]
 #[target_feature(enable = "neon")]
 pub(super) fn load_codes(piece: &[u32; PIECE_WORDS]) -> Fields {
+    split_codes(load_piece(piece))
+}
+
+/// 16 bytes of one row.
+#[inline]
+#[target_feature(enable = "neon")]
+pub(super) fn load_piece(piece: &[u32; PIECE_WORDS]) -> uint8x16_t {
     // SAFETY: `piece` has 16 bytes to read, and the load needs no alignment.
-    let v = unsafe { vld1q_u8(piece.as_ptr().cast()) };
+    unsafe { vld1q_u8(piece.as_ptr().cast()) }
+}
+
+/// The codes of 16 bytes, 0..=2, field by field.
+#[inline]
+#[target_feature(enable = "neon")]
+pub(super) fn split_codes(v: uint8x16_t) -> Fields {
     let low = vdupq_n_u8(0x03);
     [
         vreinterpretq_s8_u8(vandq_u8(v, low)),
@@ -178,8 +198,7 @@ fn load_field(x: &[i8; 16]) -> int8x16_t {
 #[inline]
 #[target_feature(enable = "neon")]
 pub(super) fn load_bits(piece: &[u32; PIECE_WORDS]) -> (Fields, Fields) {
-    // SAFETY: `piece` has 16 bytes to read, and the load needs no alignment.
-    let v = unsafe { vld1q_u8(piece.as_ptr().cast()) };
+    let v = load_piece(piece);
     (nibble_bits(v), nibble_bits(vshrq_n_u8::<4>(v)))
 }
 

@@ -9,8 +9,8 @@ use cpu_ref::layout::{PIECE_WORDS, TILE_ROWS};
 
 use super::head::limb_sums;
 use super::neon::{
-    Fields, PASS_ROWS, load_activations, load_bits, load_codes, load_signs_activations,
-    lookup_chunk, tiles,
+    Fields, PASS_ROWS, gemm_by_two, load_activations, load_bits, load_codes,
+    load_signs_activations, lookup_chunk, tiles,
 };
 use super::portable::widen_scales;
 use super::tables::build_tables;
@@ -39,6 +39,7 @@ impl_kernels!(
 );
 
 tiles!(#[target_feature(enable = "neon,dotprod")]);
+gemm_by_two!(#[target_feature(enable = "neon,dotprod")]);
 
 /// Codes are 0..=2, so they are the same signed and unsigned.
 #[inline]
@@ -53,7 +54,7 @@ fn dot(mut sum: int32x4_t, codes: &Fields, x: &Fields) -> int32x4_t {
 /// `sum[i] += Σ_{b<4} a[4i + b]·b[4i + b]`; the intrinsic `vdotq_s32` is not stable.
 #[inline]
 #[target_feature(enable = "neon,dotprod")]
-fn sdot(mut sum: int32x4_t, a: int8x16_t, b: int8x16_t) -> int32x4_t {
+pub(super) fn sdot(mut sum: int32x4_t, a: int8x16_t, b: int8x16_t) -> int32x4_t {
     // SAFETY: the instruction works on registers alone, and the function has its target feature.
     unsafe {
         asm!(
