@@ -22,6 +22,9 @@ mod hub;
 #[cfg(feature = "cli")]
 mod hub_server;
 mod model;
+#[path = "../common/prefill.rs"]
+#[allow(dead_code, reason = "what a GPU may be off by is for other tests")]
+mod prefill;
 mod refusals;
 mod shaders;
 mod simd;
