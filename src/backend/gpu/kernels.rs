@@ -661,7 +661,10 @@ pub fn rmsnorm(k: usize, eps: f32, logit_rows: bool) -> Call {
 
 /// x, codes, act_scale, code_sum.
 pub fn quantize_absmax(k: usize, encoding: Encoding) -> Call {
-    let constants = [("K", k), ("KC", k_chunks(k)), ("ENCODING", encoding.constant())];
+    // A maximum and a sum of integers are the same in any order. Few values keep few lanes busy.
+    let lanes = if k <= 1024 { 64 } else { 256 };
+    let constants =
+        [("WG", lanes), ("K", k), ("KC", k_chunks(k)), ("ENCODING", encoding.constant())];
     call(shader::QUANTIZE_ABSMAX, constants, 1, Rows::Tokens)
         .writing(encoding.chunk_words() * k_chunks(k) + 2)
 }
