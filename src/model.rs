@@ -297,7 +297,8 @@ impl Transformer {
     /// not been taken.
     pub fn draft_limit(&self) -> usize {
         let room = self.capacity() - self.position();
-        let tokens = room.min(self.backend.max_batch()).min(MAX_DRAFT + 1);
+        let rows = self.backend.max_batch().min(self.backend.max_logit_rows());
+        let tokens = room.min(rows).min(MAX_DRAFT + 1);
         if self.untaken + self.ahead() == 0 { tokens.saturating_sub(1) } else { 0 }
     }
 

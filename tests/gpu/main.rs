@@ -12,6 +12,8 @@ mod golden;
 mod head;
 mod kernels;
 mod model;
+#[path = "../common/prefill.rs"]
+mod prefill;
 mod sample;
 mod tune;
 mod util;

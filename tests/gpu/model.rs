@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use libtest_mimic::Failed;
-use sterna::backend::gpu::{Capabilities, Gpu, GpuBackend, Variant, WorkDone, self_test};
+use sterna::backend::gpu::{Capabilities, GemvPlan, Gpu, GpuBackend, Variant, WorkDone, self_test};
 use sterna::backend::{
     Backend, Batch, Device, HeadChoice, LoadOptions, Output, Progress, Tap, Tokens, Want,
 };
@@ -22,7 +22,8 @@ use sterna::{Error, Transformer};
 use crate::Case;
 use crate::formats;
 use crate::golden;
-use crate::util::same;
+use crate::prefill;
+use crate::util::{close, same};
 
 /// Variants that every model runs on; the others differ from them only in the kernels for one token.
 const VARIANTS: [Variant; 2] = [Variant::BitSerial, Variant::PackedDot];
@@ -107,6 +108,15 @@ pub fn cases(capabilities: Capabilities) -> Vec<Case> {
             cases.push((name, Box::new(move |_| format(capabilities, &case))));
         }
     }
+    for variant in VARIANTS {
+        for fused in [false, true] {
+            let plan = GemvPlan { fused, ..variant.into() };
+            cases.push((
+                format!("prefill_equals_decode::{plan}"),
+                Box::new(move |_| prefill_equals_decode(capabilities, plan)),
+            ));
+        }
+    }
     let mut add = |name: &str, case: fn(Capabilities) -> Result<(), Failed>| {
         cases.push((name.to_owned(), Box::new(move |_| case(capabilities))));
     };
@@ -117,6 +127,7 @@ pub fn cases(capabilities: Capabilities) -> Vec<Case> {
     add("a_rotation_past_the_limits_is_refused", long_rotation);
     add("a_batch_past_the_limits_is_refused", refusals);
     add("drafts_that_cannot_be_checked_are_refused", drafts_that_cannot_be_checked);
+    add("logits_of_a_long_prompt_come_in_parts", many_logits);
     add("a_decode_step_is_one_submit_and_allocates_nothing", decode_step);
     add("tokens_that_the_device_feeds_itself", token_loop);
     if capabilities == Capabilities::Adapter {
@@ -245,6 +256,20 @@ fn agrees_with_reference(
         }
     }
     Ok(())
+}
+
+/// The kernels of many tokens against those of one, in whole models.
+fn prefill_equals_decode(capabilities: Capabilities, plan: GemvPlan) -> Result<(), Failed> {
+    let gpu = open(capabilities)?;
+    let bound = match gpu.adapter.name.starts_with("llvmpipe") {
+        true => prefill::Bound::Equal,
+        false => prefill::Bound::MeanOfHalfAStep,
+    };
+    let source = SyntheticModel::new(tiny_bitnet(), 31);
+    let options = LoadOptions::default();
+    let backend = GpuBackend::load(&source, gpu, Some(plan), &options, &mut |_| {})?;
+    let mut transformer = Transformer::new(source.config().clone(), Box::new(backend));
+    Ok(prefill::check(&mut transformer, bound)?)
 }
 
 /// How the weights of a [`RotatedModel`] are scaled, and what its table is made of.
@@ -398,7 +423,7 @@ fn sharded(capabilities: Capabilities) -> Result<(), Failed> {
         // Activations and the KV cache are not sharded: few enough to fit.
         let options = LoadOptions { context: Some(40), max_batch: 2, ..LoadOptions::default() };
         let mut whole = transformer(open(capabilities)?, &source, variant, &options)?;
-        let gpu = open(capabilities)?.with_max_binding(24 << 10);
+        let gpu = open(capabilities)?.with_max_binding(32 << 10);
         let mut sharded = transformer(gpu, &source, variant, &options)?;
         let prompt: Vec<u32> = (0..9).map(|i| i * 31).collect();
         let expected = whole.feed(&prompt, Want::LastLogits)?;
@@ -589,6 +614,38 @@ fn drafts_that_cannot_be_checked(capabilities: Capabilities) -> Result<(), Faile
     same("an empty draft", &check(&mut model, token, &[])?, &[next])?;
     same("position", &[model.position()], &[4])?;
     Ok(())
+}
+
+/// More rows of logits than a pass computes, and the same one by one.
+fn many_logits(capabilities: Capabilities) -> Result<(), Failed> {
+    let source = SyntheticModel::new(ModelConfig { vocab_size: 1700, ..tiny_bitnet() }, 9);
+    let config = source.config();
+    // Room for five rows of logits; a token's widest activations take less.
+    let gpu = open(capabilities)?.with_max_binding(5 * 4 * config.vocab_size as u64 + 3);
+    let options = LoadOptions { context: Some(20), ..LoadOptions::default() };
+    let plan = Some(Variant::BitSerial.into());
+    let mut backend = GpuBackend::load(&source, gpu, plan, &options, &mut |_| {})?;
+    same("rows of logits", &[backend.max_logit_rows()], &[5])?;
+    let tokens: Vec<u32> = (0..13).map(|i| i * 11 % 301).collect();
+    let sequence = backend.sequences().open();
+    let tokens_in = Tokens::Given(&tokens[..6]);
+    let all = Batch { sequence, tokens: tokens_in, start: 0, want: Want::AllLogits };
+    match backend.begin(all) {
+        Err(Error::Dimension { name: "rows of logits of a batch", found: 6, max: 5 }) => {}
+        other => return Err(format!("{other:?}").into()),
+    }
+    let mut transformer = Transformer::new(config.clone(), Box::new(backend));
+    let found = transformer.feed(&tokens, Want::AllLogits)?;
+    transformer.reset();
+    let mut expected = Vec::new();
+    for token in &tokens {
+        let Output::Logits(logits) = transformer.feed(&[*token], Want::LastLogits)? else {
+            return Err("no logits".into());
+        };
+        expected.extend(logits);
+    }
+    let Output::Logits(found) = found else { return Err("no logits".into()) };
+    close("logits", &found, &expected, |_| 0.05)
 }
 
 fn refusals(capabilities: Capabilities) -> Result<(), Failed> {

@@ -26,6 +26,9 @@ mod hub;
 mod hub_server;
 mod kv_cache;
 mod model;
+#[path = "../common/prefill.rs"]
+#[allow(dead_code, reason = "what a GPU may be off by is for other tests")]
+mod prefill;
 mod refusals;
 mod session;
 mod shaders;

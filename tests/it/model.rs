@@ -2,9 +2,10 @@
 
 use sterna::Transformer;
 use sterna::backend::{Device, LoadOptions};
+use sterna::synthetic::{SyntheticModel, tiny_bitnet, tiny_bonsai, tiny_llama, tiny_normed};
 use sterna::weights::{TernaryMatrix, WeightScale};
 
-use crate::golden;
+use crate::{golden, prefill};
 
 fn load(model: &str, device: Device) -> Transformer {
     let checkpoint = golden::checkpoint(model);
@@ -36,6 +37,30 @@ fn greedy_tokens_on_ref() {
 #[test]
 fn greedy_tokens_on_cpu() {
     each(Device::Cpu, golden::check_greedy);
+}
+
+fn prefill_equals_decode(device: Device) {
+    for (config, int8_activations) in [
+        (tiny_bitnet(), false),
+        (tiny_llama(), false),
+        (tiny_normed(), false),
+        (tiny_bonsai(2, 64), true),
+    ] {
+        let source = SyntheticModel::new(config, 31);
+        let options = LoadOptions { int8_activations, ..LoadOptions::default() };
+        let mut transformer = Transformer::load(&source, device, &options, &mut |_| {}).unwrap();
+        prefill::check(&mut transformer, prefill::Bound::Equal).unwrap();
+    }
+}
+
+#[test]
+fn prefill_equals_decode_on_ref() {
+    prefill_equals_decode(Device::Reference);
+}
+
+#[test]
+fn prefill_equals_decode_on_cpu() {
+    prefill_equals_decode(Device::Cpu);
 }
 
 fn bonsai(device: Device) {

@@ -692,7 +692,10 @@ pub fn rmsnorm(k: usize, eps: f32, logit_rows: bool) -> Call {
 
 /// x, codes, act_scale, code_sum.
 pub fn quantize_absmax(k: usize, encoding: Encoding) -> Call {
-    let constants = [("K", k), ("KC", k_chunks(k)), ("ENCODING", encoding.constant())];
+    // A maximum and a sum of integers are the same in any order. Few values keep few lanes busy.
+    let lanes = if k <= 1024 { 64 } else { 256 };
+    let constants =
+        [("WG", lanes), ("K", k), ("KC", k_chunks(k)), ("ENCODING", encoding.constant())];
     call(shader::QUANTIZE_ABSMAX, constants, 1, Rows::Tokens)
         .writing(encoding.chunk_words() * k_chunks(k) + 2)
 }
@@ -765,8 +768,8 @@ pub struct Gemm {
 }
 
 impl Gemm {
-    /// The calls for any number of tokens from 2 on, each with the most tokens that it is for. Few
-    /// tokens leave most of a tile empty, and too few workgroups.
+    /// The calls for 2 tokens to as many as there is room for, each with the most tokens that it is
+    /// for. Few tokens leave most of a tile empty, and too few workgroups.
     pub fn calls(self, plan: GemmPlan) -> Vec<(usize, Call)> {
         let mut calls = vec![(4, self.few(4))];
         if plan == GemmPlan::FEW {
@@ -774,13 +777,18 @@ impl Gemm {
         } else {
             calls.extend([(plan.tokens / 2, self.few(8)), (usize::MAX, self.tiled(plan))]);
         }
+        let needed = calls.iter().take_while(|(most, _)| *most < self.max_tokens).count() + 1;
+        calls.truncate(needed);
         calls
     }
 
     /// The call for so many tokens.
+    ///
+    /// # Panics
+    /// If there is no room for them.
     pub fn call_for(self, plan: GemmPlan, n_tokens: usize) -> Call {
         let mut calls = self.calls(plan).into_iter();
-        calls.find(|(most, _)| n_tokens <= *most).expect("the last takes any number").1
+        calls.find(|(most, _)| n_tokens <= *most).expect("there is room for the tokens").1
     }
 
     /// [`gemm_inputs`], acc; of tokens four or eight at a time.

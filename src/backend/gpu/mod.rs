@@ -529,7 +529,8 @@ impl Matmul {
 
     fn ops(&self, n_tokens: u32) -> &[Op] {
         let mut by_tokens = self.by_tokens.iter();
-        let (_, ops) = by_tokens.find(|(most, _)| n_tokens <= *most).expect("the last takes all");
+        let ops = by_tokens.find(|(most, _)| n_tokens <= *most);
+        let (_, ops) = ops.expect("a batch is no longer than there is room for");
         ops
     }
 }

@@ -223,6 +223,8 @@ impl<'a> Methods<'a> {
 
 /// Rows and columns of the check: partial tiles, partial chunks.
 const SHAPE: (usize, usize) = (70, 1000);
+/// Rows and columns of the check of the kernels for many tokens.
+const GEMM_SHAPE: (usize, usize) = (70, 300);
 /// Tokens of the check of the kernels of groups: a partial token tile.
 const TOKENS: usize = 5;
 
@@ -250,12 +252,12 @@ pub fn check(gpu: &Gpu, plan: GemvPlan) -> Result<()> {
 /// # Errors
 /// [`Error::SelfTest`] on the first difference.
 pub fn check_gemm(gpu: &Gpu, layout: Layout, plan: GemmPlan) -> Result<()> {
-    let shape = MatShape::new(SHAPE.0, SHAPE.1)?;
+    let shape = MatShape::new(GEMM_SHAPE.0, GEMM_SHAPE.1)?;
     plan.validate(gpu)?;
     let mut random = Random::new(0x5EEC);
     let trits = random.trits(shape.len());
     let packed = Packed::pack(layout, shape, &trits);
-    for n_tokens in [3, 5, plan.tokens + 5] {
+    for n_tokens in [3, 5, plan.tokens + 1] {
         let codes = random.codes(n_tokens * shape.k());
         let call = |gemm: Gemm| gemm.call_for(plan, n_tokens);
         let (kernel, found) = multiply_many(gpu, &packed, &codes, call)?;

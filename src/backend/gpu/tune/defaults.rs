@@ -71,9 +71,9 @@ pub(super) fn plan(adapter: &AdapterDescription) -> GemvPlan {
 
 /// The tiles that are likely to be fastest.
 pub(super) fn gemms(adapter: &AdapterDescription) -> GemmPlans {
-    // A lane that holds more tokens costs a rasteriser nothing, and a workgroup's turn at a barrier does.
     let plan = match adapter.kind {
-        AdapterKind::Software => GemmPlan { rows: 64, tokens: 32 },
+        // The fewer workgroups the fewer loads; a few cores need no more of them.
+        AdapterKind::Software => GemmPlan { rows: 128, tokens: 64 },
         _ => GemmPlan::default(),
     };
     GemmPlans { planes: plan, i2: plan }
