@@ -9,6 +9,7 @@
 mod formats;
 #[path = "../common/golden.rs"]
 mod golden;
+mod attention;
 mod head;
 mod kernels;
 mod model;
@@ -44,7 +45,7 @@ fn main() -> ExitCode {
         }
         let cases = kernels::cases(capabilities).into_iter().chain(head::cases(capabilities));
         let cases = cases.chain(sample::cases(capabilities)).chain(tune::cases());
-        let cases = cases.chain(model::cases(capabilities));
+        let cases = cases.chain(model::cases(capabilities)).chain(attention::cases());
         trials.extend(cases.map(|(name, case)| {
             let name = format!("{label}::{name}");
             match &gpu {

@@ -8,7 +8,8 @@ use cpu_ref::layout::{CHUNK_K, k_chunks};
 use cpu_ref::sample::Sampling;
 
 use super::head::{HeadInput, HeadOps, HeadStep, Int8Head};
-use super::kernels::{Encoding, Fused, GemvPlan, RowOrder, SumInputs, TokensPerLane};
+use super::cache::pack;
+use super::kernels::{AttendTokens, Encoding, KvLayout, KvShard, Fused, GemvPlan, RowOrder, SumInputs, TokensPerLane};
 use super::matrix::{
     GpuLinear, GpuMatrix, GpuTable, GpuTableData, HostLinear, HostMatrix, Kind, Method,
 };
@@ -18,6 +19,7 @@ use super::{Gpu, PassParams, Pipelines, Slice, kernels, row_offsets};
 use crate::backend::gpu::record::Call;
 use crate::error::{Error, Result};
 use crate::format::float::{f16_to_f32, f32_to_f16};
+use crate::kv_cache::BLOCK;
 use crate::layout::Packed;
 use crate::random::Random;
 use crate::shape::MatShape;
@@ -871,6 +873,83 @@ pub fn embed_groups(gpu: &Gpu, table: &TernaryMatrix, token: u32) -> Result<Vec<
         run(gpu, &call, params, &[&tokens, words, scales, &out])?;
     }
     Ok(bytemuck::cast_vec(gpu.read(&out, shape.shape.k())?))
+}
+
+/// How a token's attention is computed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Attend {
+    /// `attention`, as for one token or for many.
+    Whole(AttendTokens),
+    /// `attention_blocks` and `attention_merge`; one token.
+    Blocks,
+}
+
+/// A layer's KV cache for a test: keys, values, scales, table.
+pub struct TestCache {
+    /// How it lies.
+    pub layout: KvLayout,
+    /// Keys, values and scales.
+    pub parts: [Slice; 3],
+    /// The sequence's blocks.
+    pub table: Slice,
+}
+
+impl TestCache {
+    /// Keys and values `[S, G, D]`, position `s` in block `table[s / 64]` of so many.
+    ///
+    /// # Errors
+    /// [`Error::GpuLimit`] if they do not fit.
+    pub fn upload(
+        gpu: &Gpu,
+        layout: KvLayout,
+        rows: [&[f32]; 2],
+        table: &[u32],
+        blocks: usize,
+    ) -> Result<Self> {
+        let [keys, values, scales] = pack(layout, rows, table, blocks);
+        let parts =
+            [gpu.upload("keys", &keys)?, gpu.upload("values", &values)?, gpu.upload("scales", &scales)?];
+        Ok(Self { layout, parts, table: gpu.upload("table", table)? })
+    }
+
+    /// What attention reads: query, keys, values, scales, table.
+    pub fn inputs<'a>(&'a self, query: &'a Slice) -> [&'a Slice; 5] {
+        let [keys, values, scales] = &self.parts;
+        [query, keys, values, scales, &self.table]
+    }
+}
+
+/// Attention of queries `[M, H, D]` at positions from `start` on.
+///
+/// # Errors
+/// [`Error::Gpu`] if the driver refuses or fails.
+pub fn attend(gpu: &Gpu, cache: &TestCache, how: Attend, query: &[f32], start: usize) -> Result<Vec<f32>> {
+    let heads = cache.layout.heads;
+    let n_tokens = query.len() / (heads.query * heads.dim);
+    let params = PassParams {
+        n_tokens: n_tokens as u32,
+        start: start as u32,
+        ..PassParams::default()
+    };
+    let len = query.len();
+    let (query, out) = (gpu.upload("query", query)?, gpu.storage("out", len)?);
+    let (shard, inputs) = (KvShard::whole(cache.layout), cache.inputs(&query));
+    match how {
+        Attend::Whole(tokens) => {
+            let unused = [gpu.storage("unread", 1)?, gpu.storage("unwritten", 1)?];
+            let after = [&unused[0], &out, &unused[1]];
+            let call = kernels::attention(shard, tokens, false);
+            run(gpu, &call, params, &[&inputs[..], &after].concat())?;
+        }
+        Attend::Blocks => {
+            let words = kernels::partial_words(heads) * (start / BLOCK + 1);
+            let partials = gpu.storage("partials", words)?;
+            let call = kernels::attention_blocks(shard);
+            run(gpu, &call, params, &[&inputs[..], &[&partials]].concat())?;
+            run(gpu, &kernels::attention_merge(heads), params, &[&partials, &out])?;
+        }
+    }
+    Ok(bytemuck::cast_vec(gpu.read(&out, len)?))
 }
 
 /// What `quantize_absmax.wgsl` writes.
