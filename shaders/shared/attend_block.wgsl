@@ -9,8 +9,9 @@
 override SLOTS: u32 = 1u;
 override LANES: u32 = 64u;     // 64·SLOTS
 override QUERIES: u32 = 4u;    // rows of a set, 1 to 4
-override STEPS: u32 = 1u;      // ceil(D/16)
-override Q_UNITS: u32 = 16u;   // SLOTS·QUERIES·4·STEPS
+override STEPS: u32 = 4u;      // ceil(D/16), at least 4: a driver that unrolls all steps may add their
+                               // products in another order
+override Q_UNITS: u32 = 64u;   // SLOTS·QUERIES·4·STEPS
 override LANE_DIMS: u32 = 4u;  // dimensions of a lane, below
 override INV_SQRT_DIM: f32 = 0.70710678;
 
@@ -83,7 +84,7 @@ fn halves4(words: vec2<u32>) -> vec4<f32> {
 }
 
 fn key_unit(at: u32, unit: u32) -> vec4<u32> {
-    if DIM % 16u != 0u && unit >= KEY_UNITS {
+    if (DIM % 16u != 0u || DIM < 64u) && unit >= KEY_UNITS {
         return vec4(0u);
     }
     return keys[at + unit * BLOCK];
@@ -118,9 +119,8 @@ fn dot_step(sums: Sixteen, key: Sixteen, at: u32) -> Sixteen {
 }
 
 fn tree_of(sums: Sixteen) -> f32 {
-    let b = (sums.a + sums.c) + (sums.b + sums.d);
-    let c = b.xy + b.zw;
-    return c.x + c.y;
+    let four = (sums.a + sums.c) + (sums.b + sums.d);
+    return (four.x + four.z) + (four.y + four.w);
 }
 
 // query·key of each row of the set, over 16 lanes, then their tree.

@@ -917,7 +917,7 @@ impl RowSets {
 
     fn new(heads: Heads, tokens: AttendTokens) -> Self {
         // Queries of the rows and a vector a lane fit 16 KiB.
-        let units = Self::MAX_ROWS * 4 * heads.dim.div_ceil(DOT_LANES) + BLOCK;
+        let units = Self::MAX_ROWS * 4 * Self::steps(heads) + BLOCK;
         let max_sets = if 4 * units * 16 <= WORKGROUP_BYTES { 4 } else { 2 };
         match tokens {
             AttendTokens::Many => Self { sets: max_sets, rows: Self::MAX_ROWS },
@@ -929,9 +929,14 @@ impl RowSets {
         }
     }
 
+    /// Steps of 16 dimensions that a dot product takes.
+    fn steps(heads: Heads) -> usize {
+        heads.dim.div_ceil(DOT_LANES).max(4)
+    }
+
     fn constants(self, shard: KvShard) -> Vec<(&'static str, usize)> {
         let KvLayout { heads, .. } = shard.layout;
-        let steps = heads.dim.div_ceil(DOT_LANES);
+        let steps = Self::steps(heads);
         let lane_dims = match shard.layout.format {
             KvFormat::F32 => heads.dim.div_ceil(64),
             KvFormat::F16 => 2 * heads.dim.div_ceil(128),
