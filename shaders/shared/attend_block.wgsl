@@ -9,9 +9,8 @@
 override SLOTS: u32 = 1u;
 override LANES: u32 = 64u;     // 64·SLOTS
 override QUERIES: u32 = 4u;    // rows of a set, 1 to 4
-override STEPS: u32 = 4u;      // ceil(D/16), at least 4: a driver that unrolls all steps may add their
-                               // products in another order
-override Q_UNITS: u32 = 64u;   // SLOTS·QUERIES·4·STEPS
+override STEPS: u32 = 1u;      // ceil(D/16)
+override Q_UNITS: u32 = 16u;   // SLOTS·QUERIES·4·STEPS
 override LANE_DIMS: u32 = 4u;  // dimensions of a lane, below
 override INV_SQRT_DIM: f32 = 0.70710678;
 
@@ -84,7 +83,7 @@ fn halves4(words: vec2<u32>) -> vec4<f32> {
 }
 
 fn key_unit(at: u32, unit: u32) -> vec4<u32> {
-    if (DIM % 16u != 0u || DIM < 64u) && unit >= KEY_UNITS {
+    if DIM % 16u != 0u && unit >= KEY_UNITS {
         return vec4(0u);
     }
     return keys[at + unit * BLOCK];
@@ -111,16 +110,26 @@ fn key16(at: u32, step: u32) -> Sixteen {
 
 fn dot_step(sums: Sixteen, key: Sixteen, at: u32) -> Sixteen {
     return Sixteen(
-        sums.a + q[at] * key.a,
-        sums.b + q[at + 1u] * key.b,
-        sums.c + q[at + 2u] * key.c,
-        sums.d + q[at + 3u] * key.d,
+        sums.a + apart(q[at] * key.a),
+        sums.b + apart(q[at + 1u] * key.b),
+        sums.c + apart(q[at + 2u] * key.c),
+        sums.d + apart(q[at + 3u] * key.d),
     );
 }
 
+// The same number, of which a compiler does not know that: Mesa adds the products of few dimensions in
+// another order where it sees all of them. No batch has 2³¹ tokens.
+fn apart(x: vec4<f32>) -> vec4<f32> {
+    if DIM < 64u {
+        return bitcast<vec4<f32>>(bitcast<vec4<u32>>(x) ^ vec4(pass_.n_tokens >> 31u));
+    }
+    return x;
+}
+
 fn tree_of(sums: Sixteen) -> f32 {
-    let four = (sums.a + sums.c) + (sums.b + sums.d);
-    return (four.x + four.z) + (four.y + four.w);
+    let four = apart(apart(sums.a + sums.c) + apart(sums.b + sums.d));
+    let two = apart(four + four.zwxy);
+    return two.x + two.y;
 }
 
 // query·key of each row of the set, over 16 lanes, then their tree.

@@ -8,7 +8,8 @@ use crate::backend::gpu::kernels::{
     self, AttendTokens, DenseFormat, DenseShard, KvLayout, LinearRows, Rotate, padded_rows,
 };
 use crate::backend::gpu::self_test::{
-    Attend, GroupInput, TestCache, attend, decode_codes, embed_groups, multiply, multiply_groups, quantize, run,
+    Attend, GroupInput, TestCache, attend, decode_codes, embed_groups, multiply, multiply_groups,
+    quantize, run,
 };
 use crate::backend::gpu::{Call, Encoding, Gpu, PassParams, Slice, Variant};
 use crate::error::Result;

@@ -1490,7 +1490,8 @@ fn fused_qkv(gpu: &Gpu, variant: Variant) -> Result<(), Failed> {
         }
         // A position past the angles, or in a block of another shard, writes no cache.
         let layout = KvLayout { heads, format: KvFormat::F32 };
-        let mut call = query.fused(variant.into(), tiles).qkv(KvShard { layout, base: 1, blocks: 1 });
+        let mut call =
+            query.fused(variant.into(), tiles).qkv(KvShard { layout, base: 1, blocks: 1 });
         // Less than it says.
         call.weights = WeightsRead::RowOf(1);
         let [keys, values, _] = layout.block_words();

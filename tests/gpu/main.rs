@@ -4,12 +4,12 @@
 //! one with all that the adapter offers. Without an adapter each test is reported as ignored, by
 //! name; with `STERNA_REQUIRE_GPU=1` that is a failure.
 
+mod attention;
 #[path = "../common/formats.rs"]
 #[allow(dead_code, reason = "what spoils files is for other tests")]
 mod formats;
 #[path = "../common/golden.rs"]
 mod golden;
-mod attention;
 mod head;
 mod kernels;
 mod model;

@@ -86,7 +86,8 @@ impl Cache {
         let [keys, values, _] = layout.block_words();
         let largest = keys.max(values) as u64 * 4;
         // One that is too large is refused when it is made.
-        let shard_blocks = usize::try_from(gpu.max_binding() / largest).unwrap_or(usize::MAX).max(1);
+        let shard_blocks =
+            usize::try_from(gpu.max_binding() / largest).unwrap_or(usize::MAX).max(1);
         let capacity_blocks = capacity.div_ceil(BLOCK);
         let (angles, partials) = (gpu.storage("rope angles", 1)?, gpu.storage("partials", 1)?);
         let mut cache = Self {
@@ -266,9 +267,8 @@ impl Cache {
 
     /// Every layer's parts of a block, in order.
     fn places(&self, block: u32) -> impl Iterator<Item = (&wgpu::Buffer, u64, u64)> {
-        let all = (0..self.layers.len()).flat_map(move |layer| {
-            (0..3).map(move |part| self.place(layer, part, block))
-        });
+        let all = (0..self.layers.len())
+            .flat_map(move |layer| (0..3).map(move |part| self.place(layer, part, block)));
         all.filter(|&(.., size)| size > 0)
     }
 
@@ -491,8 +491,7 @@ mod tests {
 
     #[test]
     fn a_key_is_in_units_of_its_slot() {
-        let layout =
-            KvLayout { heads: Heads { query: 2, kv: 2, dim: 8 }, format: KvFormat::F32 };
+        let layout = KvLayout { heads: Heads { query: 2, kv: 2, dim: 8 }, format: KvFormat::F32 };
         let mut rows = vec![0u8; row_bytes(layout)];
         // Position 3, head 1, dimension 5.
         rows[4 * ((3 * 2 + 1) * 8 + 5)] = 1;

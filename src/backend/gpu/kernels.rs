@@ -846,7 +846,8 @@ impl KvLayout {
     /// Words of a block's keys, values and scales.
     pub fn block_words(self) -> [usize; 3] {
         let scales = if self.format == KvFormat::Int8 { 2 } else { 0 };
-        [4 * self.key_units(), self.value_words(), scales].map(|words| BLOCK * self.heads.kv * words)
+        [4 * self.key_units(), self.value_words(), scales]
+            .map(|words| BLOCK * self.heads.kv * words)
     }
 
     /// Bytes of a position.
@@ -931,7 +932,7 @@ impl RowSets {
 
     /// Steps of 16 dimensions that a dot product takes.
     fn steps(heads: Heads) -> usize {
-        heads.dim.div_ceil(DOT_LANES).max(4)
+        heads.dim.div_ceil(DOT_LANES)
     }
 
     fn constants(self, shard: KvShard) -> Vec<(&'static str, usize)> {

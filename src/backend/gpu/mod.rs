@@ -42,8 +42,8 @@ use crate::shape::MatShape;
 use crate::weights::{Input, LayerWeights, Table, TernaryMatrix, WeightScale, WeightSource};
 use cache::Cache;
 use kernels::{
-    AttendTokens, Fused, KvLayout, LinearRows, MAX_SAMPLE_VOCAB, Rotate, RowOrder, SampleLens, SumInputs, TokensPerLane,
-    padded_rows,
+    AttendTokens, Fused, KvLayout, LinearRows, MAX_SAMPLE_VOCAB, Rotate, RowOrder, SampleLens,
+    SumInputs, TokensPerLane, padded_rows,
 };
 use matrix::{GpuLinear, GpuMatrix, GpuRotation, GpuRun, GpuTable, GpuTableData, HostLinear, Kind};
 use pace::{MAX_STEPS, Pace};
@@ -280,7 +280,8 @@ impl GpuBackend {
         };
         let layout = KvLayout { heads: config.heads(), format: options.kv_format(&config)? };
         let n_layers = config.num_hidden_layers;
-        let cache = Cache::new(&gpu, layout, n_layers, (capacity, max_batch), source.frequencies()?)?;
+        let cache =
+            Cache::new(&gpu, layout, n_layers, (capacity, max_batch), source.frequencies()?)?;
         let total = config.num_hidden_layers;
         let mut layers = Vec::with_capacity(total);
         for index in 0..total {
@@ -1027,9 +1028,8 @@ impl Builder<'_> {
         norms: [Option<&Slice>; 2],
     ) -> Result<(Vec<Op>, (Call, Vec<Slice>))> {
         let (b, heads) = (self.buffers, self.config.heads());
-        let with_scales = |rows: &Slice| {
-            vec![rows.clone(), qkv.weight_scale.clone(), b.act_scale.clone()]
-        };
+        let with_scales =
+            |rows: &Slice| vec![rows.clone(), qkv.weight_scale.clone(), b.act_scale.clone()];
         let [Some(query_norm), Some(key_norm)] = norms else {
             return Ok((Vec::new(), (kernels::rope(heads, &qkv.rows), with_scales(&b.acc))));
         };
@@ -1076,12 +1076,7 @@ impl Builder<'_> {
         })
     }
 
-    fn layer(
-        &mut self,
-        weights: &LayerWeights,
-        index: usize,
-        cache: &Cache,
-    ) -> Result<LayerOps> {
+    fn layer(&mut self, weights: &LayerWeights, index: usize, cache: &Cache) -> Result<LayerOps> {
         if weights.q_norm.is_some() != weights.k_norm.is_some() {
             let (device, what) = ("the GPU backend", "a norm on only one of query and key heads");
             return Err(Error::UnsupportedOnDevice { device, what });

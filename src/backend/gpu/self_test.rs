@@ -7,9 +7,11 @@ use cpu_ref::head_int8;
 use cpu_ref::layout::{CHUNK_K, k_chunks};
 use cpu_ref::sample::Sampling;
 
-use super::head::{HeadInput, HeadOps, HeadStep, Int8Head};
 use super::cache::pack;
-use super::kernels::{AttendTokens, Encoding, KvLayout, KvShard, Fused, GemvPlan, RowOrder, SumInputs, TokensPerLane};
+use super::head::{HeadInput, HeadOps, HeadStep, Int8Head};
+use super::kernels::{
+    AttendTokens, Encoding, Fused, GemvPlan, KvLayout, KvShard, RowOrder, SumInputs, TokensPerLane,
+};
 use super::matrix::{
     GpuLinear, GpuMatrix, GpuTable, GpuTableData, HostLinear, HostMatrix, Kind, Method,
 };
@@ -907,8 +909,11 @@ impl TestCache {
         blocks: usize,
     ) -> Result<Self> {
         let [keys, values, scales] = pack(layout, rows, table, blocks);
-        let parts =
-            [gpu.upload("keys", &keys)?, gpu.upload("values", &values)?, gpu.upload("scales", &scales)?];
+        let parts = [
+            gpu.upload("keys", &keys)?,
+            gpu.upload("values", &values)?,
+            gpu.upload("scales", &scales)?,
+        ];
         Ok(Self { layout, parts, table: gpu.upload("table", table)? })
     }
 
@@ -923,14 +928,17 @@ impl TestCache {
 ///
 /// # Errors
 /// [`Error::Gpu`] if the driver refuses or fails.
-pub fn attend(gpu: &Gpu, cache: &TestCache, how: Attend, query: &[f32], start: usize) -> Result<Vec<f32>> {
+pub fn attend(
+    gpu: &Gpu,
+    cache: &TestCache,
+    how: Attend,
+    query: &[f32],
+    start: usize,
+) -> Result<Vec<f32>> {
     let heads = cache.layout.heads;
     let n_tokens = query.len() / (heads.query * heads.dim);
-    let params = PassParams {
-        n_tokens: n_tokens as u32,
-        start: start as u32,
-        ..PassParams::default()
-    };
+    let params =
+        PassParams { n_tokens: n_tokens as u32, start: start as u32, ..PassParams::default() };
     let len = query.len();
     let (query, out) = (gpu.upload("query", query)?, gpu.storage("out", len)?);
     let (shard, inputs) = (KvShard::whole(cache.layout), cache.inputs(&query));
