@@ -6,7 +6,7 @@ use cpu_ref::kv::{f16_bits, f16_value, store_head};
 use cpu_ref::quantize_absmax::quantize_absmax;
 use libtest_mimic::Failed;
 use sterna::backend::gpu::kernels::{self, AttendTokens, KvLayout, KvShard};
-use sterna::backend::gpu::self_test::{Attend, TestCache, attend, run};
+use sterna::backend::gpu::self_test::{Attend, TestCache, attend, check_attention, run};
 use sterna::backend::gpu::{Gpu, PassParams, WeightsRead};
 use sterna::kv_cache::{BLOCK, KvFormat};
 use sterna::random::Random;
@@ -23,6 +23,13 @@ pub fn cases() -> Vec<Case> {
         add(&format!("attention::{format:?}"), Box::new(move |gpu| shapes(gpu, format)));
         add(&format!("attention::{format:?}::tiles"), Box::new(move |gpu| tiles(gpu, format)));
         add(&format!("attention::{format:?}::parts"), Box::new(move |gpu| parts(gpu, format)));
+        let checked = move |gpu: &Gpu| {
+            for (query, kv, dim) in [(20, 5, 128), (1, 1, 100), (3, 1, 6)] {
+                check_attention(gpu, KvLayout { heads: Heads { query, kv, dim }, format })?;
+            }
+            Ok(())
+        };
+        add(&format!("self_test::attention::{format:?}"), Box::new(checked));
         add(&format!("kv_store::{format:?}"), Box::new(move |gpu| store(gpu, format)));
     }
     add("attention::what_is_not_seen_does_not_matter", Box::new(unseen));

@@ -169,11 +169,14 @@ struct LayerOps {
     down: Step,
 }
 
+/// A call, and what it reads before what the cache has.
+type Unbound = (Call, Vec<Slice>);
+
 /// What the operations on the cache are made of, which are made again whenever it grows.
 #[derive(Clone)]
 struct CacheRecipe {
     /// `rope`, with what it reads before the angles.
-    rope: (Call, Vec<Slice>),
+    rope: Unbound,
     /// `fused_qkv` for each shard of the matrix, with what it reads before the angles.
     fused: Vec<(Fused, Vec<Slice>)>,
 }
@@ -280,6 +283,9 @@ impl GpuBackend {
         };
         let layout = KvLayout { heads: config.heads(), format: options.kv_format(&config)? };
         let n_layers = config.num_hidden_layers;
+        if !gpu.is_dry() {
+            self_test::check_attention(&gpu, layout)?;
+        }
         let cache =
             Cache::new(&gpu, layout, n_layers, (capacity, max_batch), source.frequencies()?)?;
         let total = config.num_hidden_layers;
@@ -1022,11 +1028,7 @@ impl Builder<'_> {
     }
 
     /// Rows of Q, K and V: norms of the heads where there are any; then RoPE, and what it reads.
-    fn rope(
-        &self,
-        qkv: &GpuLinear,
-        norms: [Option<&Slice>; 2],
-    ) -> Result<(Vec<Op>, (Call, Vec<Slice>))> {
+    fn rope(&self, qkv: &GpuLinear, norms: [Option<&Slice>; 2]) -> Result<(Vec<Op>, Unbound)> {
         let (b, heads) = (self.buffers, self.config.heads());
         let with_scales =
             |rows: &Slice| vec![rows.clone(), qkv.weight_scale.clone(), b.act_scale.clone()];

@@ -2,8 +2,10 @@
 
 use std::ops::Range;
 
+use cpu_ref::attention::Cached;
 use cpu_ref::group_gemv::{group_dot, group_dot_int8};
 use cpu_ref::head_int8;
+use cpu_ref::kv::store_head;
 use cpu_ref::layout::{CHUNK_K, k_chunks};
 use cpu_ref::sample::Sampling;
 
@@ -17,11 +19,11 @@ use super::matrix::{
 };
 use super::record::Op;
 use super::tune::{Plans, Step};
-use super::{Gpu, PassParams, Pipelines, Slice, kernels, row_offsets};
+use super::{Gpu, PassParams, Pipelines, Slice, kernels, row_offsets, shader};
 use crate::backend::gpu::record::Call;
 use crate::error::{Error, Result};
 use crate::format::float::{f16_to_f32, f32_to_f16};
-use crate::kv_cache::BLOCK;
+use crate::kv_cache::{BLOCK, KvFormat};
 use crate::layout::Packed;
 use crate::random::Random;
 use crate::shape::MatShape;
@@ -875,6 +877,106 @@ pub fn embed_groups(gpu: &Gpu, table: &TernaryMatrix, token: u32) -> Result<Vec<
         run(gpu, &call, params, &[&tokens, words, scales, &out])?;
     }
     Ok(bytemuck::cast_vec(gpu.read(&out, shape.shape.k())?))
+}
+
+/// Positions of the check of attention: two blocks, the second in part; and tokens at their end.
+const POSITIONS: usize = 70;
+const ROWS: usize = 3;
+
+/// Stores fixed pseudo-random keys and values in a model's cache and attends to them in every way.
+///
+/// # Errors
+/// [`Error::SelfTest`] on the first difference.
+pub fn check_attention(gpu: &Gpu, layout: KvLayout) -> Result<()> {
+    let KvLayout { heads, format } = layout;
+    let mut random = Random::new(0x5EF0);
+    let (kv_size, query_size) = (heads.kv * heads.dim, heads.query * heads.dim);
+    let rows = [2.0, 5.0].map(|range| random.floats(POSITIONS * kv_size, range));
+    let cache = TestCache::upload(gpu, layout, [&rows[0], &rows[1]], &[1, 0], 2)?;
+    check_store(gpu, &cache, &rows)?;
+    let (mut stored, mut scales) = ([Vec::new(), Vec::new()], [Vec::new(), Vec::new()]);
+    for (part, rows) in rows.iter().enumerate() {
+        for head in rows.chunks_exact(heads.dim) {
+            let head = store_head(head, format);
+            stored[part].extend(head.values);
+            scales[part].push(head.scale);
+        }
+    }
+    let query = random.floats(ROWS * query_size, 3.0);
+    let expected: Vec<f32> = query
+        .chunks_exact(query_size)
+        .zip(POSITIONS + 1 - ROWS..)
+        .flat_map(|(query, seen)| {
+            let [keys, values] = stored.each_ref().map(|rows| &rows[..seen * kv_size]);
+            let [key, value] = scales.each_ref().map(|scales| &scales[..seen * heads.kv]);
+            let cached = Cached { keys, values, scales: Some((key, value)) };
+            cpu_ref::attention::attention(query, cached, heads)
+        })
+        .collect();
+    // What products that are fused and a division that is not exact may change of values up to 5.
+    let bound = 5.0 * (32.0 + heads.dim as f32) * f32::EPSILON;
+    for (how, tokens) in [
+        (Attend::Whole(AttendTokens::Many), ROWS),
+        (Attend::Whole(AttendTokens::One), 1),
+        (Attend::Blocks, 1),
+    ] {
+        let last = (ROWS - tokens) * query_size;
+        let found = attend(gpu, &cache, how, &query[last..], POSITIONS - tokens)?;
+        for (at, (&found, &expected)) in found.iter().zip(&expected[last..]).enumerate() {
+            let is_close = (found - expected).abs() <= bound;
+            if !is_close {
+                let problem = format!("[{at}]: expected {expected}, found {found}");
+                return Err(differs(gpu, how.kernel(), problem));
+            }
+        }
+    }
+    Ok(())
+}
+
+/// Stores what a cache was packed with on the host, and compares: codes may differ by a step, as a
+/// division that is not exact allows, and scales in their last bits.
+fn check_store(gpu: &Gpu, cache: &TestCache, rows: &[Vec<f32>; 2]) -> Result<()> {
+    let layout = cache.layout;
+    let new = [gpu.upload("keys", &rows[0])?, gpu.upload("values", &rows[1])?];
+    let lens = layout.block_words().map(|words| 2 * words);
+    let out = [gpu.storage("k", lens[0])?, gpu.storage("v", lens[1])?, gpu.storage("s", lens[2])?];
+    let buffers = [&new[0], &new[1], &cache.table, &out[0], &out[1], &out[2]];
+    let call = kernels::kv_store(KvShard::whole(layout));
+    let params = PassParams { n_tokens: POSITIONS as u32, ..PassParams::default() };
+    run(gpu, &call, params, &buffers)?;
+    // Of the second block only what was stored: the host packs zeros, with their scale.
+    let is_int8 = layout.format == KvFormat::Int8;
+    for (part, len) in lens.into_iter().enumerate().filter(|&(_, len)| len > 0) {
+        let [found, expected] = [&out[part], &cache.parts[part]].map(|slice| gpu.read(slice, len));
+        for (at, (found, expected)) in found?.into_iter().zip(expected?).enumerate() {
+            let is_close = match part {
+                2 => {
+                    let [found, expected] = [found, expected].map(f32::from_bits);
+                    found == 0.0 || (found - expected).abs() <= 4.0 * f32::EPSILON * expected
+                }
+                _ if is_int8 => {
+                    let bytes = found.to_le_bytes().into_iter().zip(expected.to_le_bytes());
+                    bytes.into_iter().all(|(a, b)| (a as i8).abs_diff(b as i8) <= 1)
+                }
+                _ => found == expected,
+            };
+            if !is_close {
+                let problem = format!("[{at}]: expected {expected:#x}, found {found:#x}");
+                return Err(differs(gpu, call.kernel.name, problem));
+            }
+        }
+    }
+    Ok(())
+}
+
+impl Attend {
+    /// The kernel that does the work.
+    fn kernel(self) -> &'static str {
+        match self {
+            Self::Whole(_) => shader::ATTENTION.name,
+            Self::Blocks => shader::ATTENTION_BLOCKS.name,
+        }
+    }
 }
 
 /// How a token's attention is computed.
