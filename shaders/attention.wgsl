@@ -1,122 +1,148 @@
-// attention: causal grouped-query attention over the KV cache, online softmax.
+// attention: causal grouped-query attention over the KV cache, block after block.
 //   out[m,h] = softmax(q[m,h]·K[..=start+m, h/(H/G)]ᵀ / √D) · V
-// | # | name   | type           | shape            | notes                 |
-// | 0 | pass   | uniform        | Pass             | n_tokens, start       |
-// | 1 | query  | read f32       | [M, H, D]        | RoPE applied          |
-// | 2 | keys   | read f32       | [capacity, G, D] | this layer's cache    |
-// | 3 | values | read f32       | [capacity, G, D] |                       |
-// | 4 | out    | read_write f32 | [M, H, D]        |                       |
-// Workgroup: WG lanes for one token and query head; grid (H, M, 1). Keys are taken WG at a time:
-// each lane scores one key, then each lane sums the values of dimensions lid and lid + WG.
-// Requires D ≤ 2·WG and D ≤ 256. WG is the 128 keys that the twin takes at a time.
+// | # | name      | type            | shape            | notes                                    |
+// | 0 | pass      | uniform         | Pass             | n_tokens, start; first_block, end_block  |
+// | 1 | query     | read f32        | [M, H, D]        | RoPE applied                             |
+// | 2 | keys      | read vec4<u32>  | shared/kv_layout | this layer's cache                       |
+// | 3 | values    | read u32        | shared/kv_layout |                                          |
+// | 4 | scales    | read f32        | shared/kv_layout | f32 and f16: unused                      |
+// | 5 | table     | read u32        | [S/64]           | the sequence's blocks                    |
+// | 6 | state_in  | read f32        | [M, H, D + 2]    | PARTS = 0: unused                        |
+// | 7 | out       | read_write f32  | [M, H, D]        |                                          |
+// | 8 | state_out | read_write f32  | [M, H, D + 2]    | PARTS = 0: unused                        |
+// Workgroup: SLOTS·QUERIES rows of a KV head, a row being one of its query heads of a token, in the
+// order of tokens; grid (G, ceil(M·H/G / (SLOTS·QUERIES)), 1). Requires D ≤ 256.
+// Where the cache has shards (PARTS = 1), a dispatch takes blocks first_block..end_block, which lie in
+// one; sums, maximum and total go from one to the next through state, and the last writes out.
 // Twin: cpu-ref/src/attention.rs, same order of sums and same exp. Bound: what fused products and an
 // inexact division change; equal bits where products and sums are rounded apart.
 #import pass
-#import reduce_tree
 #import ordered
 #import exp
+#import kv_layout
+#import attend_block
 
-override WG: u32 = 128u;
 override HEADS: u32 = 1u;
 override KV_HEADS: u32 = 1u;
 override DIM: u32 = 2u;
-override INV_SQRT_DIM: f32 = 0.70710678;
+override PARTS: u32 = 0u;
 
 @group(0) @binding(0) var<uniform> pass_: Pass;
 @group(0) @binding(1) var<storage, read> query: array<f32>;
-@group(0) @binding(2) var<storage, read> keys: array<f32>;
-@group(0) @binding(3) var<storage, read> values: array<f32>;
-@group(0) @binding(4) var<storage, read_write> out: array<f32>;
+@group(0) @binding(2) var<storage, read> keys: array<vec4<u32>>;
+@group(0) @binding(3) var<storage, read> values: array<u32>;
+@group(0) @binding(4) var<storage, read> scales: array<f32>;
+@group(0) @binding(5) var<storage, read> table: array<u32>;
+@group(0) @binding(6) var<storage, read> state_in: array<f32>;
+@group(0) @binding(7) var<storage, read_write> out: array<f32>;
+@group(0) @binding(8) var<storage, read_write> state_out: array<f32>;
 
-var<workgroup> q: array<f32, 256>;
-var<workgroup> weights: array<f32, 256>;
-
-// Dimensions d..d+3 of the key at keys[at..], zero past D.
-fn key4(at: u32, d: u32) -> vec4<f32> {
-    if d + 4u <= DIM {
-        return vec4(keys[at + d], keys[at + d + 1u], keys[at + d + 2u], keys[at + d + 3u]);
-    }
-    var key = vec4(0.0);
-    for (var i = 0u; d + i < DIM; i++) {
-        key[i] = keys[at + d + i];
-    }
-    return key;
+struct Row {
+    max: f32,
+    total: f32,
+    o: vec4<f32>,
 }
 
-fn q4(d: u32) -> vec4<f32> {
-    return vec4(q[d], q[d + 1u], q[d + 2u], q[d + 3u]);
-}
-
-// q·key over 16 lanes, then their tree.
-fn dot_lanes(at: u32) -> f32 {
-    var a0 = vec4(0.0);
-    var a1 = vec4(0.0);
-    var a2 = vec4(0.0);
-    var a3 = vec4(0.0);
-    for (var d = 0u; d < DIM; d += 16u) {
-        a0 += q4(d) * key4(at, d);
-        a1 += q4(d + 4u) * key4(at, d + 4u);
-        a2 += q4(d + 8u) * key4(at, d + 8u);
-        a3 += q4(d + 12u) * key4(at, d + 12u);
-    }
-    let b = (a0 + a2) + (a1 + a3);
-    let c = b.xy + b.zw;
-    return c.x + c.y;
-}
-
-@compute @workgroup_size(WG)
-fn main(@builtin(workgroup_id) wg: vec3<u32>, @builtin(local_invocation_index) lid: u32) {
-    let head = wg.x;
-    let m = wg.y;
-    let group = head / (HEADS / KV_HEADS);
-    let from_ = (m * HEADS + head) * DIM;
-    for (var d = lid; d < 256u; d += WG) {
-        q[d] = 0.0;
+fn load_row(row: u32, lane: u32) -> Row {
+    let at = row * (DIM + 2u);
+    var o = vec4(0.0);
+    for (var i = 0u; i < LANE_DIMS; i++) {
+        let d = lane_dim(lane, i);
         if d < DIM {
-            q[d] = query[from_ + d];
+            o[i] = state_in[at + d];
         }
     }
-    workgroupBarrier();
-    let positions = pass_.start + m + 1u;
-    let stride = KV_HEADS * DIM;
-    let lowest = -3.4028234e38;
-    var running_max = lowest;
-    var total = 0.0;
-    var sum_low = 0.0;
-    var sum_high = 0.0;
-    for (var block = 0u; block < positions; block += WG) {
-        let position = block + lid;
-        var score = lowest;
-        if position < positions {
-            score = dot_lanes(position * stride + group * DIM) * INV_SQRT_DIM;
-        }
-        let block_max = unordered(reduce_max_u32(lid, ordered(score)));
-        let new_max = max(running_max, block_max);
-        let weight = select(0.0, exp_f32(score - new_max), position < positions);
-        weights[lid] = weight;
-        // The reduction's barriers also publish `weights`.
-        let block_total = reduce_sum_f32(lid, weight);
-        let decay = exp_f32(running_max - new_max);
-        total = total * decay + block_total;
-        sum_low *= decay;
-        sum_high *= decay;
-        let n_keys = min(WG, positions - block);
-        for (var i = 0u; i < n_keys; i++) {
-            let at = (block + i) * stride + group * DIM + lid;
-            if lid < DIM {
-                sum_low += weights[i] * values[at];
-            }
-            if lid + WG < DIM {
-                sum_high += weights[i] * values[at + WG];
+    return Row(state_in[at + DIM], state_in[at + DIM + 1u], o);
+}
+
+fn store_row(row: u32, lane: u32, result: Row, is_last: bool) {
+    for (var i = 0u; i < LANE_DIMS; i++) {
+        let d = lane_dim(lane, i);
+        if d < DIM {
+            if is_last {
+                out[row * DIM + d] = result.o[i] / result.total;
+            } else {
+                state_out[row * (DIM + 2u) + d] = result.o[i];
             }
         }
-        running_max = new_max;
-        workgroupBarrier();
     }
-    if lid < DIM {
-        out[from_ + lid] = sum_low / total;
+    if !is_last && lane == 0u {
+        state_out[row * (DIM + 2u) + DIM] = result.max;
+        state_out[row * (DIM + 2u) + DIM + 1u] = result.total;
     }
-    if lid + WG < DIM {
-        out[from_ + lid + WG] = sum_high / total;
+}
+
+fn start_row(row: u32, n_rows: u32, kv_head: u32, lane: u32) -> Row {
+    if PARTS == 1u && pass_.first_block > 0u && row < n_rows {
+        return load_row(head_row(row, kv_head), lane);
+    }
+    return Row(LOWEST, 0.0, vec4(0.0));
+}
+
+@compute @workgroup_size(LANES)
+fn main(@builtin(workgroup_id) wg: vec3<u32>, @builtin(local_invocation_index) lid: u32) {
+    let ratio = HEADS / KV_HEADS;
+    let n_rows = pass_.n_tokens * ratio;
+    let kv_head = wg.x;
+    let first = wg.y * SLOTS * QUERIES;
+    if first >= n_rows {
+        return;
+    }
+    load_queries(lid, kv_head, first, n_rows);
+    let lane = lid % 64u;
+    let row = first + lid / 64u * QUERIES;
+    let rows = min(vec4(row) + min(vec4(0u, 1u, 2u, 3u), vec4(QUERIES - 1u)), vec4(n_rows - 1u));
+    // Positions that each row sees.
+    let ends = vec4(pass_.start + 1u) + rows / ratio;
+    let last_row = min(first + SLOTS * QUERIES, n_rows) - 1u;
+    var end_block = (pass_.start + last_row / ratio) / BLOCK + 1u;
+    var first_block = 0u;
+    var is_last = true;
+    if PARTS == 1u {
+        first_block = pass_.first_block;
+        is_last = pass_.end_block * BLOCK >= pass_.start + pass_.n_tokens;
+        end_block = min(end_block, pass_.end_block);
+    }
+    let r0 = start_row(row, n_rows, kv_head, lane);
+    var most = vec4(r0.max, LOWEST, LOWEST, LOWEST);
+    var total = vec4(r0.total, 0.0, 0.0, 0.0);
+    var o0 = vec4(r0.o.x, 0.0, 0.0, 0.0);
+    var o1 = vec4(r0.o.y, 0.0, 0.0, 0.0);
+    var o2 = vec4(r0.o.z, 0.0, 0.0, 0.0);
+    var o3 = vec4(r0.o.w, 0.0, 0.0, 0.0);
+    for (var i = 1u; i < QUERIES; i++) {
+        let r = start_row(row + i, n_rows, kv_head, lane);
+        most[i] = r.max;
+        total[i] = r.total;
+        o0[i] = r.o.x;
+        o1[i] = r.o.y;
+        o2[i] = r.o.z;
+        o3[i] = r.o.w;
+    }
+    for (var index = first_block; index < end_block; index++) {
+        let block = table[index] - BLOCK_BASE;
+        let seen = min(max(ends, vec4(index * BLOCK)) - vec4(index * BLOCK), vec4(BLOCK));
+        let part = attend_block(lid, kv_head, block, seen);
+        let new_max = max4(most, part.max);
+        let decay = exp4(most - new_max);
+        let growth = exp4(part.max - new_max);
+        total = total * decay + part.total * growth;
+        o0 = o0 * decay + part.o0 * growth;
+        if LANE_DIMS > 1u {
+            o1 = o1 * decay + part.o1 * growth;
+        }
+        if LANE_DIMS > 2u {
+            o2 = o2 * decay + part.o2 * growth;
+        }
+        if LANE_DIMS > 3u {
+            o3 = o3 * decay + part.o3 * growth;
+        }
+        most = new_max;
+    }
+    for (var i = 0u; i < QUERIES; i++) {
+        if row + i < n_rows {
+            let result = Row(most[i], total[i], vec4(o0[i], o1[i], o2[i], o3[i]));
+            store_row(head_row(row + i, kv_head), lane, result, is_last);
+        }
     }
 }

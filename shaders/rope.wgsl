@@ -1,14 +1,14 @@
-// rope: Q, K, V sums → scaled; RoPE on Q and K; K and V into the cache.
+// rope: Q, K, V sums → scaled; RoPE on Q and K.
 //   (a, b) = (y[i], y[i+D/2]) → (a·cos − b·sin, b·cos + a·sin),  angles of position start + m
 // | # | name         | type           | shape            | notes                             |
 // | 0 | pass         | uniform        | Pass             | n_tokens, start                   |
 // | 1 | acc          | read i32       | [M, N_PAD]       | rows: Q heads, K heads, V heads   |
 // | 2 | weight_scale | read f32       | [N_PAD]          | N = (H + 2G)·D                    |
 // | 3 | act_scale    | read f32       | [M]              |                                   |
-// | 4 | angles       | read vec2<f32> | [capacity, D/2]  | (cos, sin)                        |
+// | 4 | angles       | read vec2<f32> | [S, D/2]         | (cos, sin)                        |
 // | 5 | query        | read_write f32 | [M, H, D]        |                                   |
-// | 6 | keys         | read_write f32 | [capacity, G, D] | this layer's cache                |
-// | 7 | values       | read_write f32 | [capacity, G, D] |                                   |
+// | 6 | keys         | read_write f32 | [M, G, D]        | for kv_store                      |
+// | 7 | values       | read_write f32 | [M, G, D]        |                                   |
 // Workgroup: WG lanes, one pair each; grid (ceil((H+2G)·D/2 / WG), M, 1).
 // Twin: cpu-ref/src/rope.rs. Bound: 4 ULP of |a| + |b| (two products, one sum, two scalings).
 #import pass
@@ -41,8 +41,7 @@ fn main(@builtin(workgroup_id) wg: vec3<u32>, @builtin(local_invocation_index) l
     }
     let a = bitlinear(m, head * DIM + i);
     let b = bitlinear(m, head * DIM + half + i);
-    let position = pass_.start + m;
-    let angle = angles[position * half + i];
+    let angle = angles[(pass_.start + m) * half + i];
     let low = a * angle.x - b * angle.y;
     let high = b * angle.x + a * angle.y;
     if head < HEADS {
@@ -50,11 +49,11 @@ fn main(@builtin(workgroup_id) wg: vec3<u32>, @builtin(local_invocation_index) l
         query[at] = low;
         query[at + half] = high;
     } else if head < HEADS + KV_HEADS {
-        let at = (position * KV_HEADS + head - HEADS) * DIM + i;
+        let at = (m * KV_HEADS + head - HEADS) * DIM + i;
         keys[at] = low;
         keys[at + half] = high;
     } else {
-        let at = (position * KV_HEADS + head - HEADS - KV_HEADS) * DIM + i;
+        let at = (m * KV_HEADS + head - HEADS - KV_HEADS) * DIM + i;
         values[at] = a;
         values[at + half] = b;
     }

@@ -13,4 +13,7 @@ struct Pass {
     top_k: u32,           // 0: all
     top_p: f32,           // 1: all
     min_p: f32,           // 0: all
+    block: u32,           // block of the KV cache that holds position `start`
+    first_block: u32,     // blocks of the sequence that a part of attention takes: see attention.wgsl
+    end_block: u32,
 }

@@ -5,13 +5,15 @@ use cpu_ref::mlp::Activation;
 use cpu_ref::quantize_absmax::Quantized;
 
 use crate::backend::gpu::kernels::{
-    self, DenseFormat, DenseShard, LinearRows, Rotate, padded_rows,
+    self, AttendTokens, DenseFormat, DenseShard, KvLayout, LinearRows, Rotate, padded_rows,
 };
 use crate::backend::gpu::self_test::{
-    GroupInput, decode_codes, embed_groups, multiply, multiply_groups, quantize, run,
+    Attend, GroupInput, TestCache, attend, decode_codes, embed_groups, multiply, multiply_groups,
+    quantize, run,
 };
 use crate::backend::gpu::{Call, Encoding, Gpu, PassParams, Slice, Variant};
 use crate::error::Result;
+use crate::kv_cache::{BLOCK, KvFormat};
 use crate::layout::Packed;
 use crate::shape::MatShape;
 use crate::weights::TernaryMatrix;
@@ -114,8 +116,7 @@ impl super::Kernels for OnGpu<'_> {
             .collect();
         let angles = self.upload(&angles)?;
         let query = self.gpu.storage("query", dim)?;
-        let cache = [(); 2].map(|()| self.gpu.storage("cache", (position + 1) * dim));
-        let [keys, values] = cache;
+        let [keys, values] = [(); 2].map(|()| self.gpu.storage("cache", dim));
         let buffers = [&acc, &weight_scale, &act_scale, &angles, &query, &keys?, &values?];
         let params = PassParams { start: position as u32, ..one() };
         let rows = LinearRows::sums(3 * dim);
@@ -124,10 +125,11 @@ impl super::Kernels for OnGpu<'_> {
     }
 
     fn attention(&self, q: &[f32], k: &[f32], v: &[f32], heads: Heads) -> Result<Vec<f32>> {
-        let positions = k.len() / (heads.kv * heads.dim);
-        let params = PassParams { start: positions as u32 - 1, ..one() };
-        let inputs = [self.upload(q)?, self.upload(k)?, self.upload(v)?];
-        self.run_f32(&kernels::attention(heads), params, &inputs.each_ref(), q.len())
+        let start = k.len() / (heads.kv * heads.dim) - 1;
+        let layout = KvLayout { heads, format: KvFormat::F32 };
+        let table: Vec<u32> = (0..=(start / BLOCK) as u32).collect();
+        let cache = TestCache::upload(self.gpu, layout, [k, v], &table, table.len())?;
+        attend(self.gpu, &cache, Attend::Whole(AttendTokens::One), q, start)
     }
 
     fn gated_activation(&self, gate: &[f32], up: &[f32], act: Activation) -> Result<Vec<f32>> {

@@ -1,6 +1,5 @@
 //! Every kernel against its twin in `cpu-ref`: random shapes and edges.
 
-use cpu_ref::attention::Cached;
 use cpu_ref::attention::Heads;
 use cpu_ref::group_gemv::{bound, group_dot, group_dot_int8, quantize_absmax_groups};
 use cpu_ref::mlp::Activation;
@@ -8,8 +7,8 @@ use libtest_mimic::Failed;
 use sterna::Error;
 use sterna::backend::gpu::kernels::{
     self, DenseFormat, DenseShard, Encoding, Fused, Gemm, GemmPlan, GemvPlan, GroupMatrix,
-    LinearRows, LogitTile, Rotate, RowOrder, RowsOut, SumInputs, TokensPerLane, Variant,
-    gemm_encoding, gemm_inputs, padded_rows,
+    KvLayout, KvShard, LinearRows, LogitTile, Rotate, RowOrder, RowsOut, SumInputs, TokensPerLane,
+    Variant, gemm_encoding, gemm_inputs, padded_rows,
 };
 use sterna::backend::gpu::self_test::GroupInput;
 use sterna::backend::gpu::shader::UNCHECKED;
@@ -17,6 +16,7 @@ use sterna::backend::gpu::{
     Call, Capabilities, Gpu, PassParams, Pipelines, Slice, WeightsRead, row_offsets, self_test,
 };
 use sterna::format::float::f16_to_f32;
+use sterna::kv_cache::KvFormat;
 use sterna::layout::{Layout, Packed, Signs, group_scales};
 use sterna::random::Random;
 use sterna::shape::MatShape;
@@ -74,7 +74,6 @@ pub fn cases(capabilities: Capabilities) -> Vec<Case> {
     add("plans_are_checked".into(), Box::new(plans_are_checked));
     add("rmsnorm".into(), Box::new(rmsnorm));
     add("rope".into(), Box::new(rope));
-    add("attention".into(), Box::new(attention));
     add("gated_activation".into(), Box::new(gated_activation));
     add("residual_add".into(), Box::new(residual_add));
     add("embedding_and_lm_head".into(), Box::new(embedding_and_lm_head));
@@ -608,7 +607,7 @@ fn rope(gpu: &Gpu) -> Result<(), Failed> {
         ];
         let params = PassParams { start: start as u32, ..tokens(m) };
         let rows = LinearRows::sums(sums.n);
-        let lens = [m * query_size, capacity * kv_size, capacity * kv_size];
+        let lens = [m * query_size, m * kv_size, m * kv_size];
         let out =
             run_guarded(gpu, &kernels::rope(heads, &rows), params, &inputs.each_ref(), &lens)?;
         let [query, keys, values] = [0, 1, 2].map(|i| as_f32(&out[i]));
@@ -624,51 +623,10 @@ fn rope(gpu: &Gpu) -> Result<(), Failed> {
             let (expected_query, rest) = row.split_at(query_size);
             let (expected_keys, expected_values) = rest.split_at(kv_size);
             let what = format!("rope {heads:?} token {token}");
-            let slot = (start + token) * kv_size..(start + token + 1) * kv_size;
+            let slot = token * kv_size..(token + 1) * kv_size;
             close(&what, &query[token * query_size..][..query_size], expected_query, bound)?;
             close(&what, &keys[slot.clone()], expected_keys, bound)?;
             close(&what, &values[slot], expected_values, bound)?;
-        }
-        // Positions of other tokens keep what they had: the guard pattern.
-        let untouched = f32::from_bits(0xDEAD_BEEF);
-        same("rope: other positions", &keys[..start * kv_size], &vec![untouched; start * kv_size])?;
-    }
-    Ok(())
-}
-
-fn attention(gpu: &Gpu) -> Result<(), Failed> {
-    let mut random = Random::new(17);
-    for (heads, start, m) in [
-        (Heads { query: 1, kv: 1, dim: 2 }, 0, 1),
-        (Heads { query: 4, kv: 2, dim: 32 }, 0, 5),
-        (Heads { query: 8, kv: 2, dim: 64 }, 126, 4),
-        (Heads { query: 3, kv: 1, dim: 100 }, 40, 2),
-        (Heads { query: 4, kv: 4, dim: 96 }, 255, 1),
-        (Heads { query: 20, kv: 5, dim: 128 }, 300, 2),
-        (Heads { query: 2, kv: 1, dim: 256 }, 130, 1),
-    ] {
-        let (query_size, kv_size) = (heads.query * heads.dim, heads.kv * heads.dim);
-        let positions = start + m;
-        let query = random.floats(m * query_size, 3.0);
-        let (keys, values) =
-            (random.floats(positions * kv_size, 2.0), random.floats(positions * kv_size, 5.0));
-        let inputs = [gpu.upload("q", &query)?, gpu.upload("k", &keys)?, gpu.upload("v", &values)?];
-        let params = PassParams { start: start as u32, ..tokens(m) };
-        let call = kernels::attention(heads);
-        let out = run_guarded(gpu, &call, params, &inputs.each_ref(), &[m * query_size])?;
-        let found = as_f32(&out[0]);
-        for token in 0..m {
-            let seen = (start + token + 1) * kv_size;
-            let expected = cpu_ref::attention::attention(
-                &query[token * query_size..][..query_size],
-                Cached { keys: &keys[..seen], values: &values[..seen], scales: None },
-                heads,
-            );
-            // Scores up to 6·√D with f32 sums over D: their error, about √D·D ULP at most and far
-            // less on average, is the relative error of a weight; values are up to 5.
-            let bound = 5.0 * (32.0 + heads.dim as f32) * EPS;
-            let what = format!("attention {heads:?} position {}", start + token);
-            close(&what, &found[token * query_size..][..query_size], &expected, |_| bound)?;
         }
     }
     Ok(())
@@ -1703,33 +1661,86 @@ fn fused_qkv(gpu: &Gpu, variant: Variant) -> Result<(), Failed> {
         };
         let expected = [rotated(&query.y), rotated(&key.y), value.y.clone()];
         let all = plans(gpu, variant);
-        // Three plans a shape, all of them in turns.
-        for plan in (0..3).map(|at| all[(3 * index + at) * 7 % all.len()]) {
-            let call = query.fused(plan, tiles).qkv(heads, capacity);
-            let params = PassParams { start: position as u32, ..tokens(1) };
-            let lens = [query_size, capacity * kv_size, capacity * kv_size];
+        // Three plans a shape, all of them in turns; with each another format, in block 2 of a shard
+        // that has blocks 1 and 2.
+        let formats = [KvFormat::F32, KvFormat::F16, KvFormat::Int8];
+        for (at, format) in formats.into_iter().enumerate() {
+            let plan = all[(3 * index + at) * 7 % all.len()];
+            let layout = KvLayout { heads, format };
+            let shard = KvShard { layout, base: 1, blocks: 2 };
+            let call = query.fused(plan, tiles).qkv(shard);
+            let params = PassParams { start: position as u32, block: 2, ..tokens(1) };
+            let lens = match format {
+                KvFormat::Int8 => [query_size, kv_size, kv_size],
+                _ => {
+                    let [keys, values, _] = layout.block_words();
+                    [query_size, 2 * keys, 2 * values]
+                }
+            };
             let out = run_guarded(gpu, &call, params, &inputs, &lens)?;
-            let cached = position * kv_size..(position + 1) * kv_size;
-            let found = [&out[0][..], &out[1][cached.clone()], &out[2][cached]];
+            let found = match format {
+                KvFormat::Int8 => [as_f32(&out[0]), as_f32(&out[1]), as_f32(&out[2])],
+                _ => {
+                    let (keys, values) = cached(layout, [&out[1], &out[2]], 1, position);
+                    [as_f32(&out[0]), keys, values]
+                }
+            };
             for (at, (name, case)) in
                 [("query", &query), ("key", &key), ("value", &value)].into_iter().enumerate()
             {
-                let what = format!("{} {} {heads:?} {name}", call.kernel.name, label(plan));
+                let what =
+                    format!("{} {} {heads:?} {name} {format:?}", call.kernel.name, label(plan));
                 let largest = case.y.iter().fold(0.0f32, |max, y| max.max(y.abs()));
-                let bound = |_| 8.0 * case.step + 16.0 * EPS * largest;
-                judge_fused(gpu, &what, &as_f32(found[at]), &expected[at], bound)?;
+                // A half has 11 bits.
+                let half = if format == KvFormat::F16 && at > 0 { 1.0 / 2048.0 } else { 0.0 };
+                let bound = |_| 8.0 * case.step + (16.0 * EPS + half) * largest;
+                if format == KvFormat::F16 && at > 0 {
+                    close(&what, &found[at], &expected[at], bound)?;
+                } else {
+                    judge_fused(gpu, &what, &found[at], &expected[at], bound)?;
+                }
             }
         }
-        // A position past the cache writes nothing.
-        let mut call = query.fused(variant.into(), tiles).qkv(heads, capacity);
+        // A position past the angles, or in a block of another shard, writes no cache.
+        let layout = KvLayout { heads, format: KvFormat::F32 };
+        let mut call =
+            query.fused(variant.into(), tiles).qkv(KvShard { layout, base: 1, blocks: 1 });
         // Less than it says.
         call.weights = WeightsRead::RowOf(1);
-        let params = PassParams { start: capacity as u32, ..tokens(1) };
-        let lens = [query_size, capacity * kv_size, capacity * kv_size];
-        let out = run_guarded(gpu, &call, params, &inputs, &lens)?;
-        same("past the cache", &out.concat(), &vec![0xDEAD_BEEF; lens.iter().sum()])?;
+        let [keys, values, _] = layout.block_words();
+        let lens = [query_size, keys, values];
+        for (start, block) in [(capacity as u32, 1), (3, 0), (3, 2)] {
+            let params = PassParams { start, block, ..tokens(1) };
+            let out = run_guarded(gpu, &call, params, &inputs, &lens)?;
+            same("past the cache", &out[1..].concat(), &vec![0xDEAD_BEEF; keys + values])?;
+        }
     }
     Ok(())
+}
+
+/// Keys and values `[G, D]` of a slot of a block, f32 or f16, of the words of both.
+fn cached(
+    layout: KvLayout,
+    [keys, values]: [&[u32]; 2],
+    block: usize,
+    slot: usize,
+) -> (Vec<f32>, Vec<f32>) {
+    let Heads { kv, dim, .. } = layout.heads;
+    let number = |words: &[u32], at: usize, d: usize| match layout.format {
+        KvFormat::F32 => f32::from_bits(words[at + d]),
+        KvFormat::F16 => f16_to_f32((words[at + d / 2] >> (16 * (d % 2))) as u16),
+        KvFormat::Int8 => unreachable!("staged"),
+    };
+    let unit = if layout.format == KvFormat::F32 { 4 } else { 8 };
+    let each = || (0..kv).flat_map(|head| (0..dim).map(move |d| (head, d)));
+    let key = |(head, d): (usize, usize)| {
+        let unit_at = ((block * kv + head) * layout.key_units() + d / unit) * 64 + slot;
+        number(keys, 4 * unit_at, d % unit)
+    };
+    let value = |(head, d): (usize, usize)| {
+        number(values, ((block * kv + head) * 64 + slot) * layout.value_words(), d)
+    };
+    (each().map(key).collect(), each().map(value).collect())
 }
 
 /// The kernels that run unchecked give the same bits with every check.
@@ -1782,9 +1793,11 @@ fn decode_outputs(gpu: &Gpu, plan: GemvPlan) -> Result<Vec<(&'static str, Vec<u3
     let qkv = TernaryMatrix::from_trits(MatShape::new(480, k)?, random.trits(480 * k), 0.5);
     let (tiles, words, rows) = pack(&[&qkv], RowOrder::Pairs(heads.dim))?;
     let angles = gpu.upload("angles", &random.floats(4 * heads.dim, 1.0))?;
-    let call = case.fused(plan, tiles).qkv(heads, 4);
+    let layout = KvLayout { heads, format: KvFormat::F16 };
+    let call = case.fused(plan, tiles).qkv(KvShard::whole(layout));
     let params = PassParams { start: 2, ..tokens(1) };
-    let lens = [288, 4 * 96, 4 * 96];
+    let [keys, values, _] = layout.block_words();
+    let lens = [288, keys, values];
     let out = run_guarded(gpu, &call, params, &[&words, &x, &norm, &rows, &angles], &lens)?;
     outputs.push((call.kernel.name, out.concat()));
     let (tiles, words, rows) = pack(&[&case.matrix, &case.matrix], RowOrder::GateUp(f))?;
@@ -1813,7 +1826,7 @@ fn short_buffer(gpu: &Gpu) -> Result<(), Failed> {
         calls.push(kernels::gemv(plan, MatShape::new(32, 128)?, 3, 1));
         let fused = Fused { plan, k: 128, norm: Some(FUSED_EPS), tiles: (2, 2) };
         calls.extend([
-            fused.qkv(heads, 3),
+            fused.qkv(KvShard::whole(KvLayout { heads, format: KvFormat::F32 })),
             fused.gated(100, Activation::Relu2),
             fused.residual(128),
         ]);

@@ -4,6 +4,7 @@
 //! one with all that the adapter offers. Without an adapter each test is reported as ignored, by
 //! name; with `STERNA_REQUIRE_GPU=1` that is a failure.
 
+mod attention;
 #[path = "../common/formats.rs"]
 #[allow(dead_code, reason = "what spoils files is for other tests")]
 mod formats;
@@ -46,7 +47,7 @@ fn main() -> ExitCode {
         }
         let cases = kernels::cases(capabilities).into_iter().chain(head::cases(capabilities));
         let cases = cases.chain(sample::cases(capabilities)).chain(tune::cases());
-        let cases = cases.chain(model::cases(capabilities));
+        let cases = cases.chain(model::cases(capabilities)).chain(attention::cases());
         trials.extend(cases.map(|(name, case)| {
             let name = format!("{label}::{name}");
             match &gpu {

@@ -9,6 +9,7 @@ use sterna::backend::{
     Backend, Batch, Device, HeadChoice, LoadOptions, Output, Progress, Tap, Tokens, Want,
 };
 use sterna::config::{Activations, ModelConfig};
+use sterna::kv_cache::{KvFormat, SequenceId};
 use sterna::layout::Packed;
 use sterna::random::Random;
 use sterna::sampler::{Sampler, Sampling};
@@ -133,6 +134,9 @@ pub fn cases(capabilities: Capabilities) -> Vec<Case> {
     if capabilities == Capabilities::Adapter {
         add("texts_that_the_device_chooses", sampled_texts);
     }
+    add("a_cache_in_shards_gives_the_same_logits", sharded_cache);
+    add("forks_share_blocks_and_go_their_own_way", forks);
+    add("a_block_is_read_and_written", read_and_write_block);
     for head in [HeadChoice::Int8, HeadChoice::Exact] {
         cases.push((
             format!("drafts_lead_to_the_same_tokens::{head:?}"),
@@ -369,15 +373,16 @@ fn sharded_groups(capabilities: Capabilities) -> Result<(), Failed> {
         let config = ModelConfig { vocab_size: 1000, ..tiny_bonsai(bits, 64) };
         let source = SyntheticModel::new(config, 5);
         for int8_activations in [false, true] {
+            // A block of 64 positions of 256 values is 16 KiB of keys.
             let options = LoadOptions {
                 context: Some(20),
+                kv: Some(KvFormat::Int8),
                 max_batch: 2,
                 int8_activations,
                 ..LoadOptions::default()
             };
             let variant = Variant::BitSerial;
             let mut whole = transformer(open(capabilities)?, &source, variant, &options)?;
-            // The KV cache, 20 positions of 256 values, is not sharded.
             let gpu = open(capabilities)?.with_max_binding(24 << 10);
             let mut sharded = transformer(gpu, &source, variant, &options)?;
             let prompt: Vec<u32> = (0..9).map(|i| i * 31).collect();
@@ -420,7 +425,7 @@ fn sharded(capabilities: Capabilities) -> Result<(), Failed> {
     let config = ModelConfig { intermediate_size: 1000, ..tiny_llama() };
     let source = SyntheticModel::new(config, 5);
     for variant in Variant::ALL {
-        // Activations and the KV cache are not sharded: few enough to fit.
+        // Activations are not sharded, nor is a block of the KV cache.
         let options = LoadOptions { context: Some(40), max_batch: 2, ..LoadOptions::default() };
         let mut whole = transformer(open(capabilities)?, &source, variant, &options)?;
         let gpu = open(capabilities)?.with_max_binding(32 << 10);
@@ -886,4 +891,153 @@ fn token_loop(capabilities: Capabilities) -> Result<(), Failed> {
         Err(Error::ContextOverflow { .. }) => Ok(()),
         other => Err(format!("a token past the context: {other:?}").into()),
     }
+}
+
+/// Heads of 32 and one layer more than none: blocks of 64 positions are 16 KiB of f32 keys.
+fn cache_source() -> SyntheticModel {
+    SyntheticModel::new(ModelConfig { num_hidden_layers: 2, ..tiny_llama() }, 9)
+}
+
+fn backend(
+    gpu: Gpu,
+    source: &SyntheticModel,
+    kv: KvFormat,
+    max_batch: usize,
+) -> Result<GpuBackend, Error> {
+    let options =
+        LoadOptions { kv: Some(kv), max_batch, head: HeadChoice::Exact, ..LoadOptions::default() };
+    GpuBackend::load(source, gpu, Some(Variant::PackedDot.into()), &options, &mut |_| {})
+}
+
+/// Logits of the last of some tokens of a sequence.
+fn logits(
+    backend: &mut GpuBackend,
+    sequence: SequenceId,
+    tokens: &[u32],
+    start: usize,
+) -> Result<Vec<f32>, Error> {
+    backend.begin(Batch {
+        sequence,
+        tokens: Tokens::Given(tokens),
+        start,
+        want: Want::LastLogits,
+    })?;
+    backend.embed()?;
+    for layer in 0..2 {
+        backend.qkv(layer)?;
+        backend.attend(layer)?;
+        backend.project_out(layer)?;
+        backend.gate_up(layer)?;
+        backend.down(layer)?;
+    }
+    backend.head()?;
+    match backend.finish()? {
+        Output::Logits(logits) => Ok(logits),
+        other => panic!("{other:?} are no logits"),
+    }
+}
+
+/// Blocks in many shards, taken by two sequences in turn, prompts and single tokens: the same bits as in
+/// one; and the cache is as large as its blocks.
+fn sharded_cache(capabilities: Capabilities) -> Result<(), Failed> {
+    let config = ModelConfig { num_key_value_heads: 6, ..cache_source().config().clone() };
+    let source = SyntheticModel::new(config.clone(), 9);
+    let text: Vec<u32> = (0..400).map(|i| i * 37 % 301).collect();
+    for (kv, bytes) in [(KvFormat::F32, 4 * 64), (KvFormat::F16, 2 * 64), (KvFormat::Int8, 64 + 8)]
+    {
+        let mut whole = backend(open(capabilities)?, &source, kv, 20)?;
+        // One block of f32, two of f16, five of int8.
+        let gpu = open(capabilities)?.with_max_binding(64 << 10);
+        let mut sharded = backend(gpu, &source, kv, 20)?;
+        let block_bytes =
+            (config.num_key_value_heads * config.num_hidden_layers * 64 * bytes) as u64;
+        same("bytes at first", &[whole.kv_bytes()], &[4 * block_bytes])?;
+        let [one, other] = [&mut whole, &mut sharded].map(|backend| {
+            let open = backend.sequences().open();
+            (open, backend.sequences().open())
+        });
+        let mut ends = [0; 2];
+        for len in [20, 17, 1].into_iter().cycle().take(23) {
+            for (turn, end) in ends.iter_mut().enumerate() {
+                let tokens = &text[*end..*end + len - turn.min(len - 1)];
+                let [a, b] = [one, other].map(|(first, second)| [first, second][turn]);
+                let expected = logits(&mut whole, a, tokens, *end)?;
+                let found = logits(&mut sharded, b, tokens, *end)?;
+                same(&format!("{kv:?} sequence {turn} from {end}"), &found, &expected)?;
+                *end += tokens.len();
+            }
+        }
+        // 5 + 5 blocks in use: room grows by half, and by four at least.
+        same("bytes", &[whole.kv_bytes(), sharded.kv_bytes()], &[12 * block_bytes; 2])?;
+    }
+    Ok(())
+}
+
+/// Eight forks of a prefix cost one prefix, and each gives what it would alone.
+fn forks(capabilities: Capabilities) -> Result<(), Failed> {
+    let source = cache_source();
+    let text: Vec<u32> = (0..200).map(|i| i * 31 % 301).collect();
+    for kv in [KvFormat::F32, KvFormat::F16, KvFormat::Int8] {
+        let mut backend = backend(open(capabilities)?, &source, kv, 100)?;
+        let first = backend.sequences().open();
+        logits(&mut backend, first, &text[..100], 0)?;
+        logits(&mut backend, first, &text[100..150], 100)?;
+        let before = backend.sequences().in_use();
+        let mut forks = Vec::new();
+        for _ in 0..7 {
+            forks.push(backend.sequences().fork(first, 140)?);
+        }
+        same("blocks of eight", &[backend.sequences().in_use()], &[before])?;
+        let mut answers = Vec::new();
+        for (n, &fork) in forks.iter().enumerate() {
+            logits(&mut backend, fork, &text[n..n + 5], 140)?;
+            answers.push(logits(&mut backend, fork, &[7], 145)?);
+        }
+        same("a block more each", &[backend.sequences().in_use()], &[before + 7])?;
+        let after = logits(&mut backend, first, &[9], 150)?;
+        for (n, fork) in forks.into_iter().enumerate() {
+            backend.sequences().close(fork)?;
+            let alone = backend.sequences().open();
+            logits(&mut backend, alone, &text[..100], 0)?;
+            logits(&mut backend, alone, &[&text[100..140], &text[n..n + 5]].concat(), 100)?;
+            same("a fork", &logits(&mut backend, alone, &[7], 145)?, &answers[n])?;
+            backend.sequences().close(alone)?;
+        }
+        same("the origin", &logits(&mut backend, first, &[9], 150)?, &after)?;
+    }
+    Ok(())
+}
+
+/// What is read of the blocks of a sequence makes another that goes on in the same way.
+fn read_and_write_block(capabilities: Capabilities) -> Result<(), Failed> {
+    let source = cache_source();
+    let text: Vec<u32> = (0..90).map(|i| i * 29 % 301).collect();
+    for kv in [KvFormat::F32, KvFormat::F16, KvFormat::Int8] {
+        let mut backend = backend(open(capabilities)?, &source, kv, 100)?;
+        let first = backend.sequences().open();
+        logits(&mut backend, first, &text, 0)?;
+        let blocks = backend.sequences().table(first)?.to_vec();
+        let contents = blocks.iter().map(|&block| backend.read_block(block));
+        let contents = contents.collect::<Result<Vec<_>, _>>()?;
+        let expected = logits(&mut backend, first, &[3], 90)?;
+        // Room that is not there yet.
+        let mut others = [(); 3].map(|()| backend.sequences().open());
+        for other in others {
+            backend.sequences().prepare(other, 0, 90)?;
+        }
+        others.reverse();
+        for other in others {
+            let table = backend.sequences().table(other)?.to_vec();
+            for (&block, bytes) in table.iter().zip(&contents) {
+                backend.write_block(block, bytes)?;
+                same("bytes", &backend.read_block(block)?, bytes)?;
+            }
+            same("logits", &logits(&mut backend, other, &[3], 90)?, &expected)?;
+        }
+        match (backend.write_block(0, &contents[0][1..]), backend.read_block(1000)) {
+            (Err(Error::Dimension { .. }), Err(Error::Dimension { .. })) => {}
+            other => return Err(format!("a wrong block: {other:?}").into()),
+        }
+    }
+    Ok(())
 }

@@ -43,8 +43,8 @@ fn a_decode_step_is_few_dispatches_a_layer_in_one_submit() {
             let config = shape(name);
             let layers = config.num_hidden_layers as u64;
             let plan = GemvPlan::from(variant);
-            // Heads of 100 values, whose pairs do not meet in a tile: `qkv` is four.
-            let qkv = if config.head_dim.is_multiple_of(32) { 1 } else { 4 };
+            // Heads of 100 values, whose pairs do not meet in a tile: `qkv` is five.
+            let qkv = if config.head_dim.is_multiple_of(32) { 1 } else { 5 };
             // Past the longest row of the fused kernels `down` is three, and four with a norm.
             let is_fused = config.intermediate_size <= plan.max_fused_k();
             let norm = u64::from(config.has_sub_norms());

@@ -221,6 +221,9 @@ fn the_pass_uniform_has_the_same_offsets_in_rust() {
         ("top_k", std::mem::offset_of!(PassParams, top_k)),
         ("top_p", std::mem::offset_of!(PassParams, top_p)),
         ("min_p", std::mem::offset_of!(PassParams, min_p)),
+        ("block", std::mem::offset_of!(PassParams, block)),
+        ("first_block", std::mem::offset_of!(PassParams, first_block)),
+        ("end_block", std::mem::offset_of!(PassParams, end_block)),
     ];
     for &kernel in KERNELS {
         let module = kernel.module();

@@ -6,12 +6,14 @@ use cpu_ref::attention::Heads;
 use cpu_ref::head_int8::{gamma, half_sqrt};
 use cpu_ref::layout::{CHUNK_K, TILE_ROWS, int8_rows, k_chunks};
 use cpu_ref::mlp::Activation;
+use cpu_ref::reduce::DOT_LANES;
 
 use super::buffer::Slice;
 use super::device::Gpu;
 use super::record::{Call, Rows, WeightsRead};
 use super::shader::{self, Kernel};
 use crate::error::{Error, Result};
+use crate::kv_cache::{BLOCK, KvFormat};
 use crate::layout::Layout;
 use crate::shape::MatShape;
 
@@ -635,7 +637,7 @@ fn call(
     // A grid past u32 is past every adapter's limit: `Gpu::op` refuses it.
     let x = u32::try_from(x).unwrap_or(u32::MAX);
     let (words, weights) = (Vec::new(), WeightsRead::All);
-    Call { kernel, constants, x, y, words, writes: 0, weights, cache_words: 0 }
+    Call { kernel, constants, x, y, words, writes: 0, weights, cache_bytes: 0 }
 }
 
 impl Call {
@@ -911,7 +913,7 @@ pub fn head_norm(heads: Heads, eps: f32, rows: &LinearRows) -> Call {
     call.writing(all * heads.dim)
 }
 
-/// acc, weight_scale, act_scale, angles, query, keys, values.
+/// acc, weight_scale, act_scale, angles, query, new_keys, new_values.
 pub fn rope(heads: Heads, rows: &LinearRows) -> Call {
     let all = heads.query + 2 * heads.kv;
     let constants =
@@ -964,19 +966,24 @@ impl Fused {
         call
     }
 
-    /// w, x, norm, rows, angles, query, keys, values; for a cache of so many positions.
+    /// w, x, norm, rows, angles, query, keys, values: into the cache, or new_keys and new_values of an
+    /// int8 one.
     ///
     /// # Panics
     /// If heads are not whole tiles, or the plan does not take K.
-    pub fn qkv(self, heads: Heads, capacity: usize) -> Call {
-        let Heads { query, kv, dim } = heads;
+    pub fn qkv(self, shard: KvShard) -> Call {
+        let Heads { query, dim, .. } = shard.layout.heads;
         assert!(dim > 0 && dim.is_multiple_of(TILE_ROWS), "heads of {dim}");
-        let constants = [("HEADS", query), ("KV_HEADS", kv), ("DIM", dim), ("CAPACITY", capacity)];
-        let cache = capacity * kv * dim;
-        let after = [capacity * dim, query * dim, cache, cache];
-        // Every row of the tiles, which heads of whole tiles fill.
-        self.call(shader::FUSED_QKV, constants, self.tiles.1, after)
-            .writing(self.tiles.1 * TILE_ROWS)
+        let is_staged = shard.layout.format == KvFormat::Int8;
+        let constants = [("HEADS", query), ("STAGED", usize::from(is_staged))];
+        let constants = constants.into_iter().chain(shard.constants());
+        // The kernel asks for the lengths of the angles, the keys and the values itself.
+        let after = [1, query * dim, 1, 1];
+        // Every row of the tiles, which heads of whole tiles fill; of f16 two a word.
+        let of_query = self.rows_of(query * dim, 1);
+        let of_cache = self.tiles.1 * TILE_ROWS - of_query;
+        let words = if is_staged { of_cache } else { of_cache >> shard.layout.shift() };
+        self.call(shader::FUSED_QKV, constants, self.tiles.1, after).writing(of_query + words)
     }
 
     /// w, x, norm, rows, z.
@@ -1018,14 +1025,196 @@ fn act(activation: Activation) -> usize {
 /// Largest head dimension of [`attention`].
 pub const MAX_HEAD_DIM: usize = 256;
 
-/// query, keys, values, out.
-pub fn attention(heads: Heads) -> Call {
-    let constants = [("HEADS", heads.query), ("KV_HEADS", heads.kv), ("DIM", heads.dim)];
-    let mut call = call(shader::ATTENTION, constants, heads.query, Rows::Tokens);
+/// How a layer's KV cache lies on a GPU: `shared/kv_layout.wgsl`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct KvLayout {
+    /// Heads of the layer.
+    pub heads: Heads,
+    /// How values are held.
+    pub format: KvFormat,
+}
+
+impl KvLayout {
+    /// The constant `KV`: the logarithm of the values a word.
+    pub(super) fn shift(self) -> usize {
+        match self.format {
+            KvFormat::F32 => 0,
+            KvFormat::F16 => 1,
+            KvFormat::Int8 => 2,
+        }
+    }
+
+    /// Units of 16 bytes of a head's key.
+    pub fn key_units(self) -> usize {
+        self.heads.dim.div_ceil(4 << self.shift())
+    }
+
+    /// Words of a head's value.
+    pub fn value_words(self) -> usize {
+        self.heads.dim.div_ceil(1 << self.shift())
+    }
+
+    /// Words of a block's keys, values and scales.
+    pub fn block_words(self) -> [usize; 3] {
+        let scales = if self.format == KvFormat::Int8 { 2 } else { 0 };
+        [4 * self.key_units(), self.value_words(), scales]
+            .map(|words| BLOCK * self.heads.kv * words)
+    }
+
+    /// Bytes of a position.
+    fn position_bytes(self) -> usize {
+        self.block_words().iter().sum::<usize>() * 4 / BLOCK
+    }
+}
+
+/// The blocks of a KV cache that a binding holds.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct KvShard {
+    /// How they lie.
+    pub layout: KvLayout,
+    /// First block.
+    pub base: usize,
+    /// How many there may be.
+    pub blocks: usize,
+}
+
+impl KvShard {
+    /// All blocks.
+    pub fn whole(layout: KvLayout) -> Self {
+        Self { layout, base: 0, blocks: u32::MAX as usize }
+    }
+
+    fn constants(self) -> [(&'static str, usize); 7] {
+        let Self { layout, base, blocks } = self;
+        [
+            ("KV_HEADS", layout.heads.kv),
+            ("DIM", layout.heads.dim),
+            ("KV", layout.shift()),
+            ("KEY_UNITS", layout.key_units()),
+            ("VALUE_WORDS", layout.value_words()),
+            ("BLOCK_BASE", base),
+            ("SHARD_BLOCKS", blocks),
+        ]
+    }
+}
+
+/// new_keys, new_values, table, keys, values, scales.
+pub fn kv_store(shard: KvShard) -> Call {
+    let KvLayout { heads, .. } = shard.layout;
+    let words = shard.layout.block_words().iter().sum::<usize>() / BLOCK;
+    call(shader::KV_STORE, shard.constants(), heads.kv, Rows::Tokens).writing(words)
+}
+
+/// How many tokens [`attention`] is for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum AttendTokens {
+    /// One: the queries of a KV head share a workgroup.
+    One,
+    /// Many: as many rows as a workgroup can have.
+    Many,
+}
+
+/// Rows of queries in a workgroup of attention: `shared/attend_block.wgsl`.
+#[derive(Debug, Clone, Copy)]
+struct RowSets {
+    /// Sets of 64 lanes.
+    sets: usize,
+    /// Rows of a set.
+    rows: usize,
+}
+
+impl RowSets {
+    /// Most rows of a set: what registers hold.
+    const MAX_ROWS: usize = 4;
+
+    fn new(heads: Heads, tokens: AttendTokens) -> Self {
+        // Queries of the rows and a vector a lane fit 16 KiB.
+        let units = Self::MAX_ROWS * 4 * Self::steps(heads) + BLOCK;
+        let max_sets = if 4 * units * 16 <= WORKGROUP_BYTES { 4 } else { 2 };
+        match tokens {
+            AttendTokens::Many => Self { sets: max_sets, rows: Self::MAX_ROWS },
+            AttendTokens::One => {
+                let ratio = heads.query / heads.kv;
+                let sets = ratio.div_ceil(Self::MAX_ROWS);
+                Self { sets: sets.min(max_sets), rows: ratio.div_ceil(sets) }
+            }
+        }
+    }
+
+    /// Steps of 16 dimensions that a dot product takes.
+    fn steps(heads: Heads) -> usize {
+        heads.dim.div_ceil(DOT_LANES)
+    }
+
+    fn constants(self, shard: KvShard) -> Vec<(&'static str, usize)> {
+        let KvLayout { heads, .. } = shard.layout;
+        let steps = Self::steps(heads);
+        let lane_dims = match shard.layout.format {
+            KvFormat::F32 => heads.dim.div_ceil(64),
+            KvFormat::F16 => 2 * heads.dim.div_ceil(128),
+            KvFormat::Int8 => 4,
+        };
+        let mut constants = vec![
+            ("HEADS", heads.query),
+            ("SLOTS", self.sets),
+            ("LANES", 64 * self.sets),
+            ("QUERIES", self.rows),
+            ("STEPS", steps),
+            ("Q_UNITS", self.sets * self.rows * 4 * steps),
+            ("LANE_DIMS", lane_dims),
+        ];
+        constants.extend(shard.constants());
+        constants
+    }
+}
+
+fn attend_call(
+    kernel: Kernel,
+    shard: KvShard,
+    sets: RowSets,
+    parts: Option<bool>,
+    x: usize,
+    y: Rows,
+) -> Call {
+    let KvLayout { heads, .. } = shard.layout;
+    let parts = parts.map(|parts| ("PARTS", usize::from(parts)));
+    let mut call = call(kernel, sets.constants(shard).into_iter().chain(parts), x, y);
     let inv_sqrt_dim = cpu_ref::attention::inv_sqrt_dim(heads.dim);
     call.constants.push(("INV_SQRT_DIM", f64::from(inv_sqrt_dim)));
-    call.cache_words = 2 * heads.kv * heads.dim;
-    call.writing(heads.query * heads.dim)
+    // Of all shards together: counted with the first.
+    call.cache_bytes = if shard.base == 0 { shard.layout.position_bytes() } else { 0 };
+    call
+}
+
+/// query, keys, values, scales, table, state_in, out, state_out; the states are only used in `parts`.
+pub fn attention(shard: KvShard, tokens: AttendTokens, parts: bool) -> Call {
+    let KvLayout { heads, .. } = shard.layout;
+    let sets = RowSets::new(heads, tokens);
+    let (a_token, tile) = ((heads.query / heads.kv) as u32, (sets.sets * sets.rows) as u32);
+    let y = Rows::HeadTiles { a_token, tile };
+    attend_call(shader::ATTENTION, shard, sets, Some(parts), heads.kv, y)
+        .writing(heads.query * heads.dim)
+}
+
+/// query, keys, values, scales, table, partials.
+pub fn attention_blocks(shard: KvShard) -> Call {
+    let KvLayout { heads, .. } = shard.layout;
+    let sets = RowSets::new(heads, AttendTokens::One);
+    let tiles = (heads.query / heads.kv).div_ceil(sets.sets * sets.rows);
+    attend_call(shader::ATTENTION_BLOCKS, shard, sets, None, heads.kv * tiles, Rows::Blocks)
+        .writing(partial_words(heads))
+}
+
+/// Words that a block gives to [`attention_merge`], or a token to the next part of [`attention`].
+pub fn partial_words(heads: Heads) -> usize {
+    heads.query * (heads.dim + 2)
+}
+
+/// partials, out.
+pub fn attention_merge(heads: Heads) -> Call {
+    let constants = [("HEADS", heads.query), ("DIM", heads.dim)];
+    call(shader::ATTENTION_MERGE, constants, heads.query, Rows::One)
+        .writing(heads.query * heads.dim)
 }
 
 /// acc, weight_scale, act_scale, z.

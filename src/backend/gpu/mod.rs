@@ -7,6 +7,7 @@
 
 pub mod account;
 mod buffer;
+mod cache;
 mod device;
 mod head;
 pub mod kernels;
@@ -26,8 +27,8 @@ pub use matrix::row_offsets;
 pub use record::{Call, Op, PassParams, Pipelines, Rows, Specialised, WeightsRead, WorkDone};
 
 use cpu_ref::layout::TILE_ROWS;
-use cpu_ref::rope;
 
+use std::ops::Range;
 use std::slice::from_ref;
 use std::time::Instant;
 
@@ -37,18 +38,19 @@ use super::{
 };
 use crate::config::{Activations, ModelConfig};
 use crate::error::{Error, Result};
-use crate::kv_cache::{Blocks, KvFormat};
+use crate::kv_cache::{BLOCK, Blocks, KvFormat};
 use crate::sampler::{Mark, Sampler, Sampling};
 use crate::shape::MatShape;
 use crate::weights::{Input, LayerWeights, Table, TernaryMatrix, WeightScale, WeightSource};
+use cache::Cache;
 use kernels::{
-    Fused, Gemm, LinearRows, LogitTile, MAX_SAMPLE_VOCAB, Rotate, RowOrder, SampleLens, SumInputs,
-    TokensPerLane, gemm_encoding, gemm_inputs, padded_rows,
+    AttendTokens, Fused, Gemm, KvLayout, LinearRows, LogitTile, MAX_SAMPLE_VOCAB, Rotate, RowOrder,
+    SampleLens, SumInputs, TokensPerLane, gemm_encoding, gemm_inputs, padded_rows,
 };
 use matrix::{GpuLinear, GpuMatrix, GpuRotation, GpuRun, GpuTable, GpuTableData, HostLinear, Kind};
 use pace::{MAX_STEPS, Pace};
 use readback::{ChosenToken, Landing, Staging, TokenRing, run_time};
-use record::{PARAMS_SLOTS, PARAMS_STRIDE, Parameters, Recording};
+use record::{PARAMS_SLOTS, PARAMS_STRIDE, PART_SLOTS, Parameters, Recording};
 use tune::{GemmPlans, Plans, Step as MatrixStep};
 
 /// The greedy token of NaN logits, as `argmax.wgsl` writes it.
@@ -61,7 +63,13 @@ pub struct GpuBackend {
     max_batch: usize,
     max_logit_rows: usize,
     capacity: usize,
-    blocks: Blocks,
+    sequences: Blocks,
+    cache: Cache,
+    /// The batch's attention in parts, each of blocks of one shard; empty if there is one shard.
+    parts: Vec<AttendPart>,
+    /// Shards into which the batch's positions fall: from here to here.
+    written: Vec<usize>,
+    pipelines: Pipelines,
     layers: Vec<LayerOps>,
     embed: Vec<Op>,
     head: Head,
@@ -141,6 +149,9 @@ struct Buffers {
     /// Q, K and V heads after their norms.
     heads: Slice,
     query: Slice,
+    /// Keys and values on their way into the cache.
+    new_keys: Slice,
+    new_values: Slice,
     attended: Slice,
     gated: Slice,
     logits: Slice,
@@ -166,12 +177,53 @@ struct Matmul {
 /// The dispatches of one layer's five steps.
 #[derive(Clone)]
 struct LayerOps {
+    /// As far as it does not touch the cache.
     qkv: Step,
-    attend: Op,
+    recipe: CacheRecipe,
+    cache: CacheOps,
     project_out: Step,
     gate_up: Step,
     down: Step,
 }
+
+/// A call, and what it reads before what the cache has.
+type Unbound = (Call, Vec<Slice>);
+
+/// What the operations on the cache are made of, which are made again whenever it grows.
+#[derive(Clone)]
+struct CacheRecipe {
+    /// `rope`, with what it reads before the angles.
+    rope: Unbound,
+    /// `fused_qkv` for each shard of the matrix, with what it reads before the angles.
+    fused: Vec<(Fused, Vec<Slice>)>,
+}
+
+/// The operations of a layer on its cache: by shard, but for `rope` and `merge`.
+#[derive(Clone)]
+struct CacheOps {
+    rope: Op,
+    /// The whole step `qkv` for one token, but for `store` of an int8 cache.
+    fused: Vec<Vec<Op>>,
+    store: Vec<Op>,
+    /// Attention of one token in a short context, where there is one shard.
+    short: Vec<Op>,
+    /// Attention of many; in parts by turns, from one state to the other.
+    many: Vec<[Op; 2]>,
+    /// Attention of one token, and the blocks together.
+    blocks: Vec<Op>,
+    merge: Op,
+}
+
+/// Blocks of one shard that attention takes together.
+struct AttendPart {
+    shard: usize,
+    first_block: u32,
+    end_block: u32,
+}
+
+/// Blocks of a context that one token's attention takes in one dispatch: with more, blocks are taken
+/// apart and merged by a second.
+const SHORT_BLOCKS: usize = 4;
 
 /// A step around matrices that read one vector: what makes the vector, each run's own preparation
 /// and matrix, what comes after.
@@ -248,14 +300,13 @@ impl GpuBackend {
             buffers: &buffers,
             weight_bytes: 0,
         };
-        let inv_freq = source.frequencies()?;
-        let angles: Vec<[f32; 2]> = (0..capacity)
-            .flat_map(|position| {
-                let (cos, sin) = rope::angles(position, &inv_freq);
-                cos.into_iter().zip(sin).map(|(cos, sin)| [cos, sin])
-            })
-            .collect();
-        let angles = gpu.upload("rope angles", &angles)?;
+        let layout = KvLayout { heads: config.heads(), format: options.kv_format(&config)? };
+        let n_layers = config.num_hidden_layers;
+        if !gpu.is_dry() {
+            self_test::check_attention(&gpu, layout)?;
+        }
+        let cache =
+            Cache::new(&gpu, layout, n_layers, (capacity, max_batch), source.frequencies()?)?;
         let total = config.num_hidden_layers;
         let mut layers = Vec::with_capacity(total);
         for index in 0..total {
@@ -265,10 +316,8 @@ impl GpuBackend {
                 layers.push(LayerOps::clone(first));
                 continue;
             }
-            let cache = [(); 2].map(|()| gpu.storage("KV cache", capacity * config.kv_size()));
-            let [keys, values] = cache;
             let weights = source.layer(index)?;
-            layers.push(builder.layer(&weights, index, &angles, &keys?, &values?)?);
+            layers.push(builder.layer(&weights, index, &cache)?);
         }
         progress(Progress { done: total, total });
         let gemv = builder.methods.names();
@@ -289,7 +338,7 @@ impl GpuBackend {
         let b = &buffers;
         let argmax = builder.op(&kernels::argmax(config.vocab_size), &[&b.logits, &b.tokens])?;
         let sample = builder.sample()?;
-        let weight_bytes = builder.weight_bytes;
+        let (weight_bytes, pipelines) = (builder.weight_bytes, builder.pipelines);
         // Frees the staging memory of what was uploaded last.
         gpu.queue.submit([]);
         gpu.wait("load the model")?;
@@ -306,7 +355,11 @@ impl GpuBackend {
             max_batch,
             max_logit_rows,
             capacity,
-            blocks: Blocks::new(capacity),
+            sequences: Blocks::new(capacity),
+            cache,
+            parts: Vec::new(),
+            written: vec![0],
+            pipelines,
             layers,
             embed,
             head,
@@ -359,6 +412,104 @@ impl GpuBackend {
             runs.iter().flat_map(|(before, matmul)| before.iter().chain(matmul.ops(n_tokens)));
         let ops = before.iter().chain(runs).chain(after);
         record(&self.gpu, &mut self.recording, &self.batch, ops);
+    }
+
+    /// Submits what is recorded.
+    fn flush(&mut self) {
+        if self.recording.is_some() {
+            self.submit(|_, _| {});
+            self.recording = Some(self.gpu.begin_recording());
+        }
+    }
+
+    /// Makes room in the cache for so many blocks, and for a sequence of `depth` of them.
+    fn make_room(&mut self, blocks: usize, depth: usize) -> Result<()> {
+        if self.cache.has_room(blocks, depth) {
+            return Ok(());
+        }
+        self.flush();
+        self.cache.grow(&self.gpu, blocks, depth, self.sequences.sequences())?;
+        for index in 0..self.layers.len() {
+            self.layers[index].cache = match index {
+                // Layers of a dry device share one's.
+                1.. if self.gpu.is_dry() => self.layers[0].cache.clone(),
+                _ => {
+                    let (b, recipe) = (&self.buffers, &self.layers[index].recipe);
+                    cache_ops(&self.gpu, &self.pipelines, b, &self.cache, recipe, index)?
+                }
+            };
+        }
+        self.gpu.check("make room in the KV cache")
+    }
+
+    /// Gives the batch's positions blocks, and the device their table. Returns the first one's block.
+    fn prepare(&mut self, batch: &Batch<'_>) -> Result<u32> {
+        let Batch { sequence, start, .. } = *batch;
+        let end = start + batch.tokens.count();
+        let prepared = self.sequences.prepare(sequence, start, end)?;
+        self.make_room(prepared.blocks, end.div_ceil(BLOCK))?;
+        if let Some((from, to)) = prepared.copy {
+            self.flush();
+            self.cache.copy_block(&self.gpu, from, to);
+        }
+        let table = self.sequences.table(sequence)?;
+        if self.cache.changes(table) {
+            // What is recorded has read the table as it was.
+            self.flush();
+        }
+        let table = self.sequences.table(sequence)?;
+        self.cache.set_table(&self.gpu, table);
+        let block = table[start / BLOCK];
+        let (first, n_blocks) = (start / BLOCK, end.div_ceil(BLOCK));
+        self.written.clear();
+        self.parts.clear();
+        if self.cache.shards() == 1 {
+            self.written.push(0);
+            return Ok(block);
+        }
+        // Passes that wait for the same submit would share the parameters of parts.
+        self.flush();
+        let mut at = 0;
+        while at < n_blocks {
+            let (shard, end) = self.cache.run_from(at, n_blocks);
+            let (first_block, end_block) = (at as u32, end as u32);
+            self.parts.push(AttendPart { shard, first_block, end_block });
+            if end > first && !self.written.contains(&shard) {
+                self.written.push(shard);
+            }
+            at = end;
+        }
+        Ok(block)
+    }
+
+    fn write_parameters(&self, parameters: &Parameters) {
+        let offset = u64::from(parameters.slot * PARAMS_STRIDE);
+        let bytes = bytemuck::bytes_of(&parameters.values);
+        self.gpu.queue.write_buffer(&self.buffers.params, offset, bytes);
+    }
+
+    /// Attention of many tokens over several shards: a dispatch for each run of blocks in one.
+    fn attend_in_parts(&mut self, layer: usize) -> Result<()> {
+        for first in (0..self.parts.len()).step_by(PART_SLOTS as usize) {
+            if first > 0 {
+                // Their parameters take the places of those before.
+                self.flush();
+                self.gpu.check("attend in parts")?;
+            }
+            let parts = self.parts.iter().enumerate().skip(first).take(PART_SLOTS as usize);
+            for (index, part) in parts {
+                let AttendPart { shard, first_block, end_block } = *part;
+                let values = PassParams { first_block, end_block, ..self.batch.values };
+                let slot = PARAMS_SLOTS + (index - first) as u32;
+                let parameters = Parameters { values, slot };
+                if layer == 0 || self.parts.len() > PART_SLOTS as usize {
+                    self.write_parameters(&parameters);
+                }
+                let op = &self.layers[layer].cache.many[shard][index % 2];
+                record(&self.gpu, &mut self.recording, &parameters, [op]);
+            }
+        }
+        Ok(())
     }
 
     /// Ends the pass, lets `copies` add to the encoder, and submits.
@@ -445,9 +596,9 @@ impl GpuBackend {
     /// Writes a pass's parameters to the next place of their buffer.
     fn parameters(&mut self, values: PassParams) -> Parameters {
         let slot = (self.batch.slot + 1 + self.rows.len() as u32) % PARAMS_SLOTS;
-        let offset = u64::from(slot * PARAMS_STRIDE);
-        self.gpu.queue.write_buffer(&self.buffers.params, offset, bytemuck::bytes_of(&values));
-        Parameters { values, slot }
+        let parameters = Parameters { values, slot };
+        self.write_parameters(&parameters);
+        parameters
     }
 
     /// Prepares a pass of [`Want::Tokens`]: where its tokens go, what has occurred before each, and what
@@ -508,6 +659,66 @@ fn collect<const N: usize>(values: impl Iterator<Item = usize>) -> [usize; N] {
     array
 }
 
+/// The operations on a layer's cache as it is now.
+fn cache_ops(
+    gpu: &Gpu,
+    pipelines: &Pipelines,
+    b: &Buffers,
+    cache: &Cache,
+    recipe: &CacheRecipe,
+    layer: usize,
+) -> Result<CacheOps> {
+    let op = |call: &Call, buffers: &[&Slice]| gpu.op(pipelines, call, &b.params, buffers);
+    let (call, from) = &recipe.rope;
+    let to = [&cache.angles, &b.query, &b.new_keys, &b.new_values];
+    let rope = op(call, &[from.iter().collect::<Vec<_>>(), to.to_vec()].concat())?;
+    let heads = cache.layout.heads;
+    let merge = op(&kernels::attention_merge(heads), &[&cache.partials, &b.attended])?;
+    let (fused, store, short, many, blocks) = Default::default();
+    let mut ops = CacheOps { rope, fused, store, short, many, blocks, merge };
+    let has_parts = cache.shards() > 1;
+    for index in 0..cache.shards() {
+        let (shard, buffers) = (cache.shard(index), cache.buffers(layer, index));
+        let (keys, values) = (&buffers.keys, &buffers.values);
+        let is_scaled = cache.layout.format == KvFormat::Int8;
+        // Into the cache where whole words are known, else on the way there.
+        let [to_keys, to_values] =
+            if is_scaled { [&b.new_keys, &b.new_values] } else { [keys, values] };
+        let fused = recipe.fused.iter().map(|(fused, from)| {
+            let to = [&cache.angles, &b.query, to_keys, to_values];
+            op(&fused.qkv(shard), &[from.iter().collect::<Vec<_>>(), to.to_vec()].concat())
+        });
+        let fused = fused.collect::<Result<Vec<_>>>()?;
+        if !fused.is_empty() {
+            ops.fused.push(fused);
+        }
+        let [scales, to_scales] = match is_scaled {
+            true => [&buffers.scales; 2],
+            false => [&cache.unread, &cache.unwritten],
+        };
+        let to = [&b.new_keys, &b.new_values, &cache.table, keys, values, to_scales];
+        ops.store.push(op(&kernels::kv_store(shard), &to)?);
+        let cached = [&b.query, keys, values, scales, &cache.table];
+        let call = kernels::attention_blocks(shard);
+        ops.blocks.push(op(&call, &[&cached[..], &[&cache.partials]].concat())?);
+        let call = kernels::attention(shard, AttendTokens::Many, has_parts);
+        let Some([first, second]) = &cache.states else {
+            let after = [&cache.unread, &b.attended, &cache.unwritten];
+            let after = [&cached[..], &after].concat();
+            let many = op(&call, &after)?;
+            ops.many.push([many.clone(), many]);
+            let call = kernels::attention(shard, AttendTokens::One, false);
+            ops.short.push(op(&call, &after)?);
+            continue;
+        };
+        ops.many.push([
+            op(&call, &[&cached[..], &[second, &b.attended, first]].concat())?,
+            op(&call, &[&cached[..], &[first, &b.attended, second]].concat())?,
+        ]);
+    }
+    Ok(ops)
+}
+
 /// Records operations into the open pass.
 fn record<'a>(
     gpu: &Gpu,
@@ -533,6 +744,11 @@ impl Matmul {
         let (_, ops) = ops.expect("a batch is no longer than there is room for");
         ops
     }
+}
+
+/// Whether a linear layer's step may be one dispatch.
+fn can_fuse(plan: GemvPlan, shape: MatShape, linear: &GpuLinear) -> bool {
+    plan.fused && !linear.fused_rows.is_empty() && shape.k() <= plan.max_fused_k()
 }
 
 /// Activation scales of one run of a linear layer: its slot can be bound by itself.
@@ -618,6 +834,8 @@ impl Buffers {
             acc: f32s("acc", widest_out)?,
             heads: f32s("heads", if config.has_head_norms() { heads } else { 1 })?,
             query: f32s("query", config.query_size())?,
+            new_keys: f32s("new keys", config.kv_size())?,
+            new_values: f32s("new values", config.kv_size())?,
             attended: f32s("attended", config.query_size())?,
             gated: f32s("gated", config.intermediate_size)?,
             logits: gpu.storage("logits", config.vocab_size * max_logit_rows)?,
@@ -917,7 +1135,7 @@ impl Builder<'_> {
         let Kind::Sums(SumPlans { gemv: plan, .. }, shape) = matrix.kind else {
             return Ok(Vec::new());
         };
-        if !plan.fused || linear.fused_rows.is_empty() || shape.k() > plan.max_fused_k() {
+        if !can_fuse(plan, shape, linear) {
             return Ok(Vec::new());
         }
         let eps = norm.map(|_| self.config.rms_norm_eps);
@@ -967,19 +1185,37 @@ impl Builder<'_> {
         self.op(call, &[from, &rows, to].concat())
     }
 
-    /// Rows of Q, K and V: norms of the heads where there are any, RoPE, and the cache.
-    fn rope(&self, qkv: &GpuLinear, norms: [Option<&Slice>; 2], to: &[&Slice]) -> Result<Vec<Op>> {
-        let heads = self.config.heads();
+    /// Rows of Q, K and V: norms of the heads where there are any; then RoPE, and what it reads.
+    fn rope(&self, qkv: &GpuLinear, norms: [Option<&Slice>; 2]) -> Result<(Vec<Op>, Unbound)> {
+        let (b, heads) = (self.buffers, self.config.heads());
+        let with_scales =
+            |rows: &Slice| vec![rows.clone(), qkv.weight_scale.clone(), b.act_scale.clone()];
         let [Some(query_norm), Some(key_norm)] = norms else {
-            return Ok(vec![self.scaled(&kernels::rope(heads, &qkv.rows), &[], qkv, to)?]);
+            return Ok((Vec::new(), (kernels::rope(heads, &qkv.rows), with_scales(&b.acc))));
         };
-        let b = self.buffers;
         let call = kernels::head_norm(heads, self.config.rms_norm_eps, &qkv.rows);
         let norm = self.scaled(&call, &[], qkv, &[query_norm, key_norm, &b.heads])?;
         let rows = LinearRows::floats((heads.query + 2 * heads.kv) * heads.dim);
-        let rows_in = [&b.heads, &qkv.weight_scale, &b.act_scale];
-        let rope = self.op(&kernels::rope(heads, &rows), &[&rows_in, to].concat())?;
-        Ok(vec![norm, rope])
+        Ok((vec![norm], (kernels::rope(heads, &rows), with_scales(&b.heads))))
+    }
+
+    /// The fused kernels of Q, K and V with what they read before the angles; none where they do not take
+    /// the matrix.
+    fn fused_qkv(&self, x: &Slice, norm: &Slice, qkv: &GpuLinear) -> Vec<(Fused, Vec<Slice>)> {
+        let matrix = &qkv.runs[0].matrix;
+        let Kind::Sums(SumPlans { gemv: plan, .. }, shape) = matrix.kind else { return Vec::new() };
+        // RoPE's pairs have to meet in a workgroup.
+        let is_paired = qkv.rows.order == RowOrder::Pairs(self.config.head_dim);
+        if !is_paired || !can_fuse(plan, shape, qkv) {
+            return Vec::new();
+        }
+        let shards = matrix.shards.iter().zip(&qkv.fused_rows);
+        let shard = |((tiles, words, _), rows): (&(Range<usize>, Slice, Slice), &Slice)| {
+            let (k, norm_eps) = (shape.k(), Some(self.config.rms_norm_eps));
+            let fused = Fused { plan, k, norm: norm_eps, tiles: (tiles.start, tiles.len()) };
+            (fused, vec![words.clone(), x.clone(), norm.clone(), rows.clone()])
+        };
+        shards.map(shard).collect()
     }
 
     fn linear(
@@ -1000,14 +1236,7 @@ impl Builder<'_> {
         })
     }
 
-    fn layer(
-        &mut self,
-        weights: &LayerWeights,
-        index: usize,
-        angles: &Slice,
-        keys: &Slice,
-        values: &Slice,
-    ) -> Result<LayerOps> {
+    fn layer(&mut self, weights: &LayerWeights, index: usize, cache: &Cache) -> Result<LayerOps> {
         if weights.q_norm.is_some() != weights.k_norm.is_some() {
             let (device, what) = ("the GPU backend", "a norm on only one of query and key heads");
             return Err(Error::UnsupportedOnDevice { device, what });
@@ -1060,23 +1289,23 @@ impl Builder<'_> {
             let call = kernels::residual_add(hidden, &linear.rows);
             Ok::<_, Error>(vec![self.scaled(&call, &[from], linear, &[to])?])
         };
-        let rope = self.rope(&qkv, [q_norm, k_norm], &[angles, &b.query, keys, values])?;
+        let (head_norms, rope) = self.rope(&qkv, [q_norm, k_norm])?;
+        let recipe = CacheRecipe {
+            rope,
+            fused: match input_norm {
+                Some(norm) => self.fused_qkv(start, norm, &qkv),
+                None => Vec::new(),
+            },
+        };
         let (intermediate, act) = (config.intermediate_size, config.hidden_act);
         let gate = kernels::gated_activation(intermediate, act, &gate_up.rows);
         let gate = vec![self.scaled(&gate, &[], &gate_up, &[&b.gated])?];
-        let attention = kernels::attention(config.heads());
-        let heads = config.heads();
-        // RoPE's pairs have to meet in a workgroup.
-        let is_paired = qkv.rows.order == RowOrder::Pairs(dim);
-        let capacity = keys.len_bytes() as usize / 4 / config.kv_size();
         let residual =
             |from, to| move |fused: Fused| Some((fused.residual(hidden), vec![from, to]));
         Ok(LayerOps {
-            qkv: self.step(start, input_norm, &qkv, rope, |fused| {
-                is_paired
-                    .then(|| (fused.qkv(heads, capacity), vec![angles, &b.query, keys, values]))
-            })?,
-            attend: self.op(&attention, &[&b.query, keys, values, &b.attended])?,
+            qkv: self.step(start, input_norm, &qkv, head_norms, |_| None)?,
+            cache: cache_ops(self.gpu, &self.pipelines, b, cache, &recipe, index)?,
+            recipe,
             project_out: self.step(
                 &b.attended,
                 attn_sub_norm,
@@ -1129,23 +1358,26 @@ impl Backend for GpuBackend {
     }
 
     fn sequences(&mut self) -> &mut Blocks {
-        &mut self.blocks
+        &mut self.sequences
     }
 
     fn kv_format(&self) -> KvFormat {
-        todo!("kv")
+        self.cache.layout.format
     }
 
     fn kv_bytes(&self) -> u64 {
-        todo!("kv")
+        self.cache.len_bytes()
     }
 
-    fn read_block(&mut self, _: u32) -> Result<Vec<u8>> {
-        todo!("kv")
+    fn read_block(&mut self, block: u32) -> Result<Vec<u8>> {
+        self.flush();
+        self.cache.read_block(&self.gpu, block)
     }
 
-    fn write_block(&mut self, _: u32, _: &[u8]) -> Result<()> {
-        todo!("kv")
+    fn write_block(&mut self, block: u32, bytes: &[u8]) -> Result<()> {
+        self.flush();
+        self.make_room(block as usize + 1, 0)?;
+        self.cache.write_block(&self.gpu, block, bytes)
     }
 
     fn keep(&mut self, n: usize) -> Result<()> {
@@ -1189,8 +1421,10 @@ impl Backend for GpuBackend {
             Tokens::Chosen => return Err(Error::NoToken),
         };
         self.rows.clear();
+        let block = self.prepare(&batch)?;
         // Checked above: all of these are below the capacity, which fits u32.
         self.batch.values = PassParams {
+            block,
             n_tokens: n_tokens as u32,
             start: batch.start as u32,
             first_logit_row: (n_tokens - n_logit_rows) as u32,
@@ -1221,12 +1455,39 @@ impl Backend for GpuBackend {
     }
 
     fn qkv(&mut self, layer: usize) -> Result<()> {
-        self.record_step(layer, |ops| &ops.qkv);
+        let LayerOps { cache, .. } = &self.layers[layer];
+        let Parameters { values: PassParams { n_tokens, block, .. }, .. } = self.batch;
+        let is_fused = n_tokens == 1 && !cache.fused.is_empty();
+        if is_fused {
+            let fused = &cache.fused[self.cache.shard_of(block)];
+            record(&self.gpu, &mut self.recording, &self.batch, fused);
+        } else {
+            self.record_step(layer, |ops| &ops.qkv);
+            let rope = [&self.layers[layer].cache.rope];
+            record(&self.gpu, &mut self.recording, &self.batch, rope);
+        }
+        if !is_fused || self.kv_format() == KvFormat::Int8 {
+            let store = &self.layers[layer].cache.store;
+            let store = self.written.iter().map(|&shard| &store[shard]);
+            record(&self.gpu, &mut self.recording, &self.batch, store);
+        }
         Ok(())
     }
 
     fn attend(&mut self, layer: usize) -> Result<()> {
-        record(&self.gpu, &mut self.recording, &self.batch, [&self.layers[layer].attend]);
+        let PassParams { n_tokens, start, .. } = self.batch.values;
+        if n_tokens > 1 && !self.parts.is_empty() {
+            return self.attend_in_parts(layer);
+        }
+        let ops = &self.layers[layer].cache;
+        let has_one_shard = self.cache.shards() == 1;
+        let is_short = has_one_shard && start as usize / BLOCK < SHORT_BLOCKS;
+        let (batch, recording) = (&self.batch, &mut self.recording);
+        match n_tokens {
+            1 if is_short => record(&self.gpu, recording, batch, &ops.short),
+            1 => record(&self.gpu, recording, batch, ops.blocks.iter().chain([&ops.merge])),
+            _ => record(&self.gpu, recording, batch, [&ops.many[0][0]]),
+        }
         Ok(())
     }
 

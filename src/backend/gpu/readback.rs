@@ -105,7 +105,18 @@ impl Staging {
         len_words: usize,
     ) {
         let (to, len) = (to as u64 * 4, len_words as u64 * 4);
-        encoder.copy_buffer_to_buffer(&slice.buffer, slice.offset, &self.buffer, to, len);
+        self.copy_bytes_from(encoder, (&slice.buffer, slice.offset), to, len);
+    }
+
+    /// Records a copy of bytes of a buffer, from an offset on, to byte `to` of the staging buffer.
+    pub(super) fn copy_bytes_from(
+        &self,
+        encoder: &mut wgpu::CommandEncoder,
+        (buffer, offset): (&wgpu::Buffer, u64),
+        to: u64,
+        len: u64,
+    ) {
+        encoder.copy_buffer_to_buffer(buffer, offset, &self.buffer, to, len);
     }
 }
 

@@ -7,6 +7,7 @@ use super::buffer::Slice;
 use super::device::Gpu;
 use super::shader::{Access, Binding, Kernel, UNCHECKED};
 use crate::error::{Error, Result};
+use crate::kv_cache::BLOCK;
 use crate::sampler::{Sampler, Sampling};
 
 /// What distinguishes pipelines: source, constants.
@@ -44,8 +45,8 @@ pub struct Call {
     pub writes: usize,
     /// How much of the weights that are bound it reads.
     pub weights: WeightsRead,
-    /// Words of the KV cache that it reads for each position, each counted once.
-    pub cache_words: usize,
+    /// Bytes of the KV cache that it reads for each position, each counted once.
+    pub cache_bytes: usize,
 }
 
 impl Call {
@@ -125,6 +126,15 @@ pub enum Rows {
     LogitRows,
     /// One for every so many rows of logits.
     LogitRowTiles(u32),
+    /// One for every `tile` of the rows that a token has `a_token` of.
+    HeadTiles {
+        /// Rows of a token.
+        a_token: u32,
+        /// Rows of a workgroup.
+        tile: u32,
+    },
+    /// One a block of the KV cache, up to the first token's.
+    Blocks,
 }
 
 impl Rows {
@@ -132,15 +142,17 @@ impl Rows {
     fn workgroups(self, params: &PassParams) -> u32 {
         match self {
             Self::TokenTiles(size) | Self::LogitRowTiles(size) => self.units(params).div_ceil(size),
-            Self::One | Self::Tokens | Self::LogitRows => self.units(params),
+            Self::HeadTiles { a_token, tile } => (a_token * self.units(params)).div_ceil(tile),
+            Self::One | Self::Tokens | Self::LogitRows | Self::Blocks => self.units(params),
         }
     }
 
-    /// What they follow: tokens, rows of logits, or one thing.
+    /// What they follow: tokens, rows of logits, blocks, or one thing.
     fn units(self, params: &PassParams) -> u32 {
         match self {
             Self::One => 1,
-            Self::Tokens | Self::TokenTiles(_) => params.n_tokens,
+            Self::Tokens | Self::TokenTiles(_) | Self::HeadTiles { .. } => params.n_tokens,
+            Self::Blocks => params.start / BLOCK as u32 + 1,
             Self::LogitRows | Self::LogitRowTiles(_) => params.n_logit_rows,
         }
     }
@@ -174,9 +186,15 @@ pub struct PassParams {
     pub top_p: f32,
     /// Probability kept, as a share of the best's; 0: all.
     pub min_p: f32,
+    /// Block of the KV cache that holds position `start`.
+    pub block: u32,
+    /// Blocks of the sequence that a part of attention takes: from here
+    pub first_block: u32,
+    /// to here.
+    pub end_block: u32,
 }
 
-const _: () = assert!(size_of::<PassParams>() == 48);
+const _: () = assert!(size_of::<PassParams>() == 60);
 
 impl Default for PassParams {
     /// No token; a greedy choice.
@@ -223,7 +241,7 @@ impl Traffic {
             WeightsRead::All => (read, 0),
             WeightsRead::RowOf(rows) => (0, read / rows as u64),
         };
-        let cache_a_position = call.cache_words as u64 * 4;
+        let cache_a_position = call.cache_bytes as u64;
         let written_a_unit = call.writes as u64 * 4;
         Self { weights, weights_a_unit, cache_a_position, written_a_unit }
     }
@@ -243,8 +261,10 @@ impl Traffic {
 
 /// Bytes from one set of parameters in their buffer to the next: the largest offset alignment.
 pub(super) const PARAMS_STRIDE: u32 = 256;
-/// Sets of parameters in their buffer: passes that are recorded before a submit have one each.
+/// Sets of parameters in their buffer: passes that are recorded before a submit have one each;
 pub(super) const PARAMS_SLOTS: u32 = 64;
+/// and so have the parts of attention after them.
+pub(super) const PART_SLOTS: u32 = 32;
 
 /// What a dispatch is recorded with: the parameters of its pass, and which set of the buffer holds
 /// them.
@@ -565,7 +585,7 @@ impl Gpu {
     pub fn params_buffer(&self) -> wgpu::Buffer {
         self.device.create_buffer(&wgpu::BufferDescriptor {
             label: Some("pass"),
-            size: u64::from(PARAMS_SLOTS * PARAMS_STRIDE),
+            size: u64::from((PARAMS_SLOTS + PART_SLOTS) * PARAMS_STRIDE),
             usage: wgpu::BufferUsages::UNIFORM | wgpu::BufferUsages::COPY_DST,
             mapped_at_creation: false,
         })

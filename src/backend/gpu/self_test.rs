@@ -2,15 +2,18 @@
 
 use std::ops::Range;
 
+use cpu_ref::attention::Cached;
 use cpu_ref::group_gemv::{group_dot, group_dot_int8};
 use cpu_ref::head_int8;
+use cpu_ref::kv::store_head;
 use cpu_ref::layout::{CHUNK_K, k_chunks};
 use cpu_ref::sample::Sampling;
 
+use super::cache::pack;
 use super::head::{HeadInput, HeadOps, HeadStep, Int8Head, LOGIT_ROWS};
 use super::kernels::{
-    Encoding, Fused, Gemm, GemmPlan, GemvPlan, LogitTile, RowOrder, SumInputs, SumPlans,
-    TokensPerLane, gemm_encoding, gemm_inputs,
+    AttendTokens, Encoding, Fused, Gemm, GemmPlan, GemvPlan, KvLayout, KvShard, LogitTile,
+    RowOrder, SumInputs, SumPlans, TokensPerLane, gemm_encoding, gemm_inputs,
 };
 use super::matrix::{
     GpuLinear, GpuMatrix, GpuTable, GpuTableData, HostLinear, HostMatrix, Kind, Method,
@@ -21,6 +24,7 @@ use super::{Gpu, PassParams, Pipelines, Slice, kernels, row_offsets, shader};
 use crate::backend::gpu::record::Call;
 use crate::error::{Error, Result};
 use crate::format::float::{f16_to_f32, f32_to_f16};
+use crate::kv_cache::{BLOCK, KvFormat};
 use crate::layout::{Layout, Packed};
 use crate::random::Random;
 use crate::shape::MatShape;
@@ -1080,6 +1084,189 @@ pub fn embed_groups(gpu: &Gpu, table: &TernaryMatrix, token: u32) -> Result<Vec<
         run(gpu, &call, params, &[&tokens, words, scales, &out])?;
     }
     Ok(bytemuck::cast_vec(gpu.read(&out, shape.shape.k())?))
+}
+
+/// Positions of the check of attention: two blocks, the second in part; and tokens at their end.
+const POSITIONS: usize = 70;
+const ROWS: usize = 3;
+
+/// Stores fixed pseudo-random keys and values in a model's cache and attends to them in every way.
+///
+/// # Errors
+/// [`Error::SelfTest`] on the first difference.
+pub fn check_attention(gpu: &Gpu, layout: KvLayout) -> Result<()> {
+    let KvLayout { heads, format } = layout;
+    let mut random = Random::new(0x5EF0);
+    let (kv_size, query_size) = (heads.kv * heads.dim, heads.query * heads.dim);
+    let rows = [2.0, 5.0].map(|range| random.floats(POSITIONS * kv_size, range));
+    let cache = TestCache::upload(gpu, layout, [&rows[0], &rows[1]], &[1, 0], 2)?;
+    check_store(gpu, &cache, &rows)?;
+    let (mut stored, mut scales) = ([Vec::new(), Vec::new()], [Vec::new(), Vec::new()]);
+    for (part, rows) in rows.iter().enumerate() {
+        for head in rows.chunks_exact(heads.dim) {
+            let head = store_head(head, format);
+            stored[part].extend(head.values);
+            scales[part].push(head.scale);
+        }
+    }
+    let query = random.floats(ROWS * query_size, 3.0);
+    let expected: Vec<f32> = query
+        .chunks_exact(query_size)
+        .zip(POSITIONS + 1 - ROWS..)
+        .flat_map(|(query, seen)| {
+            let [keys, values] = stored.each_ref().map(|rows| &rows[..seen * kv_size]);
+            let [key, value] = scales.each_ref().map(|scales| &scales[..seen * heads.kv]);
+            let cached = Cached { keys, values, scales: Some((key, value)) };
+            cpu_ref::attention::attention(query, cached, heads)
+        })
+        .collect();
+    // What products that are fused and a division that is not exact may change of values up to 5.
+    let bound = 5.0 * (32.0 + heads.dim as f32) * f32::EPSILON;
+    for (how, tokens) in [
+        (Attend::Whole(AttendTokens::Many), ROWS),
+        (Attend::Whole(AttendTokens::One), 1),
+        (Attend::Blocks, 1),
+    ] {
+        let last = (ROWS - tokens) * query_size;
+        let found = attend(gpu, &cache, how, &query[last..], POSITIONS - tokens)?;
+        for (at, (&found, &expected)) in found.iter().zip(&expected[last..]).enumerate() {
+            let is_close = (found - expected).abs() <= bound;
+            if !is_close {
+                let problem = format!("[{at}]: expected {expected}, found {found}");
+                return Err(differs(gpu, how.kernel(), problem));
+            }
+        }
+    }
+    Ok(())
+}
+
+/// Stores what a cache was packed with on the host, and compares: codes may differ by a step, as a
+/// division that is not exact allows, and scales in their last bits.
+fn check_store(gpu: &Gpu, cache: &TestCache, rows: &[Vec<f32>; 2]) -> Result<()> {
+    let layout = cache.layout;
+    let new = [gpu.upload("keys", &rows[0])?, gpu.upload("values", &rows[1])?];
+    let lens = layout.block_words().map(|words| 2 * words);
+    let out = [gpu.storage("k", lens[0])?, gpu.storage("v", lens[1])?, gpu.storage("s", lens[2])?];
+    let buffers = [&new[0], &new[1], &cache.table, &out[0], &out[1], &out[2]];
+    let call = kernels::kv_store(KvShard::whole(layout));
+    let params = PassParams { n_tokens: POSITIONS as u32, ..PassParams::default() };
+    run(gpu, &call, params, &buffers)?;
+    // Of the second block only what was stored: the host packs zeros, with their scale.
+    let is_int8 = layout.format == KvFormat::Int8;
+    for (part, len) in lens.into_iter().enumerate().filter(|&(_, len)| len > 0) {
+        let [found, expected] = [&out[part], &cache.parts[part]].map(|slice| gpu.read(slice, len));
+        for (at, (found, expected)) in found?.into_iter().zip(expected?).enumerate() {
+            let is_close = match part {
+                2 => {
+                    let [found, expected] = [found, expected].map(f32::from_bits);
+                    found == 0.0 || (found - expected).abs() <= 4.0 * f32::EPSILON * expected
+                }
+                _ if is_int8 => {
+                    let bytes = found.to_le_bytes().into_iter().zip(expected.to_le_bytes());
+                    bytes.into_iter().all(|(a, b)| (a as i8).abs_diff(b as i8) <= 1)
+                }
+                _ => found == expected,
+            };
+            if !is_close {
+                let problem = format!("[{at}]: expected {expected:#x}, found {found:#x}");
+                return Err(differs(gpu, call.kernel.name, problem));
+            }
+        }
+    }
+    Ok(())
+}
+
+impl Attend {
+    /// The kernel that does the work.
+    fn kernel(self) -> &'static str {
+        match self {
+            Self::Whole(_) => shader::ATTENTION.name,
+            Self::Blocks => shader::ATTENTION_BLOCKS.name,
+        }
+    }
+}
+
+/// How a token's attention is computed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Attend {
+    /// `attention`, as for one token or for many.
+    Whole(AttendTokens),
+    /// `attention_blocks` and `attention_merge`; one token.
+    Blocks,
+}
+
+/// A layer's KV cache for a test: keys, values, scales, table.
+pub struct TestCache {
+    /// How it lies.
+    pub layout: KvLayout,
+    /// Keys, values and scales.
+    pub parts: [Slice; 3],
+    /// The sequence's blocks.
+    pub table: Slice,
+}
+
+impl TestCache {
+    /// Keys and values `[S, G, D]`, position `s` in block `table[s / 64]` of so many.
+    ///
+    /// # Errors
+    /// [`Error::GpuLimit`] if they do not fit.
+    pub fn upload(
+        gpu: &Gpu,
+        layout: KvLayout,
+        rows: [&[f32]; 2],
+        table: &[u32],
+        blocks: usize,
+    ) -> Result<Self> {
+        let [keys, values, scales] = pack(layout, rows, table, blocks);
+        let parts = [
+            gpu.upload("keys", &keys)?,
+            gpu.upload("values", &values)?,
+            gpu.upload("scales", &scales)?,
+        ];
+        Ok(Self { layout, parts, table: gpu.upload("table", table)? })
+    }
+
+    /// What attention reads: query, keys, values, scales, table.
+    pub fn inputs<'a>(&'a self, query: &'a Slice) -> [&'a Slice; 5] {
+        let [keys, values, scales] = &self.parts;
+        [query, keys, values, scales, &self.table]
+    }
+}
+
+/// Attention of queries `[M, H, D]` at positions from `start` on.
+///
+/// # Errors
+/// [`Error::Gpu`] if the driver refuses or fails.
+pub fn attend(
+    gpu: &Gpu,
+    cache: &TestCache,
+    how: Attend,
+    query: &[f32],
+    start: usize,
+) -> Result<Vec<f32>> {
+    let heads = cache.layout.heads;
+    let n_tokens = query.len() / (heads.query * heads.dim);
+    let params =
+        PassParams { n_tokens: n_tokens as u32, start: start as u32, ..PassParams::default() };
+    let len = query.len();
+    let (query, out) = (gpu.upload("query", query)?, gpu.storage("out", len)?);
+    let (shard, inputs) = (KvShard::whole(cache.layout), cache.inputs(&query));
+    match how {
+        Attend::Whole(tokens) => {
+            let unused = [gpu.storage("unread", 1)?, gpu.storage("unwritten", 1)?];
+            let after = [&unused[0], &out, &unused[1]];
+            let call = kernels::attention(shard, tokens, false);
+            run(gpu, &call, params, &[&inputs[..], &after].concat())?;
+        }
+        Attend::Blocks => {
+            let words = kernels::partial_words(heads) * (start / BLOCK + 1);
+            let partials = gpu.storage("partials", words)?;
+            let call = kernels::attention_blocks(shard);
+            run(gpu, &call, params, &[&inputs[..], &[&partials]].concat())?;
+            run(gpu, &kernels::attention_merge(heads), params, &[&partials, &out])?;
+        }
+    }
+    Ok(bytemuck::cast_vec(gpu.read(&out, len)?))
 }
 
 /// What `quantize_absmax.wgsl` writes.

@@ -44,7 +44,10 @@ kernels! {
     FUSED_RESIDUAL = "fused_residual",
     HEAD_NORM = "head_norm",
     ROPE = "rope",
+    KV_STORE = "kv_store",
     ATTENTION = "attention",
+    ATTENTION_BLOCKS = "attention_blocks",
+    ATTENTION_MERGE = "attention_merge",
     GATED_ACTIVATION = "gated_activation",
     RESIDUAL_ADD = "residual_add",
     LM_HEAD = "lm_head",
@@ -78,6 +81,7 @@ pub const UNCHECKED: &[Kernel] = &[
 
 /// The snippets of `shaders/shared/`.
 const SNIPPETS: &[(&str, &str)] = &[
+    ("attend_block", include_str!("../../../shaders/shared/attend_block.wgsl")),
     ("best", include_str!("../../../shaders/shared/best.wgsl")),
     ("bitlinear", include_str!("../../../shaders/shared/bitlinear.wgsl")),
     ("codes", include_str!("../../../shaders/shared/codes.wgsl")),
@@ -90,9 +94,11 @@ const SNIPPETS: &[(&str, &str)] = &[
     ("gemm_few", include_str!("../../../shaders/shared/gemm_few.wgsl")),
     ("gemm_tile", include_str!("../../../shaders/shared/gemm_tile.wgsl")),
     ("gemv_shape", include_str!("../../../shaders/shared/gemv_shape.wgsl")),
+    ("half_bits", include_str!("../../../shaders/shared/half_bits.wgsl")),
     ("half_pairs", include_str!("../../../shaders/shared/half_pairs.wgsl")),
     ("half_sum", include_str!("../../../shaders/shared/half_sum.wgsl")),
     ("i2_sum", include_str!("../../../shaders/shared/i2_sum.wgsl")),
+    ("kv_layout", include_str!("../../../shaders/shared/kv_layout.wgsl")),
     ("planes_sum", include_str!("../../../shaders/shared/planes_sum.wgsl")),
     ("ordered", include_str!("../../../shaders/shared/ordered.wgsl")),
     ("pass", include_str!("../../../shaders/shared/pass.wgsl")),

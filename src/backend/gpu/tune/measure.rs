@@ -8,13 +8,15 @@ use cpu_ref::layout::{PIECE_WORDS, TILE_ROWS, k_chunks};
 use super::super::buffer::Slice;
 use super::super::device::{AdapterKind, Gpu};
 use super::super::kernels::{
-    self, Fused, Gemm, GemmPlan, GemvPlan, LinearRows, SumInputs, gemm_encoding, gemm_inputs,
+    self, Fused, Gemm, GemmPlan, GemvPlan, KvLayout, KvShard, LinearRows, SumInputs, gemm_encoding,
+    gemm_inputs,
 };
 use super::super::readback::Staging;
 use super::super::record::{Call, Op, Parameters, PassParams, Pipelines};
 use super::super::self_test;
 use super::{GemmShape, Step, StepShape, Track};
 use crate::error::{Error, Result};
+use crate::kv_cache::KvFormat;
 use crate::layout::Layout;
 use crate::random::Random;
 use crate::shape::MatShape;
@@ -244,7 +246,7 @@ impl<'a> Bench<'a> {
             let eps = step.norm.then_some(1e-5);
             let fused = Fused { plan, k, norm: eps, tiles: (0, tiles) };
             let (call, after) = match step.step {
-                Step::Qkv => (fused.qkv(step.heads, 1), out.qkv().to_vec()),
+                Step::Qkv => (fused.qkv(cache(step)), out.qkv().to_vec()),
                 Step::GateUp => (fused.gated(step.shape.n() / 2, step.act), vec![&out.result]),
                 Step::O | Step::Down => {
                     (fused.residual(step.shape.n()), vec![&out.hidden, &out.result])
@@ -427,11 +429,12 @@ struct Outputs {
 impl Outputs {
     fn new(gpu: &Gpu, step: &StepShape) -> Result<Self> {
         let heads = step.heads;
+        let [keys, values, _] = cache(step).layout.block_words();
         Ok(Self {
             angles: gpu.storage("angles", heads.dim)?,
             query: gpu.storage("query", heads.query * heads.dim)?,
-            keys: gpu.storage("keys", heads.kv * heads.dim)?,
-            values: gpu.storage("values", heads.kv * heads.dim)?,
+            keys: gpu.storage("keys", keys)?,
+            values: gpu.storage("values", values)?,
             hidden: gpu.storage("hidden", step.shape.n())?,
             result: gpu.storage("result", step.shape.n())?,
         })
@@ -441,6 +444,11 @@ impl Outputs {
     fn qkv(&self) -> [&Slice; 4] {
         [&self.angles, &self.query, &self.keys, &self.values]
     }
+}
+
+/// A cache of one block: the format changes a few stores.
+fn cache(step: &StepShape) -> KvShard {
+    KvShard::whole(KvLayout { heads: step.heads, format: KvFormat::F32 })
 }
 
 /// Bytes of a tile: all layouts of ternary matrices have pieces of 16 bytes.
