@@ -51,7 +51,7 @@ const FIRST_DRAFT: usize = 4;
 const SHORTEST_DRAFT: usize = 1;
 /// Steps without a draft after a wrong one, twice as many after each that follows it.
 const FIRST_PAUSE: usize = 1;
-const LONGEST_PAUSE: usize = 16;
+const LONGEST_PAUSE: usize = 32;
 
 /// The last tokens of a text, `u32::MAX` before them where they are fewer.
 type Gram = [u32; LONGEST_GRAM];
@@ -304,7 +304,7 @@ mod tests {
             }
             lookup.extend(&[wrong.unwrap_or_else(|| random.below(8) as u32)]);
         }
-        assert!((50..=70).contains(&proposed), "{proposed} of {steps}");
+        assert!((30..=40).contains(&proposed), "{proposed} of {steps}");
     }
 
     #[test]
