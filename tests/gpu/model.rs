@@ -226,7 +226,8 @@ fn agrees_with_reference(
     let rounds_like_the_reference = device.adapter.name.starts_with("llvmpipe");
     let exact = rounds_like_the_reference
         && (int8_activations || source.config().activations != Activations::Float);
-    let options = LoadOptions { int8_activations, ..LoadOptions::default() };
+    // As many tokens a pass as the reference takes.
+    let options = LoadOptions { int8_activations, max_batch: 64, ..LoadOptions::default() };
     let mut gpu = transformer(device, source, variant, &options)?;
     let mut reference = Transformer::load(source, Device::Reference, &options, &mut |_| {})?;
     let prompt: Vec<u32> = (0..70).map(|i| i * 37 % 301).collect();

@@ -350,7 +350,9 @@ fn rows_and_guards(gpu: &Gpu) -> Result<(), Failed> {
         let lens = kernels::SampleLens::new(len);
         let logits = random.floats(rows * len, 4.0);
         let last = &logits[(rows - 1) * len..];
-        let seen = random_seen(&mut random, len);
+        // One row of bits a row of logits, of which the last counts.
+        let all_seen: Vec<u32> = (0..rows).flat_map(|_| random_seen(&mut random, len)).collect();
+        let seen = &all_seen[(rows - 1) * lens.seen..];
         let how = Sampling { penalty: 1.2, top_k: 7, ..PLAIN };
         let params = PassParams {
             n_logit_rows: rows as u32,
@@ -358,7 +360,7 @@ fn rows_and_guards(gpu: &Gpu) -> Result<(), Failed> {
             uniform: 0.37,
             ..pass(&how, rows)
         };
-        let (logits, seen_in) = (gpu.upload("logits", &logits)?, gpu.upload("seen", &seen)?);
+        let (logits, seen_in) = (gpu.upload("logits", &logits)?, gpu.upload("seen", &all_seen)?);
         let call = kernels::sample_blocks(len);
         let sizes = [lens.vocab, lens.block_max];
         let blocks = run_guarded(gpu, &call, params, &[&logits, &seen_in], &sizes)?;
@@ -372,12 +374,12 @@ fn rows_and_guards(gpu: &Gpu) -> Result<(), Failed> {
         let mut call = kernels::sample(len);
         // The bit may have been set: then nothing changes.
         call.weights = WeightsRead::RowOf(1);
-        let out = run_guarded(gpu, &call, params, &inputs, &[lens.seen, 5])?;
-        let expected = cpu_ref::sample::sample(last, &seen, &how, f64::from(params.uniform));
+        let out = run_guarded(gpu, &call, params, &inputs, &[rows * lens.seen, 5])?;
+        let expected = cpu_ref::sample::sample(last, seen, &how, f64::from(params.uniform));
         let token = expected.expect("the logits are finite");
         // What was in the outputs before, but for a bit and a word.
-        let mut expected_seen = vec![0xDEAD_BEEF; lens.seen];
-        expected_seen[token / 32] |= 1 << (token % 32);
+        let mut expected_seen = vec![0xDEAD_BEEF; rows * lens.seen];
+        expected_seen[(rows - 1) * lens.seen + token / 32] |= 1 << (token % 32);
         same(&format!("V {len}: seen"), &out[0], &expected_seen)?;
         let mut expected_tokens = [0xDEAD_BEEF; 5];
         expected_tokens[3] = token as u32;
