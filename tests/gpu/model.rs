@@ -371,10 +371,10 @@ impl WeightSource for RotatedModel {
 /// Bindings of 24 KiB: the table and gate and up in several shards.
 fn sharded_groups(capabilities: Capabilities) -> Result<(), Failed> {
     for bits in [1, 2] {
-        let config = ModelConfig { vocab_size: 1000, ..tiny_bonsai(bits, 64) };
+        let tiny = tiny_bonsai(bits, 64);
+        let config = ModelConfig { vocab_size: 4000, intermediate_size: 2048, ..tiny };
         let source = SyntheticModel::new(config, 5);
         for int8_activations in [false, true] {
-            // A block of 64 positions of 256 values is 16 KiB of keys.
             let options = LoadOptions {
                 context: Some(20),
                 kv: Some(KvFormat::Int8),
@@ -384,7 +384,7 @@ fn sharded_groups(capabilities: Capabilities) -> Result<(), Failed> {
             };
             let variant = Variant::BitSerial;
             let mut whole = transformer(open(capabilities)?, &source, variant, &options)?;
-            let gpu = open(capabilities)?.with_max_binding(24 << 10);
+            let gpu = open(capabilities)?.with_max_binding(64 << 10);
             let mut sharded = transformer(gpu, &source, variant, &options)?;
             let prompt: Vec<u32> = (0..9).map(|i| i * 31).collect();
             let expected = whole.feed(&prompt, Want::LastLogits)?;
@@ -628,7 +628,8 @@ fn many_logits(capabilities: Capabilities) -> Result<(), Failed> {
     let config = source.config();
     // Room for five rows of logits; a token's widest activations take less.
     let gpu = open(capabilities)?.with_max_binding(5 * 4 * config.vocab_size as u64 + 3);
-    let options = LoadOptions { context: Some(20), ..LoadOptions::default() };
+    let head = HeadChoice::Exact;
+    let options = LoadOptions { context: Some(20), head, ..LoadOptions::default() };
     let plan = Some(Variant::BitSerial.into());
     let mut backend = GpuBackend::load(&source, gpu, plan, &options, &mut |_| {})?;
     same("rows of logits", &[backend.max_logit_rows()], &[5])?;
