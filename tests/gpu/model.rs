@@ -137,6 +137,7 @@ pub fn cases(capabilities: Capabilities) -> Vec<Case> {
     add("a_cache_in_shards_gives_the_same_logits", sharded_cache);
     add("forks_share_blocks_and_go_their_own_way", forks);
     add("a_block_is_read_and_written", read_and_write_block);
+    add("snapshots_go_on_between_devices", snapshots);
     // The longest of these tests, of kernels that are the same for all capabilities.
     let heads = match capabilities {
         Capabilities::WebGpuDefault => &[HeadChoice::Int8, HeadChoice::Exact][..],
@@ -972,6 +973,42 @@ fn sharded_cache(capabilities: Capabilities) -> Result<(), Failed> {
         }
         // 5 + 5 blocks in use: room grows by half, and by four at least.
         same("bytes", &[whole.kv_bytes(), sharded.kv_bytes()], &[12 * block_bytes; 2])?;
+    }
+    Ok(())
+}
+
+/// A session that is saved on one device and restored on another goes on with the same greedy tokens.
+fn snapshots(capabilities: Capabilities) -> Result<(), Failed> {
+    let source = SyntheticModel::new(tiny_bitnet(), 9);
+    let identity = source.identity()?;
+    let directory = tempfile::tempdir()?;
+    let path = directory.path().join("session");
+    let prompt: Vec<u32> = (0..130).map(|i| i * 37 % 301).collect();
+    let take = |model: &mut Transformer, n: usize| -> Result<Vec<u32>, Error> {
+        (0..n).map(|index| model.next_token(n - index)).collect()
+    };
+    for kv in [KvFormat::F32, KvFormat::F16, KvFormat::Int8] {
+        let options = LoadOptions { kv: Some(kv), ..LoadOptions::default() };
+        let load = |is_gpu| -> Result<Transformer, Error> {
+            if is_gpu {
+                return transformer(open(capabilities)?, &source, Variant::BitSerial, &options);
+            }
+            Transformer::load(&source, Device::Cpu, &options, &mut |_| {})
+        };
+        for (from, to) in [(true, false), (false, true), (true, true)] {
+            let mut origin = load(from)?;
+            origin.prompt(&prompt)?;
+            let before = take(&mut origin, 7)?;
+            origin.save(&path, &identity)?;
+            let expected = take(&mut origin, 20)?;
+            let mut other = load(to)?;
+            let session = other.restore(&path, &identity)?;
+            let what = format!("{kv:?}, gpu {from} to gpu {to}");
+            same(&what, session.tokens(), &[prompt.clone(), before].concat())?;
+            let empty = other.switch(session)?;
+            other.close(empty)?;
+            same(&what, &take(&mut other, 20)?, &expected)?;
+        }
     }
     Ok(())
 }
