@@ -5,7 +5,7 @@ use std::path::Path;
 use std::process::Command;
 use std::time::Instant;
 
-use sterna::backend::{Device, LoadOptions, Output, Want};
+use sterna::backend::{Device, HeadChoice, LoadOptions, Output, Want};
 use sterna::{Checkpoint, Error, Transformer};
 
 /// Bytes of this process's resident memory at its highest, where the system tells.
@@ -43,16 +43,23 @@ fn bitnet_2b4t_loads_within_bounds_and_gpu_agrees_with_cpu() {
     assert!(status.success());
     let file_len = std::fs::metadata(path.join("model.safetensors")).expect("the file").len();
 
-    let cpu = load_and_decode(&path, Device::Cpu).expect("the CPU is always there");
-    println!("CPU: loaded in {:.2} s; tokens {:?}", cpu.load_seconds, cpu.token_ids);
-    assert!(cpu.load_seconds < 10.0, "{} s", cpu.load_seconds);
-    if let Some(peak) = peak_memory() {
-        let ratio = peak as f64 / file_len as f64;
-        println!("peak memory {peak} bytes, {ratio:.3} of the file");
-        assert!(ratio < 1.3, "{ratio}");
-    }
+    let on_cpu = |head, weights: u64| {
+        let cpu = load_and_decode(&path, Device::Cpu, head).expect("the CPU is always there");
+        println!("CPU, {head:?}: {:.2} s to load; tokens {:?}", cpu.load_seconds, cpu.token_ids);
+        assert!(cpu.load_seconds < 10.0, "{} s", cpu.load_seconds);
+        if let Some(peak) = peak_memory() {
+            let ratio = peak as f64 / weights as f64;
+            println!("peak memory {peak} bytes, {ratio:.3} of the weights");
+            assert!(ratio < 1.1, "{ratio}");
+        }
+        cpu
+    };
+    let exact = on_cpu(HeadChoice::Exact, file_len);
+    // A byte a code, and 16 a row.
+    let cpu = on_cpu(HeadChoice::Int8, file_len + 128_256 * (2560 + 16));
+    assert_eq!(cpu.token_ids, exact.token_ids);
 
-    match load_and_decode(&path, Device::Gpu(None)) {
+    match load_and_decode(&path, Device::Gpu(None), HeadChoice::Int8) {
         Ok(gpu) => {
             println!("{}: loaded in {:.2} s", gpu.device, gpu.load_seconds);
             assert_eq!(gpu.token_ids, cpu.token_ids, "{}", gpu.device);
@@ -72,10 +79,10 @@ struct Run {
     token_ids: Vec<u32>,
 }
 
-fn load_and_decode(path: &Path, device: Device) -> Result<Run, Error> {
+fn load_and_decode(path: &Path, device: Device, head: HeadChoice) -> Result<Run, Error> {
     let start = Instant::now();
     let checkpoint = Checkpoint::open(path)?;
-    let options = LoadOptions { context: Some(512), ..LoadOptions::default() };
+    let options = LoadOptions { context: Some(512), head, ..LoadOptions::default() };
     let mut model = Transformer::load(&checkpoint, device, &options, &mut |_| {})?;
     let load_seconds = start.elapsed().as_secs_f64();
     let token_ids = greedy(&mut model, 8);
