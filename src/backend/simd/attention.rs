@@ -15,7 +15,7 @@ use crate::error::Result;
 use crate::kv_cache::{BLOCK, HeadChunk, HeadChunkMut, KvCache, KvFormat, KvShape, Prepared};
 
 /// Positions that are scored side by side, and dimensions that are summed side by side.
-const PART: usize = 16;
+pub(super) const PART: usize = 16;
 
 /// Queries that share the loads of a block.
 const TILE: usize = 4;
@@ -134,20 +134,32 @@ fn widen_half(bits: u16) -> f32 {
     f32::from_bits(u32::from(bits & 0x8000) << 16 | unsigned)
 }
 
-/// See [`Kernels::attend_block`].
+/// [`widen_half`] of a part.
 #[inline(always)]
-pub(super) fn attend_block(queries: Queries<'_>, chunk: HeadChunk<'_>, attended: Attended<'_>) {
+pub(super) fn widen_halves(halves: &[u16; PART]) -> [f32; PART] {
+    halves.map(widen_half)
+}
+
+/// See [`Kernels::attend_block`]; `widen_halves` does what the function of that name does.
+#[inline(always)]
+pub(super) fn attend_block(
+    queries: Queries<'_>,
+    chunk: HeadChunk<'_>,
+    attended: Attended<'_>,
+    widen_halves: impl Fn(&[u16; PART]) -> [f32; PART] + Copy,
+) {
     match chunk {
         HeadChunk::F32(keys, values) => {
             let rows = Rows { keys, values, scales: None };
-            attend_rows(queries, rows, |value| value, attended);
+            attend_rows(queries, rows, |part| *part, attended);
         }
         HeadChunk::F16(keys, values) => {
-            attend_rows(queries, Rows { keys, values, scales: None }, widen_half, attended);
+            let rows = Rows { keys, values, scales: None };
+            attend_rows(queries, rows, widen_halves, attended);
         }
         HeadChunk::Int8(keys, values, key_scales, value_scales) => {
             let rows = Rows { keys, values, scales: Some((key_scales, value_scales)) };
-            attend_rows(queries, rows, |code: i8| f32::from(code), attended);
+            attend_rows(queries, rows, |codes: &[i8; PART]| codes.map(f32::from), attended);
         }
     }
 }
@@ -165,7 +177,7 @@ struct Rows<'a, T> {
 fn attend_rows<T: Copy>(
     queries: Queries<'_>,
     rows: Rows<'_, T>,
-    widen: impl Fn(T) -> f32 + Copy,
+    widen: impl Fn(&[T; PART]) -> [f32; PART] + Copy,
     mut attended: Attended<'_>,
 ) {
     let (heads, count) = (queries.heads, queries.tokens * queries.heads);
@@ -190,7 +202,7 @@ fn attend_tile<const Q: usize, T: Copy>(
     first: usize,
     len: usize,
     rows: Rows<'_, T>,
-    widen: impl Fn(T) -> f32 + Copy,
+    widen: impl Fn(&[T; PART]) -> [f32; PART] + Copy,
     attended: &mut Attended<'_>,
 ) -> usize {
     let dim = rows.keys.len() / BLOCK;
@@ -222,10 +234,7 @@ fn attend_tile<const Q: usize, T: Copy>(
     for d in (0..whole).step_by(PART) {
         let mut sums = [[0.0f32; PART]; Q];
         for (p, row) in rows.values.chunks_exact(dim).take(len).enumerate() {
-            let mut value = [0.0f32; PART];
-            for (value, &stored) in value.iter_mut().zip(&row[d..d + PART]) {
-                *value = widen(stored);
-            }
+            let value = widen(row[d..].first_chunk().expect("a part within the dimensions"));
             for t in 0..Q {
                 for i in 0..PART {
                     sums[t][i] += weights[t][p] * value[i];
@@ -243,7 +252,7 @@ fn attend_tile<const Q: usize, T: Copy>(
         for t in 0..Q {
             let mut sum = 0.0f32;
             for (row, weight) in rows.values.chunks_exact(dim).zip(weights[t]).take(len) {
-                sum += weight * widen(row[d]);
+                sum += weight * widen(&[row[d]; PART])[0];
             }
             let out = &mut attended.out[number[t] * dim + d];
             *out = *out * decay[t] + sum * growth[t];
@@ -258,7 +267,7 @@ fn score<const Q: usize, T: Copy>(
     q: [&[f32]; Q],
     len: usize,
     rows: Rows<'_, T>,
-    widen: impl Fn(T) -> f32 + Copy,
+    widen: impl Fn(&[T; PART]) -> [f32; PART] + Copy,
 ) -> [[f32; BLOCK]; Q] {
     let dim = rows.keys.len() / BLOCK;
     let inv_sqrt_dim = inv_sqrt_dim(dim);
@@ -271,10 +280,7 @@ fn score<const Q: usize, T: Copy>(
             // As many rows as the lane has dimensions.
             let mut sum = [[0.0f32; PART]; Q];
             for (d, row) in (lane..dim).step_by(DOT_LANES).zip(keys.by_ref()) {
-                let mut key = [0.0f32; PART];
-                for (key, &stored) in key.iter_mut().zip(&row.as_chunks::<PART>().0[part]) {
-                    *key = widen(stored);
-                }
+                let key = widen(&row.as_chunks::<PART>().0[part]);
                 for t in 0..Q {
                     let q = q[t][d];
                     for i in 0..PART {

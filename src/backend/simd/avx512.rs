@@ -23,6 +23,7 @@ use std::arch::x86_64::*;
 
 use cpu_ref::layout::{CHUNK_K, TILE_ROWS};
 
+use super::attention::PART;
 use super::avx2::{PREFETCH_CHUNKS, next_tile, prefetch};
 use super::head::{CODE_WORDS, LimbSums};
 use super::tables::{NibbleTables, i2_column};
@@ -297,6 +298,17 @@ fn widen_scales(scales: &GroupScales) -> [f32; TILE_ROWS] {
         let halves = unsafe { _mm256_loadu_si256(words.as_ptr().cast()) };
         store_table(_mm512_cvtph_ps(halves), out);
     }
+    wide
+}
+
+/// Halves as f32. The instruction also widens subnormal halves, which the cache does not have.
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]
+fn widen_halves(halves: &[u16; PART]) -> [f32; PART] {
+    let mut wide = [0.0; PART];
+    // SAFETY: `halves` has 32 bytes to read, and the load needs no alignment.
+    let halves = unsafe { _mm256_loadu_si256(halves.as_ptr().cast()) };
+    store_table(_mm512_cvtph_ps(halves), &mut wide);
     wide
 }
 

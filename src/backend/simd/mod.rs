@@ -675,7 +675,8 @@ macro_rules! impl_kernels {
                 fn attend_block(queries: super::Queries<'_>, chunk: super::HeadChunk<'_>,
                     attended: super::Attended<'_>) -> ()
                     where queries.heads > 0
-                    => super::attention::attend_block(queries, chunk, attended);
+                    => super::attention::attend_block(queries, chunk, attended,
+                        |halves| widen_halves(halves));
                 fn merge_block(block: (super::Softmax, &[f32]), running: &mut super::Softmax,
                     out: &mut [f32]) -> ()
                     where block.1.len() == out.len()
