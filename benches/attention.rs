@@ -7,9 +7,9 @@ use std::time::Instant;
 
 use cpu_ref::attention::Heads;
 use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
+use sterna::backend::gpu::PassParams;
 use sterna::backend::gpu::kernels::{self, KvLayout, KvShard, partial_words};
 use sterna::backend::gpu::self_test::{TestCache, check_attention};
-use sterna::backend::gpu::{PassParams, Pipelines};
 use sterna::kv_cache::{BLOCK, KvFormat};
 use sterna::random::Random;
 
@@ -20,7 +20,7 @@ const HEADS: Heads = Heads { query: 20, kv: 5, dim: 128 };
 fn attention(criterion: &mut Criterion) {
     let Some(gpu) = gpu::open() else { return };
     let uniform = gpu.params_buffer();
-    let pipelines = Pipelines::default();
+    let pipelines = gpu.pipelines();
     for format in [KvFormat::F32, KvFormat::F16, KvFormat::Int8] {
         let layout = KvLayout { heads: HEADS, format };
         check_attention(&gpu, layout).expect("attention is right on this adapter");

@@ -13,7 +13,7 @@ use criterion::{
     BenchmarkId, Criterion, SamplingMode, Throughput, criterion_group, criterion_main,
 };
 use sterna::backend::gpu::kernels::{self, SampleLens};
-use sterna::backend::gpu::{AdapterKind, PassParams, Pipelines};
+use sterna::backend::gpu::{AdapterKind, PassParams};
 use sterna::backend::{Device, LoadOptions, MAX_DRAFT, Output, Want};
 use sterna::config::ModelConfig;
 use sterna::kv_cache::KvFormat;
@@ -160,7 +160,7 @@ fn sample(criterion: &mut Criterion) {
     let (logits_in, seen_in) = (logits_in.expect("device memory"), seen_in.expect("device memory"));
     let [bits, weights] = [lens.vocab; 2].map(storage);
     let [block_max, levels, uniforms, token] = [lens.block_max, lens.levels, 1, 1].map(storage);
-    let (uniform, pipelines) = (gpu.params_buffer(), Pipelines::default());
+    let (uniform, pipelines) = (gpu.params_buffer(), gpu.pipelines());
     let op = |call, buffers: &[_]| gpu.op(&pipelines, &call, &uniform, buffers).expect("a kernel");
     let ops = [
         op(kernels::sample_blocks(vocab_size), &[&logits_in, &seen_in, &bits, &block_max]),

@@ -310,7 +310,7 @@ pub mod gpu {
 
     use sterna::backend::gpu::kernels::{Gemm, GroupMatrix, RowsOut, SumInputs, TokensPerLane};
     use sterna::backend::gpu::{
-        Capabilities, Encoding, GemmPlan, Gpu, Op, PassParams, Pipelines, Slice, Variant, kernels,
+        Capabilities, Encoding, GemmPlan, Gpu, Op, PassParams, Slice, Variant, kernels,
         row_offsets, self_test,
     };
     use sterna::layout::{Layout, Signs, group_scales};
@@ -380,7 +380,7 @@ pub mod gpu {
                     gemm.call_for(tiles, n_tokens)
                 }
             };
-            let (pipelines, uniform) = (Pipelines::default(), gpu.params_buffer());
+            let (pipelines, uniform) = (gpu.pipelines(), gpu.params_buffer());
             let ops = (0..copies).map(|_| {
                 let w = upload("w", packed.words());
                 let inputs =
@@ -430,7 +430,7 @@ pub mod gpu {
                 true => kernels::group_gemv_int8(matrix, out, tokens),
                 false => kernels::group_gemv(matrix, out, tokens, false),
             };
-            let (pipelines, uniform) = (Pipelines::default(), gpu.params_buffer());
+            let (pipelines, uniform) = (gpu.pipelines(), gpu.params_buffer());
             let ops = (0..copies).map(|_| {
                 let w = upload("w", &w);
                 let mut buffers = vec![&w, &scales, &x];

@@ -13,7 +13,7 @@ use sterna::random::Random;
 use sterna::shape::MatShape;
 use sterna::weights::{Int8Rows, Table, TableData};
 
-use crate::util::{as_f32, close, run_guarded, same};
+use crate::util::{as_f32, close, open, run_guarded, same};
 use crate::{Body, Case};
 
 pub fn cases(capabilities: Capabilities) -> Vec<Case> {
@@ -35,7 +35,7 @@ pub fn cases(capabilities: Capabilities) -> Vec<Case> {
                 // A seventh of the exact table.
                 let (v, k) = (1000, 640);
                 let bytes = v / 7 * k * format.bytes();
-                let gpu = Gpu::open(None, capabilities)?.with_max_binding(bytes as u64);
+                let gpu = open(capabilities)?.with_max_binding(bytes as u64);
                 near_rows(&gpu, format, (v, k), 2)
             }),
         );

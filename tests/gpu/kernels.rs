@@ -13,7 +13,7 @@ use sterna::backend::gpu::kernels::{
 use sterna::backend::gpu::self_test::GroupInput;
 use sterna::backend::gpu::shader::UNCHECKED;
 use sterna::backend::gpu::{
-    Call, Capabilities, Gpu, PassParams, Pipelines, Slice, WeightsRead, row_offsets, self_test,
+    Call, Capabilities, Gpu, PassParams, Slice, WeightsRead, row_offsets, self_test,
 };
 use sterna::format::float::f16_to_f32;
 use sterna::kv_cache::KvFormat;
@@ -22,7 +22,7 @@ use sterna::random::Random;
 use sterna::shape::MatShape;
 use sterna::weights::{Alphabet, Codes, Table, TableData, TernaryMatrix};
 
-use crate::util::{as_f32, as_i32, close, run_guarded, same};
+use crate::util::{as_f32, as_i32, close, open, run_guarded, same};
 use crate::{Body, Case};
 
 /// f32 machine epsilon: the relative error of one correctly rounded operation is half of it.
@@ -362,7 +362,7 @@ fn gemm_tokens(gpu: &Gpu, layout: Layout) -> Result<(), Failed> {
     let expected = cpu_ref::gemm::gemm(&w, &x, shape.k());
     let n_pad = padded_rows(shape.n());
     let case = GemmCase::new(gpu, &packed, &x, (0, n_pad / 32))?;
-    let (pipelines, uniform) = (Pipelines::default(), gpu.params_buffer());
+    let (pipelines, uniform) = (gpu.pipelines(), gpu.params_buffer());
     let untouched = 0x0BAD_F00D_u32;
     for kernel in ManyTokens::all(gpu) {
         let call = kernel.call(case.gemm);
@@ -389,7 +389,7 @@ fn gemm_tokens(gpu: &Gpu, layout: Layout) -> Result<(), Failed> {
 
 /// The largest sums, and the longest rows.
 fn gemm_extremes(gpu: &Gpu, layout: Layout) -> Result<(), Failed> {
-    let (pipelines, uniform) = (Pipelines::default(), gpu.params_buffer());
+    let (pipelines, uniform) = (gpu.pipelines(), gpu.params_buffer());
     let all = ManyTokens::all(gpu);
     for (n, k, m, turns) in [(32, 2600, 9, 1), (64, 6912, 5, 2), (32, 131_072, 2, 3)] {
         let shape = MatShape::new(n, k)?;
@@ -1745,7 +1745,7 @@ fn cached(
 
 /// The kernels that run unchecked give the same bits with every check.
 fn unchecked(gpu: &Gpu, capabilities: Capabilities, variant: Variant) -> Result<(), Failed> {
-    let checked = Gpu::open(None, capabilities)?.with_runtime_checks();
+    let checked = open(capabilities)?.with_runtime_checks();
     let all = plans(gpu, variant);
     for plan in [0, all.len() / 2, all.len() - 1].map(|at| all[at]) {
         let (found, expected) = (decode_outputs(gpu, plan)?, decode_outputs(&checked, plan)?);
@@ -1850,7 +1850,7 @@ fn short_buffer(gpu: &Gpu) -> Result<(), Failed> {
     let uniform = gpu.params_buffer();
     let made = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
         let short: Vec<_> = short.iter().collect();
-        gpu.op(&Pipelines::default(), &calls[0], &uniform, &short).is_ok()
+        gpu.op(&gpu.pipelines(), &calls[0], &uniform, &short).is_ok()
     }));
     if made.is_ok() { Err("an unchecked kernel was given short buffers".into()) } else { Ok(()) }
 }

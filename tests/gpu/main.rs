@@ -38,7 +38,7 @@ fn main() -> ExitCode {
     for (label, capabilities) in
         [("webgpu-default", Capabilities::WebGpuDefault), ("adapter", Capabilities::Adapter)]
     {
-        let gpu = Gpu::open(None, capabilities).map(Arc::new);
+        let gpu = util::open(capabilities).map(Arc::new);
         if label == "adapter" {
             match &gpu {
                 Ok(gpu) => eprintln!("adapter: {}", gpu.adapter),

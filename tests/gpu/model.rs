@@ -24,7 +24,7 @@ use crate::Case;
 use crate::formats;
 use crate::golden;
 use crate::prefill;
-use crate::util::{close, same};
+use crate::util::{close, open, same};
 
 /// Variants that every model runs on; the others differ from them only in the kernels for one token.
 const VARIANTS: [Variant; 2] = [Variant::BitSerial, Variant::PackedDot];
@@ -166,10 +166,6 @@ fn format(capabilities: Capabilities, case: &formats::Case) -> Result<(), Failed
     let mut transformer = load(capabilities, &checkpoint, Variant::PackedDot)?;
     let found = formats::answer(&mut transformer, Some(&expected.greedy))?;
     Ok(formats::judge_close(&expected, &found)?)
-}
-
-fn open(capabilities: Capabilities) -> Result<Gpu, Error> {
-    Gpu::open(None, capabilities)
 }
 
 fn load(
@@ -699,7 +695,7 @@ fn judge_time(start: Instant) -> Result<(), Failed> {
 fn lost_between_tokens(capabilities: Capabilities) -> Result<(), Failed> {
     let source = SyntheticModel::new(tiny_bitnet(), 4);
     for want in [Want::Token, Want::LastLogits, Want::AllLogits, Want::Nothing] {
-        let gpu = open(capabilities)?;
+        let gpu = Gpu::open(None, capabilities)?;
         let (adapter, kill) = (gpu.adapter.name.clone(), gpu.kill_switch());
         let options = LoadOptions::default();
         let mut model = transformer(gpu, &source, Variant::PackedDot, &options)?;
@@ -720,7 +716,7 @@ fn lost_between_tokens(capabilities: Capabilities) -> Result<(), Failed> {
 fn lost_while_computing(capabilities: Capabilities) -> Result<(), Failed> {
     let source = SyntheticModel::new(tiny_bitnet(), 5);
     for delay_ms in [1, 3, 10, 30] {
-        let gpu = open(capabilities)?;
+        let gpu = Gpu::open(None, capabilities)?;
         let (adapter, kill) = (gpu.adapter.name.clone(), gpu.kill_switch());
         let mut model = transformer(gpu, &source, Variant::BitSerial, &LoadOptions::default())?;
         model.feed(&[1], Want::Token)?;
@@ -748,7 +744,7 @@ fn lost_while_computing(capabilities: Capabilities) -> Result<(), Failed> {
 /// The adapter goes between two layers of a load.
 fn lost_while_loading(capabilities: Capabilities) -> Result<(), Failed> {
     let source = SyntheticModel::new(tiny_bitnet(), 6);
-    let gpu = open(capabilities)?;
+    let gpu = Gpu::open(None, capabilities)?;
     let (adapter, kill) = (gpu.adapter.name.clone(), gpu.kill_switch());
     let plan = Some(Variant::BitSerial.into());
     let start = Instant::now();
@@ -767,7 +763,8 @@ fn lost_while_loading(capabilities: Capabilities) -> Result<(), Failed> {
 /// logits it took), and makes no buffer, bind group or pipeline. Chosen tokens that are fed where they are need fewer passes and submits.
 fn decode_step(capabilities: Capabilities) -> Result<(), Failed> {
     let source = SyntheticModel::new(tiny_llama(), 1);
-    let gpu = open(capabilities)?;
+    // Nobody else's buffers are counted.
+    let gpu = Gpu::open(None, capabilities)?;
     let counts = gpu.resource_counts();
     let options = LoadOptions::default();
     let mut backend =

@@ -3,7 +3,7 @@
 use cpu_ref::sample::{Candidate, Sampling, candidates, draw, is_seen, total_weight};
 use libtest_mimic::Failed;
 use sterna::backend::gpu::self_test::{self, Drawn, draw_tokens};
-use sterna::backend::gpu::{Capabilities, Gpu, PassParams, Pipelines, WeightsRead, kernels};
+use sterna::backend::gpu::{Capabilities, Gpu, PassParams, WeightsRead, kernels};
 use sterna::random::Random;
 
 use crate::Case;
@@ -148,7 +148,7 @@ fn is_explained(logits: &[f32], seen: &[u32], how: &Sampling, uniform: f64, toke
 /// rare.
 fn equals_the_twin(gpu: &Gpu, seed: u64, len: usize) -> Result<(), Failed> {
     let mut random = Random::new(seed);
-    let pipelines = Pipelines::default();
+    let pipelines = gpu.pipelines();
     let (rounds, draws) = if len > 2000 { (1, 8) } else { (3, 12) };
     let (mut all, mut others) = (0, 0);
     for round in 0..rounds {
@@ -210,7 +210,7 @@ fn count_draws(gpu: &Gpu, how: &Sampling) -> Result<Vec<usize>, Failed> {
     let (logits, seen) = tested_logits();
     let mut random = Random::new(5);
     let mut counts = vec![0; logits.len()];
-    let pipelines = Pipelines::default();
+    let pipelines = gpu.pipelines();
     for _ in 0..DRAWS / DRAWS_AT_ONCE {
         let uniforms = uniforms(&mut random, DRAWS_AT_ONCE);
         let params = pass(how, DRAWS_AT_ONCE);
@@ -292,7 +292,7 @@ fn the_judge_objects(gpu: &Gpu) -> Result<(), Failed> {
 }
 
 fn broken_logits(gpu: &Gpu) -> Result<(), Failed> {
-    let pipelines = Pipelines::default();
+    let pipelines = gpu.pipelines();
     let mut random = Random::new(6);
     let token = |logits: &[f32], params: PassParams| -> Result<Drawn, Failed> {
         let seen = vec![u32::MAX; logits.len().div_ceil(32)];
@@ -321,7 +321,7 @@ fn broken_logits(gpu: &Gpu) -> Result<(), Failed> {
 /// The same random numbers give the same tokens; of each dispatch, the first token's bit is set.
 fn repeats_and_marks_seen(gpu: &Gpu) -> Result<(), Failed> {
     let mut random = Random::new(7);
-    let pipelines = Pipelines::default();
+    let pipelines = gpu.pipelines();
     for (len, how) in [(300, PLAIN), (5000, Sampling { top_p: 0.95, ..PLAIN })] {
         let logits = random.floats(len, 4.0);
         let seen = random_seen(&mut random, len);

@@ -1,7 +1,27 @@
 //! Guarded outputs and comparisons that say what differs.
 
+use std::sync::OnceLock;
+
 use libtest_mimic::Failed;
-use sterna::backend::gpu::{Call, Gpu, PassParams, Slice, WeightsRead, self_test};
+use sterna::Error;
+use sterna::backend::gpu::{Call, Capabilities, Gpu, PassParams, Slice, WeightsRead, self_test};
+
+/// The device that the tests share, so that each pipeline is compiled once.
+pub fn open(capabilities: Capabilities) -> Result<Gpu, Error> {
+    static WEBGPU_DEFAULT: OnceLock<Gpu> = OnceLock::new();
+    static ADAPTER: OnceLock<Gpu> = OnceLock::new();
+    let device = match capabilities {
+        Capabilities::WebGpuDefault => &WEBGPU_DEFAULT,
+        Capabilities::Adapter => &ADAPTER,
+    };
+    match device.get() {
+        Some(gpu) => Ok(gpu.share()),
+        None => {
+            let gpu = Gpu::open(None, capabilities)?;
+            Ok(device.get_or_init(|| gpu).share())
+        }
+    }
+}
 
 /// Words before and after an output: a multiple of every adapter's offset alignment.
 const GUARD_WORDS: usize = 64;

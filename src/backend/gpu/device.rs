@@ -4,7 +4,7 @@ use std::collections::VecDeque;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
-use super::record::{Specialised, Work};
+use super::record::{Pipelines, Specialised, Work};
 use crate::error::{Error, Result};
 
 /// An adapter as wgpu reports it.
@@ -145,6 +145,7 @@ pub struct Gpu {
     pub(super) work: Work,
     /// What was submitted and not waited for yet.
     pub(super) pending: Mutex<VecDeque<wgpu::SubmissionIndex>>,
+    pub(super) pipelines: Pipelines,
     /// Kernels with their constants, one for each pipeline that was made.
     pub(super) compiled: Mutex<Vec<Specialised>>,
     /// The first error that no call returned: validation outside a scope, or a lost device.
@@ -283,9 +284,33 @@ impl Gpu {
             stand_in: None,
             work: Work::default(),
             pending: Mutex::default(),
+            pipelines: Pipelines::default(),
             compiled: Mutex::default(),
             failure,
         })
+    }
+
+    /// The same device for another model: kernels that both need are compiled once.
+    pub fn share(&self) -> Self {
+        Self {
+            adapter: self.adapter.clone(),
+            capabilities: self.capabilities,
+            device: self.device.clone(),
+            queue: self.queue.clone(),
+            max_binding: self.max_binding,
+            checked: self.checked,
+            stand_in: self.stand_in.clone(),
+            work: Work::default(),
+            pending: Mutex::default(),
+            pipelines: self.pipelines.clone(),
+            compiled: Mutex::default(),
+            failure: Arc::clone(&self.failure),
+        }
+    }
+
+    /// The pipelines made so far.
+    pub fn pipelines(&self) -> Pipelines {
+        self.pipelines.clone()
     }
 
     /// The error of this device for a failed operation.

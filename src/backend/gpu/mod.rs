@@ -292,7 +292,7 @@ impl GpuBackend {
         let buffers = Buffers::new(&gpu, &config, max_batch, max_logit_rows)?;
         let mut builder = Builder {
             gpu: &gpu,
-            pipelines: Pipelines::default(),
+            pipelines: gpu.pipelines(),
             config: &config,
             max_batch,
             int8,

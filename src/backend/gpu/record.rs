@@ -10,8 +10,8 @@ use crate::error::{Error, Result};
 use crate::kv_cache::BLOCK;
 use crate::sampler::{Sampler, Sampling};
 
-/// What distinguishes pipelines: source, constants.
-type PipelineKey = (Kernel, Vec<(&'static str, u64)>);
+/// What distinguishes pipelines: source, whether it is checked at run time, constants.
+type PipelineKey = (Kernel, bool, Vec<(&'static str, u64)>);
 
 /// A compiled pipeline with the layout of its bind group, and what that was reflected from.
 #[derive(Clone)]
@@ -21,10 +21,10 @@ struct Pipeline {
     bindings: Arc<[Binding]>,
 }
 
-/// Compiles each pipeline once.
-#[derive(Default)]
+/// The pipelines of a device: each is compiled once.
+#[derive(Clone, Default)]
 pub struct Pipelines {
-    made: Mutex<HashMap<PipelineKey, Pipeline>>,
+    made: Arc<Mutex<HashMap<PipelineKey, Pipeline>>>,
 }
 
 /// A kernel with its constants and grid: what `kernels.rs` returns.
@@ -468,7 +468,7 @@ impl Gpu {
     fn pipeline(&self, pipelines: &Pipelines, call: &Call) -> Result<Pipeline> {
         let constants: Vec<_> =
             call.constants.iter().map(|&(name, value)| (name, value.to_bits())).collect();
-        let key = (call.kernel, constants);
+        let key = (call.kernel, self.is_checked(call.kernel), constants);
         let lock = || pipelines.made.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(pipeline) = lock().get(&key) {
             return Ok(pipeline.clone());
@@ -476,6 +476,11 @@ impl Gpu {
         let pipeline = self.compile(call)?;
         lock().insert(key, pipeline.clone());
         Ok(pipeline)
+    }
+
+    /// Whether the kernel is compiled with checks at run time.
+    fn is_checked(&self, kernel: Kernel) -> bool {
+        self.checked || !UNCHECKED.contains(&kernel)
     }
 
     fn compile(&self, call: &Call) -> Result<Pipeline> {
@@ -508,7 +513,7 @@ impl Gpu {
             bind_group_layouts: &[Some(&layout)],
             immediate_size: 0,
         });
-        let is_checked = self.checked || !UNCHECKED.contains(&call.kernel);
+        let is_checked = self.is_checked(call.kernel);
         let module = match is_checked {
             true => self.device.create_shader_module(source_of(call.kernel)),
             false => self.unchecked_module(call.kernel),

@@ -447,7 +447,7 @@ impl<'a> Heads<'a> {
         let on_gpu = GpuTable::upload(gpu, "lm_head", table)?;
         let int8 = Int8Head::upload(gpu, "int8 lm_head", table)?.expect("a float table");
         let storage = |len_words| gpu.storage("head", len_words);
-        let (pipelines, uniform) = (Pipelines::default(), gpu.params_buffer());
+        let (pipelines, uniform) = (gpu.pipelines(), gpu.params_buffer());
         let rows = |len_words: usize| storage(LOGIT_ROWS * len_words);
         let (hidden, normed, seen) = (rows(k)?, rows(k)?, rows(v.div_ceil(32))?);
         let logits = [rows(v)?, rows(v)?];
@@ -709,7 +709,7 @@ const DRAWS: usize = 8;
 /// [`Error::SelfTest`] on the first difference.
 pub fn check_sample(gpu: &Gpu) -> Result<()> {
     let mut random = Random::new(0x5EED);
-    let pipelines = Pipelines::default();
+    let pipelines = gpu.pipelines();
     let mut logits = random.floats(1500, 6.0);
     // Ties.
     logits.iter_mut().for_each(|logit| *logit = (*logit * 4.0).round() / 4.0);
@@ -922,7 +922,7 @@ fn half_pair(word: usize) -> (usize, i32) {
 /// [`Error::Gpu`] if the driver refuses or fails.
 pub fn run(gpu: &Gpu, call: &Call, params: PassParams, buffers: &[&Slice]) -> Result<()> {
     let uniform = gpu.params_buffer();
-    let op = gpu.op(&Pipelines::default(), call, &uniform, buffers)?;
+    let op = gpu.op(&gpu.pipelines(), call, &uniform, buffers)?;
     gpu.run_all(&uniform, params, [&op])
 }
 

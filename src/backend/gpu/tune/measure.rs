@@ -88,7 +88,7 @@ impl<'a> Bench<'a> {
         Ok(Self {
             gpu,
             start,
-            pipelines: Pipelines::default(),
+            pipelines: gpu.pipelines(),
             uniform,
             params,
             gemm_uniform: gpu.params_buffer(),
