@@ -6,7 +6,9 @@ use std::path::Path;
 use std::time::Instant;
 
 use crate::backend::{self, Backend, Batch, Device, DeviceInfo, HeadWork, LoadOptions};
-use crate::backend::{MAX_DRAFT, OnProgress, Output, PartTime, Profiling, Tap, Tokens, Traffic, Want};
+use crate::backend::{
+    MAX_DRAFT, OnProgress, Output, PartTime, Profiling, Tap, Tokens, Traffic, Want,
+};
 use crate::config::ModelConfig;
 use crate::error::{Error, Result};
 use crate::kv_cache::{KvFormat, KvShape};

@@ -18,6 +18,7 @@ use sterna::tensor_names::{LINEARS, norms};
 use sterna::weights::WeightSource;
 
 use super::progress::Bar;
+use super::subject::STORY;
 use super::{FileArguments, open, print, print_json, say};
 
 /// Show what a model's files hold, and the memory that running it takes
@@ -155,14 +156,6 @@ impl SparsityReport {
         }
     }
 }
-
-/// What a model is asked to read for `--sparsity`.
-const STORY: &str = "\
-Once upon a time, there was a little girl who lived near a wide river. Every morning she walked to the \
-bridge and looked at the boats. One day, an old man with a blue hat asked her for help. His small boat \
-had a hole, and he was sad. \"Do not worry,\" said the girl. \"My mother has a hammer and some wood.\" \
-They worked until the sun went down, and then the boat was as good as new. The man smiled and gave her \
-a shell that he had found far away by the sea. From that day on, they were friends.";
 
 fn measure_sparsity(checkpoint: &Checkpoint, text: Option<&Path>) -> Result<Sparsity> {
     let text = match text {

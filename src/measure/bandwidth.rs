@@ -5,7 +5,8 @@ use std::time::{Duration, Instant};
 
 use serde::{Deserialize, Serialize};
 
-use crate::backend::gpu::{AdapterKind, Gpu, tune};
+use crate::backend::gpu::{AdapterKind, Capabilities, Gpu, tune};
+use crate::backend::{Device, LoadOptions, resolve_auto, simd};
 use crate::error::{Error, Result};
 
 /// Bytes that are read again and again: more than caches hold.
@@ -24,6 +25,19 @@ pub struct Bandwidth {
 }
 
 impl Bandwidth {
+    /// Of what a model on this device reads its weights from.
+    ///
+    /// # Errors
+    /// If the device is not there, or fails.
+    pub fn of(device: Device, options: &LoadOptions) -> Result<Self> {
+        match device {
+            Device::Auto => Self::of(resolve_auto(), options),
+            Device::Gpu(index) => Self::of_gpu(&Gpu::open(index, Capabilities::Adapter)?),
+            Device::Cpu => Self::of_cpu(simd::threads(options)),
+            Device::Reference => Self::of_cpu(1),
+        }
+    }
+
     /// Of reading memory with so many threads.
     ///
     /// # Errors

@@ -1,8 +1,8 @@
 //! The meters of a device, and what a window's joules are by its tokens.
 
+use super::Spread;
 use super::compare::Placement;
 use super::report::{EnergyReport, MeterReport, PhaseEnergy, PhaseKind, WindowReport};
-use super::Spread;
 use crate::backend::gpu::AdapterKind;
 use crate::energy::{MeterInfo, Workload, choose};
 

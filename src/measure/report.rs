@@ -327,7 +327,12 @@ impl Report {
             let (found, expected) = (device.token_ms.quantiles.len(), Latencies::STEPS + 1);
             if found != expected {
                 let expected = format!("{expected} values");
-                return Err(problem(file, &key("token_ms.quantiles"), &expected, found.to_string()));
+                return Err(problem(
+                    file,
+                    &key("token_ms.quantiles"),
+                    &expected,
+                    found.to_string(),
+                ));
             }
             for (name, spread) in device.spreads() {
                 let all = [spread.min, spread.median, spread.max];

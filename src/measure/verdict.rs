@@ -1,7 +1,7 @@
 //! What a comparison means, in words.
 
-use super::report::DeviceReport;
 use super::Spread;
+use super::report::DeviceReport;
 
 /// The first device against each of the others; one sentence each.
 pub(super) fn verdicts(devices: &[DeviceReport]) -> Vec<String> {
@@ -64,7 +64,9 @@ fn first_answer(base: &DeviceReport, other: &DeviceReport) -> String {
         return format!("{sooner} is done first with a reply of any length");
     }
     match (1.0 + head_start / gain).ceil() {
-        tokens if tokens <= 2.0 => format!("{later} is done first with all but the shortest replies"),
+        tokens if tokens <= 2.0 => {
+            format!("{later} is done first with all but the shortest replies")
+        }
         tokens => format!("for replies under {tokens:.0} tokens {sooner} is done first"),
     }
 }

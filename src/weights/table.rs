@@ -87,7 +87,9 @@ impl Table {
             TableData::Codes(Codes { codes, scale, min, .. }) => {
                 codes.len() + size_of_val(scale.as_slice()) + size_of_val(min.as_slice())
             }
-            TableData::Groups(matrix) => self.shape.len() / 4 + 2 * matrix.groups() * self.shape.n(),
+            TableData::Groups(matrix) => {
+                self.shape.len() / 4 + 2 * matrix.groups() * self.shape.n()
+            }
         }) as u64
     }
 

@@ -413,7 +413,7 @@ impl SimdBackend {
         let capacity = options.capacity(&config)?;
         let precision = options.activations(&config)?;
         let max_batch = options.host_batch();
-        let pool = Pool::new(options.threads.unwrap_or_else(default_threads))?;
+        let pool = Pool::new(threads(options))?;
         // The largest tensors first, while there is little beside their pages.
         let embedding = Head::pack(source.embedding()?)?;
         let lm_head = source.lm_head()?.map(Head::pack).transpose()?;
@@ -493,7 +493,8 @@ impl SimdBackend {
 impl Layer {
     /// Bytes of matrices, their scales and norms.
     fn bytes(&self) -> u64 {
-        let linears: u64 = self.linears().into_iter().flat_map(Linears::runs).map(Matrix::bytes).sum();
+        let linears: u64 =
+            self.linears().into_iter().flat_map(Linears::runs).map(Matrix::bytes).sum();
         let norms = [&self.q_norm, &self.k_norm, &self.attn_sub_norm, &self.ffn_sub_norm];
         let norms = norms.into_iter().flatten();
         let norms = norms.chain([&self.input_layernorm, &self.post_attention_layernorm]);
@@ -514,7 +515,8 @@ impl SimdBackend {
             (Some(int8), Want::Token | Want::Tokens) => int8.bytes(),
             _ => table.bytes(),
         };
-        let norm = if *want == Want::Nothing { 0 } else { size_of_val(&self.final_norm[..]) as u64 };
+        let norm =
+            if *want == Want::Nothing { 0 } else { size_of_val(&self.final_norm[..]) as u64 };
         let positions = start + tokens.len();
         let cache = (positions * self.cache.shape().position_bytes()) as u64;
         Traffic { weights: layers + embedded + head + norm, cache }
@@ -831,8 +833,12 @@ fn gemv_name(layers: &[Layer]) -> String {
 /// # Errors
 /// If the environment asks for a level that this machine does not run.
 pub fn description(options: &LoadOptions) -> Result<String> {
-    let threads = options.threads.unwrap_or_else(default_threads);
-    Ok(describe(Level::detect()?, threads))
+    Ok(describe(Level::detect()?, threads(options)))
+}
+
+/// Threads that these options choose on this machine.
+pub fn threads(options: &LoadOptions) -> usize {
+    options.threads.unwrap_or_else(default_threads)
 }
 
 fn describe(level: Level, threads: usize) -> String {
