@@ -10,6 +10,8 @@ use plotters::prelude::*;
 
 /// Width and height; a page scales it, and three of them stand side by side on a wide screen.
 const SIZE: (u32, u32) = (440, 300);
+/// Of labels; the library's unit is a little less than a pixel.
+const TEXT_SIZE: u32 = 15;
 /// Colours of series that a page defines as `--s0` to `--s7`.
 pub(super) const PALETTE: usize = 8;
 
@@ -182,15 +184,15 @@ fn draw_lines(
     let root = SVGBackend::with_string(svg, SIZE).into_drawing_area();
     let mut chart = ChartBuilder::on(&root)
         .margin(8)
-        .x_label_area_size(38)
-        .y_label_area_size(54)
+        .x_label_area_size(44)
+        .y_label_area_size(62)
         .build_cartesian_2d(x.clone(), y.clone())?;
     let (bottom, top) = (y.range.start, y.range.end);
     chart.draw_series(bands.iter().map(|band| {
         let corners = [(x.at(band.from), bottom), (x.at(band.to), top)];
         Rectangle::new(corners, series_color(band.color).mix(0.14).filled())
     }))?;
-    let text = ("sans-serif", 12).into_font().color(&TEXT);
+    let text = ("sans-serif", TEXT_SIZE).into_font().color(&TEXT);
     chart
         .configure_mesh()
         .x_labels(7)
@@ -251,10 +253,10 @@ fn draw_bars(
     let root = SVGBackend::with_string(svg, SIZE).into_drawing_area();
     let mut chart = ChartBuilder::on(&root)
         .margin(8)
-        .x_label_area_size(38)
-        .y_label_area_size(54)
+        .x_label_area_size(44)
+        .y_label_area_size(62)
         .build_cartesian_2d(x.clone(), y.clone())?;
-    let text = ("sans-serif", 12).into_font().color(&TEXT);
+    let text = ("sans-serif", TEXT_SIZE).into_font().color(&TEXT);
     chart
         .configure_mesh()
         .disable_x_mesh()

@@ -335,11 +335,12 @@ fn text(report: &Report) -> Result<String> {
     }
     writeln!(text, "{}", aligned(&rows))?;
     for device in devices {
-        match (&device.energy, &device.energy_problem) {
-            (Some(energy), _) => writeln!(text, "{}: energy of {}", device.name, energy.domain)?,
-            (None, Some(problem)) => writeln!(text, "{}: {problem}", device.name)?,
-            (None, None) => {}
+        if let Some(energy) = &device.energy {
+            writeln!(text, "{}: energy of {}", device.name, energy.domain)?;
         }
+    }
+    for (names, problem) in html::energy_problems(devices) {
+        writeln!(text, "{names}: {problem}")?;
     }
     match report.same_tokens {
         Some(true) => writeln!(text, "all devices wrote the same tokens")?,

@@ -109,6 +109,19 @@ fn escape(text: impl Display) -> String {
     escaped
 }
 
+/// Why devices have no energy, each reason once, after their names.
+pub(super) fn energy_problems(devices: &[DeviceReport]) -> Vec<(String, &str)> {
+    let mut problems: Vec<(String, &str)> = Vec::new();
+    for device in devices.iter().filter(|device| device.energy.is_none()) {
+        let problem = device.energy_problem.as_deref().unwrap_or("not measured");
+        match problems.iter_mut().find(|(_, other)| *other == problem) {
+            Some((names, _)) => *names += &format!(", {}", device.name),
+            None => problems.push((device.name.clone(), problem)),
+        }
+    }
+    problems
+}
+
 fn write_verdicts(out: &mut String, reports: &[Report]) -> Result<()> {
     writeln!(out, "<section><h2>In short</h2><ul class=\"verdicts\">")?;
     for (index, report) in reports.iter().enumerate() {
@@ -124,10 +137,9 @@ fn write_verdicts(out: &mut String, reports: &[Report]) -> Result<()> {
             )?,
             None => {}
         }
-        for device in report.devices.iter().filter(|device| device.energy.is_none()) {
-            let problem = device.energy_problem.as_deref().unwrap_or("not measured");
-            let name = escape(&device.name);
-            writeln!(out, "<li class=\"minor\">{letter}{name}: {}</li>", escape(problem))?;
+        for (names, problem) in energy_problems(&report.devices) {
+            let (names, problem) = (escape(names), escape(problem));
+            writeln!(out, "<li class=\"minor\">{letter}{names}: {problem}</li>")?;
         }
     }
     writeln!(out, "</ul></section>")?;
@@ -235,7 +247,10 @@ fn write_charts(out: &mut String, reports: &[Report], all: &[Series<'_>]) -> Res
 }
 
 fn write_latencies(out: &mut String, all: &[Series<'_>]) -> Result<()> {
-    let values = all.iter().flat_map(|series| &series.device.token_ms.quantiles).copied();
+    /// Of tokens that come together, all but the first take no time that a reader would notice.
+    const SHORTEST: f64 = 0.01;
+    let values = all.iter().flat_map(|series| &series.device.token_ms.quantiles);
+    let values = values.map(|ms| ms.max(SHORTEST));
     let axes = (
         Axis::log("milliseconds from token to token", values),
         Axis::linear("% of tokens that took no longer", [100.0].into_iter()),
