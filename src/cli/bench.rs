@@ -12,7 +12,7 @@ use sterna::backend::gpu::{Capabilities, GemvPlan, Variant};
 use sterna::backend::{Device, LoadOptions, resolve_auto, simd};
 use sterna::measure::bandwidth::Bandwidth;
 use sterna::measure::bench::{BenchOptions, Profile, TestResult, bench, profile};
-use sterna::measure::machine::{Machine, peak_bytes};
+use sterna::measure::machine::{Machine, MemoryMark};
 use sterna::measure::{Event, MemoryReport, ModelReport};
 use sterna::session::snapshot::format_name;
 use sterna::synthetic::{self, Shapes};
@@ -192,7 +192,8 @@ fn measure(
     load: &LoadOptions,
     options: &BenchOptions,
 ) -> Result<Report> {
-    let bandwidth = bandwidth(device, load);
+    let bandwidth = bandwidth(device, load)?;
+    let mark = MemoryMark::set();
     let mut bar = Bar::load();
     let source = subject.weights.as_ref();
     let mut transformer = Transformer::load(source, device, load, &mut |at| bar.layers(at))?;
@@ -231,7 +232,7 @@ fn measure(
         kv: format_name(transformer.kv_format()),
         threads: simd::threads(load),
         load_seconds,
-        memory: MemoryReport { host_bytes: peak_bytes(), device_bytes: transformer.device_bytes() },
+        memory: MemoryReport { host_bytes: mark.peak(), device_bytes: transformer.device_bytes() },
         bandwidth,
         tests,
         profile,
@@ -303,8 +304,8 @@ fn head(report: &Report) -> Result<String> {
     writeln!(text, "{}: {device} ({description}), {kernel}, {head}, KV cache {kv}", model.name)?;
     write!(text, "loaded in {load_seconds:.2} s")?;
     match memory.host_bytes {
-        Some(bytes) => write!(text, "; memory at most {}", megabytes(bytes))?,
-        None => write!(text, "; the most memory is not known on this system")?,
+        Some(bytes) => write!(text, "; took {} of memory at most", megabytes(bytes))?,
+        None => write!(text, "; what memory it took is not known on this system")?,
     }
     if let Some(bytes) = memory.device_bytes {
         write!(text, "; buffers of the device {}", megabytes(bytes))?;

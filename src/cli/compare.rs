@@ -84,15 +84,15 @@ pub(super) struct Arguments {
     rounds: usize,
 
     /// Length of a window [default: what the meters ask for; 3 without one]
-    #[arg(long, value_name = "SECONDS", value_parser = seconds)]
+    #[arg(long, value_name = "SECONDS", allow_negative_numbers = true, value_parser = seconds)]
     window: Option<Duration>,
 
     /// How long each device works before anything counts [default: 10 with a meter, else 2]
-    #[arg(long, value_name = "SECONDS", value_parser = seconds)]
+    #[arg(long, value_name = "SECONDS", allow_negative_numbers = true, value_parser = seconds)]
     warm_up: Option<Duration>,
 
     /// Length of the idle baselines before and after [default: 10 with a meter, else 0]
-    #[arg(long, value_name = "SECONDS", value_parser = seconds)]
+    #[arg(long, value_name = "SECONDS", allow_negative_numbers = true, value_parser = seconds)]
     idle: Option<Duration>,
 
     /// Write a page with tables and charts to FILE, and its data beside it, as FILE.json
@@ -254,7 +254,7 @@ fn open(
     load: &LoadOptions,
     options: &CompareOptions,
 ) -> Result<Loaded> {
-    let bandwidth = bandwidth(device, load);
+    let bandwidth = bandwidth(device, load)?;
     let mut bar = Bar::load();
     let (source, text) = (subject.weights.as_ref(), subject.text.as_slice());
     let loaded = Loaded::load(source, device, load, (text, options), &mut |at| bar.layers(at))?;

@@ -1,5 +1,6 @@
 //! A report as one page: no script, no network, light and dark, narrow and wide.
 
+use std::collections::BTreeSet;
 use std::fmt::{Display, Write};
 
 use anyhow::{Context, Result};
@@ -171,7 +172,9 @@ const ROWS: [Row; 13] = [
     ("Energy of a reply's token, gross", "J", |d| {
         reply(d, |e| Some(spread(&e.gross_joules_per_token)))
     }),
-    ("net of idle", "J", |d| reply(d, |e| e.net_joules_per_token.as_ref().map(spread))),
+    ("Energy of a reply's token, net of idle", "J", |d| {
+        reply(d, |e| e.net_joules_per_token.as_ref().map(spread))
+    }),
     ("Tokens of a reply per joule", "", |d| reply(d, |e| Some(number(e.tokens_per_joule)))),
     ("Energy of a prompt's token, gross", "J", |d| {
         Some(spread(&d.energy.as_ref()?.prompt.gross_joules_per_token))
@@ -384,7 +387,11 @@ fn write_power(out: &mut String, letter: &str, report: &Report, first: usize) ->
     for (index, trace) in report.power.iter().enumerate() {
         let domain = report.meters.get(trace.meter).map_or("", |meter| &meter.domain);
         let color = color(index);
-        write!(meters, " <i style=\"background:var(--s{color})\"></i>{}", escape(domain))?;
+        write!(
+            meters,
+            " <span class=\"name\"><i style=\"background:var(--s{color})\"></i>{}</span>",
+            escape(domain)
+        )?;
     }
     let caption =
         format!("{}Power over time; shaded: which device worked. {meters}", escape(letter));
@@ -502,7 +509,7 @@ fn write_method(out: &mut String, letter: &str, report: &Report) -> Result<()> {
     if let Some(missing) = &report.no_meters {
         item("Not there", missing.clone())?;
     }
-    let problems = report.windows.iter().flat_map(|window| &window.problems);
+    let problems: BTreeSet<_> = report.windows.iter().flat_map(|window| &window.problems).collect();
     for problem in problems {
         item("Problem", problem.clone())?;
     }

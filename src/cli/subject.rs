@@ -3,6 +3,7 @@
 use std::path::Path;
 
 use anyhow::{Context, Result};
+use sterna::Error;
 use sterna::backend::gpu::{AdapterKind, adapters};
 use sterna::backend::{Device, LoadOptions};
 use sterna::generate::Model;
@@ -113,8 +114,15 @@ fn random_text(vocab_size: usize) -> Vec<u32> {
     (0..RANDOM_TOKENS).map(|_| (random.bits() % vocab_size as u64) as u32).collect()
 }
 
-/// What the device's memory gives; what goes wrong is no reason not to measure the rest.
-pub(super) fn bandwidth(device: Device, options: &LoadOptions) -> Option<Bandwidth> {
-    let measured = Bandwidth::of(device, options);
-    measured.inspect_err(|error| say(&format!("bandwidth not measured: {error}"))).ok()
+/// What the device's memory gives; what goes wrong is no reason not to measure the rest, unless the
+/// device is not there.
+pub(super) fn bandwidth(device: Device, options: &LoadOptions) -> Result<Option<Bandwidth>> {
+    match Bandwidth::of(device, options) {
+        Ok(bandwidth) => Ok(Some(bandwidth)),
+        Err(error @ Error::NoAdapter { .. }) => Err(error.into()),
+        Err(error) => {
+            say(&format!("bandwidth not measured: {error}"));
+            Ok(None)
+        }
+    }
 }

@@ -118,13 +118,7 @@ fn status(key: &str) -> Option<u64> {
     kib.checked_mul(1024)
 }
 
-/// The most memory that this process has had at once: its resident set, with what it shows of mapped
-/// files; `None` where the system does not say (only Linux does).
-pub fn peak_bytes() -> Option<u64> {
-    status("VmHWM")
-}
-
-/// How the process's memory grows from here.
+/// How the process's memory grows from here: its resident set, with what it has touched of mapped files.
 #[derive(Debug, Clone, Copy)]
 pub struct MemoryMark(Option<u64>);
 
@@ -135,9 +129,10 @@ impl MemoryMark {
         Self(status("VmRSS").filter(|_| is_reset))
     }
 
-    /// The most that the process has had since then, less what it had; `None` where it is not known.
+    /// The most that the process has had since then, less what it had; `None` where the system does not
+    /// say (only Linux does).
     pub fn peak(self) -> Option<u64> {
-        Some(peak_bytes()?.saturating_sub(self.0?))
+        Some(status("VmHWM")?.saturating_sub(self.0?))
     }
 }
 

@@ -306,6 +306,9 @@ impl Report {
             true => Ok(()),
             false => Err(problem(file, &key, &format!("less than {count}"), index.to_string())),
         };
+        if self.devices.is_empty() {
+            return Err(problem(file, "devices", "one or more", "none".to_owned()));
+        }
         for (at, window) in self.windows.iter().enumerate() {
             if let Some(device) = window.device {
                 below(format!("windows[{at}].device"), device, self.devices.len())?;

@@ -53,8 +53,9 @@ fn a_bench_times_every_test_and_counts_its_tokens() {
     })
     .unwrap();
     assert_eq!(stages, ["pp11", "tg6", "pp11 @ 9", "tg6 @ 9"]);
-    // One run of each does not count; of a reply the first token is fed alone. Depth is filled once.
-    assert_eq!((fed, made), (2 * 4 * 11 + 2 * 4 + 9, 2 * 4 * 6));
+    // One run of each does not count; of a reply the first token is fed alone. Depth is filled once,
+    // and the token before it is there already.
+    assert_eq!((fed, made), (2 * 4 * 11 + 2 * 4 + 8, 2 * 4 * 6));
     for result in &results {
         assert_eq!(result.seconds.values.len(), 3);
         let speeds = result.seconds.values.iter().map(|seconds| result.tokens as f64 / seconds);
@@ -107,9 +108,22 @@ fn other_tokens_are_said_to_be_others() {
 /// The bytes that a pass is counted to read are those that `inspect` shows.
 #[test]
 fn bytes_are_those_of_the_weights() {
-    for config in
-        [tiny_bitnet(), tiny_llama(), tiny_normed(), tiny_bonsai(2, 128), tiny_bonsai(1, 128)]
-    {
+    // Rows in whole tiles: what is packed together has no other padding than what is packed alone.
+    let whole = |config| ModelConfig { vocab_size: 320, ..config };
+    let square = |config| ModelConfig {
+        hidden_size: 128,
+        intermediate_size: 256,
+        num_attention_heads: 4,
+        head_dim: 32,
+        ..whole(config)
+    };
+    for config in [
+        square(tiny_bitnet()),
+        square(tiny_llama()),
+        square(tiny_normed()),
+        whole(tiny_bonsai(2, 128)),
+        whole(tiny_bonsai(1, 128)),
+    ] {
         let memory = MemorySummary::synthetic(&config);
         let options = LoadOptions { head: HeadChoice::Exact, ..LoadOptions::default() };
         let mut model = load(config.clone(), Device::Cpu, &options);
@@ -265,7 +279,9 @@ fn known_joules_are_the_joules_per_token() {
     let all: f64 = report.windows.iter().map(|window| window.joules[0].unwrap()).sum();
     let expected = 3.0 * (6.0 * 0.002 + 9.0 * reply);
     assert!((all - expected).abs() < 1e-9, "{all}");
-    assert!(report.windows.iter().all(|window| window.problems.is_empty()));
+    // Nothing but that they are shorter than the meter would have them.
+    let problems: Vec<_> = report.windows.iter().flat_map(|window| &window.problems).collect();
+    assert!(problems.iter().all(|problem| problem.contains("are short")), "{problems:?}");
 }
 
 /// An idle machine's power is taken off for as long as a window lasted.
@@ -370,8 +386,8 @@ fn reports_are_what_the_schema_says() {
         *report.pointer_mut(path).unwrap() = wrong;
         assert!(!validator().is_valid(&report), "{path}");
         let error = Report::from_json("r.json", report.to_string().as_bytes());
-        // Times and empty lists are for the schema only.
-        assert_eq!(error.is_err(), !["/made", "/devices"].contains(&path), "{path}");
+        // Dates are for the schema only.
+        assert_eq!(error.is_err(), path != "/made", "{path}");
     }
     let mut report = with_energy;
     report["extra"] = json!(1);
