@@ -5,7 +5,7 @@ use std::fs;
 use std::ops::ControlFlow;
 use std::path::Path;
 use std::rc::Rc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
 use sterna::backend::{Device, HeadChoice, LoadOptions};
@@ -70,6 +70,31 @@ fn a_bench_times_every_test_and_counts_its_tokens() {
     let error =
         bench(&mut model, &TEXT, &bench_options(), &mut |_| ControlFlow::Break(())).unwrap_err();
     assert!(matches!(error, Error::Cancelled));
+}
+
+/// What a stopwatch beside the runs shows: what is not timed is the first token of each reply.
+#[test]
+fn speeds_are_those_of_a_stopwatch() {
+    const TOKENS: usize = 120;
+    let mut model = load(tiny_bitnet(), Device::Cpu, &LoadOptions::default());
+    let options =
+        BenchOptions { prompts: vec![], replies: vec![TOKENS], depths: vec![0], repetitions: 8 };
+    let mut seen = Vec::new();
+    let results = bench(&mut model, &TEXT, &options, &mut |event| {
+        if event == Event::Token {
+            seen.push(Instant::now());
+        }
+        ControlFlow::Continue(())
+    })
+    .unwrap();
+    assert_eq!(seen.len(), 9 * TOKENS);
+    // From the end of the run that does not count to the end of the last.
+    let stopwatch = (seen[9 * TOKENS - 1] - seen[TOKENS - 1]).as_secs_f64();
+    let timed: f64 = results[0].seconds.values.iter().sum();
+    assert!((0.95..=1.0).contains(&(timed / stopwatch)), "{timed} s of {stopwatch} s");
+    let mean = 8.0 * TOKENS as f64 / stopwatch;
+    let speed = &results[0].tokens_per_second;
+    assert!(speed.min * 0.95 <= mean && mean <= speed.max, "{mean}: {speed:?}");
 }
 
 /// Measuring leaves a text as it is without: the tokens are those of a plain greedy run.
