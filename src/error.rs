@@ -666,6 +666,32 @@ pub enum Error {
         /// What is wrong with it.
         problem: String,
     },
+    /// A model does not fit the memory that is free.
+    #[error(
+        "{model}: needs {:.1} GB of memory, found {:.1} GB free; take a smaller model, or a shorter context",
+        *needed as f64 / 1e9,
+        *available as f64 / 1e9
+    )]
+    ModelMemory {
+        /// The model.
+        model: String,
+        /// Bytes it takes.
+        needed: u64,
+        /// Bytes that are free.
+        available: u64,
+    },
+    /// A report holds something else than it should.
+    #[error("{file}: {key}: expected {expected}, found {found}")]
+    Report {
+        /// The file.
+        file: String,
+        /// Where in it.
+        key: String,
+        /// What would do.
+        expected: String,
+        /// What is there.
+        found: String,
+    },
     /// Two meters count some of the same joules.
     #[error("{first} and {second} overlap; their energies cannot be added")]
     MetersOverlap {

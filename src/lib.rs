@@ -28,6 +28,8 @@ pub mod generate;
 pub mod hub;
 pub mod kv_cache;
 pub mod layout;
+#[cfg(feature = "measure")]
+pub mod measure;
 pub mod model;
 pub mod random;
 pub mod sampler;

@@ -3,9 +3,12 @@
 use std::collections::VecDeque;
 use std::ops::ControlFlow;
 use std::path::Path;
+use std::time::Instant;
 
 use crate::backend::{self, Backend, Batch, Device, DeviceInfo, HeadWork, LoadOptions};
-use crate::backend::{MAX_DRAFT, OnProgress, Output, Tap, Tokens, Want};
+use crate::backend::{
+    MAX_DRAFT, OnProgress, Output, PartTime, Profiling, Tap, Tokens, Traffic, Want,
+};
 use crate::config::ModelConfig;
 use crate::error::{Error, Result};
 use crate::kv_cache::{KvFormat, KvShape};
@@ -27,6 +30,8 @@ pub struct Transformer {
     checked: VecDeque<u32>,
     /// Whether the session's last token is the last one that the backend chose and handed out.
     is_chosen: bool,
+    /// Times of the steps, while they are measured.
+    steps: Option<Vec<PartTime>>,
 }
 
 /// Sees the result of every step: which step, which layer (0 for `embed`), and its values.
@@ -54,7 +59,8 @@ impl Transformer {
     pub fn new(config: ModelConfig, mut backend: Box<dyn Backend>) -> Self {
         let session = Session::new(Owner::next(), backend.sequences().open());
         let checked = VecDeque::with_capacity(MAX_DRAFT + 1);
-        Self { config, backend, session, fed: 0, untaken: 0, checked, is_chosen: false }
+        let (untaken, is_chosen, steps) = (0, false, None);
+        Self { config, backend, session, fed: 0, untaken, checked, is_chosen, steps }
     }
 
     /// The model's dimensions.
@@ -85,6 +91,34 @@ impl Transformer {
     /// Bytes that the KV cache has allocated, for all sessions.
     pub fn kv_bytes(&self) -> u64 {
         self.backend.kv_bytes()
+    }
+
+    /// What passes have read since the model was loaded; `None` where nobody counts.
+    pub fn traffic(&self) -> Option<Traffic> {
+        self.backend.traffic()
+    }
+
+    /// Bytes on a device of its own; `None` where there is none, or where it is not known.
+    pub fn device_bytes(&self) -> Option<u64> {
+        self.backend.device_bytes()
+    }
+
+    /// Times kernels or steps from now on, as the device can; see [`Backend::start_profile`].
+    pub fn start_profile(&mut self) -> Profiling {
+        let profiling = self.backend.start_profile();
+        self.steps = (profiling == Profiling::Steps).then(Vec::new);
+        profiling
+    }
+
+    /// The times since [`Transformer::start_profile`], in the order of a pass.
+    ///
+    /// # Errors
+    /// If the device fails.
+    pub fn end_profile(&mut self) -> Result<Vec<PartTime>> {
+        match self.steps.take() {
+            Some(steps) => Ok(steps),
+            None => self.backend.end_profile(),
+        }
     }
 
     /// Tokens of the current session in the KV cache; a chosen token counts when the one after it has
@@ -442,27 +476,45 @@ impl Transformer {
             Some(tap) => backend.read(step).map(|values| tap(step, layer, &values)),
             None => Ok(()),
         };
+        let times = &mut self.steps;
         backend.begin(batch)?;
-        backend.embed()?;
+        timed(times, "embed", || backend.embed())?;
         show(backend, Tap::Hidden, 0)?;
         for layer in 0..self.config.num_hidden_layers {
-            backend.qkv(layer)?;
+            timed(times, "qkv", || backend.qkv(layer))?;
             show(backend, Tap::Query, layer)?;
-            backend.attend(layer)?;
+            timed(times, "attend", || backend.attend(layer))?;
             show(backend, Tap::Attended, layer)?;
-            backend.project_out(layer)?;
+            timed(times, "project_out", || backend.project_out(layer))?;
             show(backend, Tap::Hidden, layer)?;
-            backend.gate_up(layer)?;
+            timed(times, "gate_up", || backend.gate_up(layer))?;
             show(backend, Tap::Gated, layer)?;
-            backend.down(layer)?;
+            timed(times, "down", || backend.down(layer))?;
             show(backend, Tap::Hidden, layer)?;
         }
         if batch.want != Want::Nothing {
-            backend.head()?;
+            timed(times, "head", || backend.head())?;
         }
         if matches!(batch.want, Want::Token | Want::Tokens) {
-            backend.choose()?;
+            timed(times, "choose", || backend.choose())?;
         }
         backend.finish()
     }
+}
+
+/// Runs a step, on the clock if there is one.
+fn timed(
+    times: &mut Option<Vec<PartTime>>,
+    name: &'static str,
+    step: impl FnOnce() -> Result<()>,
+) -> Result<()> {
+    let Some(times) = times else { return step() };
+    let start = Instant::now();
+    step()?;
+    let time = start.elapsed();
+    match times.iter_mut().find(|part| part.name == name) {
+        Some(part) => (part.calls, part.time) = (part.calls + 1, part.time + time),
+        None => times.push(PartTime { name, calls: 1, time }),
+    }
+    Ok(())
 }

@@ -5,6 +5,8 @@ pub mod gpu;
 pub mod reference;
 pub mod simd;
 
+use std::time::Duration;
+
 use crate::config::{Activations, ModelConfig};
 use crate::error::{Error, Result};
 use crate::kv_cache::{Blocks, KvFormat, SequenceId};
@@ -193,6 +195,31 @@ pub trait Backend: Send {
         None
     }
 
+    /// What passes have read since the model was loaded; `None` where nobody counts.
+    fn traffic(&self) -> Option<Traffic> {
+        None
+    }
+
+    /// Bytes that it has allocated on a device of its own; `None` where there is none, or where the
+    /// driver's interface does not say.
+    fn device_bytes(&self) -> Option<u64> {
+        None
+    }
+
+    /// Times every kernel from now on, each in a pass of its own, which is slower in all. Whoever runs
+    /// its steps at once leaves that to the caller.
+    fn start_profile(&mut self) -> Profiling {
+        Profiling::Steps
+    }
+
+    /// The times since [`Backend::start_profile`]; nothing is timed after it.
+    ///
+    /// # Errors
+    /// If the device fails.
+    fn end_profile(&mut self) -> Result<Vec<PartTime>> {
+        Ok(Vec::new())
+    }
+
     /// How tokens are chosen from now on; the greedy sampler is the first. Tokens that were chosen
     /// and not taken are forgotten.
     ///
@@ -271,6 +298,45 @@ pub trait Backend: Send {
     /// # Errors
     /// If the device fails.
     fn read(&mut self, tap: Tap) -> Result<Vec<f32>>;
+}
+
+/// Bytes that forward passes have read, each counted once a pass.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Traffic {
+    /// Of the weights: matrices, scales, norms, the rows of the head and those that were looked up.
+    pub weights: u64,
+    /// Of the KV cache.
+    pub cache: u64,
+}
+
+impl Traffic {
+    /// What was read since `earlier`.
+    #[must_use]
+    pub fn since(self, earlier: Self) -> Self {
+        Self { weights: self.weights - earlier.weights, cache: self.cache - earlier.cache }
+    }
+}
+
+/// What of a pass can be timed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Profiling {
+    /// Kernels, by the device's own clock.
+    Kernels,
+    /// Steps, by the host's clock: they run at once.
+    Steps,
+    /// Nothing: the device has no clock that can be read.
+    Nothing,
+}
+
+/// The time that a part of a pass took.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct PartTime {
+    /// The kernel, or the step.
+    pub name: &'static str,
+    /// How often it ran.
+    pub calls: u64,
+    /// In all.
+    pub time: Duration,
 }
 
 /// How a model is to be loaded.
@@ -567,7 +633,8 @@ mod tests {
 
     fn adapter(index: usize, kind: AdapterKind, api: &str) -> AdapterDescription {
         let (name, driver) = ("a".to_owned(), "d".to_owned());
-        AdapterDescription { index, name, kind, api: api.to_owned(), driver, vendor: 0 }
+        let (api, pci) = (api.to_owned(), String::new());
+        AdapterDescription { index, name, kind, api, driver, vendor: 0, pci }
     }
 
     #[test]

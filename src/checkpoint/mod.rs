@@ -69,6 +69,31 @@ pub struct MemorySummary {
     pub norms: u64,
 }
 
+impl MemorySummary {
+    /// Of a model of random weights ([`crate::synthetic::SyntheticModel`]): tables are bf16, or packed
+    /// like the rest.
+    pub fn synthetic(config: &ModelConfig) -> Self {
+        let layers = config.num_hidden_layers as u64;
+        let words = |(n, k): (usize, usize)| match config.weight_form {
+            WeightForm::Mlx { bits, group } => packed_words(bits, Some(group), n, k),
+            _ => packed_words(2, None, n, k),
+        };
+        let of_layer: u64 = LINEARS.iter().map(|linear| words((linear.shape)(config))).sum();
+        let norms: u64 = norms(config).map(|norm| (norm.len)(config) as u64).sum();
+        let shape = (config.vocab_size, config.hidden_size);
+        let embedding = match config.weight_form {
+            WeightForm::Mlx { .. } => 4 * words(shape),
+            _ => 2 * (shape.0 * shape.1) as u64,
+        };
+        Self {
+            ternary: 4 * layers * of_layer,
+            embedding,
+            lm_head: if config.tie_word_embeddings { 0 } else { embedding },
+            norms: 4 * (layers * norms + config.hidden_size as u64),
+        }
+    }
+}
+
 impl Checkpoint {
     /// Opens a directory with `config.json` and `model.safetensors`, or
     /// `model.safetensors.index.json` and its shards; or a GGUF file, or any part of a split one, or
@@ -146,26 +171,17 @@ impl Checkpoint {
     /// What the model takes in memory once it is loaded.
     pub fn memory(&self) -> MemorySummary {
         let config = &self.config;
-        let layers = config.num_hidden_layers as u64;
         let naming = self.naming();
-        let words = |(n, k): (usize, usize)| match config.weight_form {
-            WeightForm::Mlx { bits, group } => packed_words(bits, Some(group), n, k),
-            _ => packed_words(2, None, n, k),
-        };
+        let shapes = MemorySummary::synthetic(config);
         let ternary: u64 = match self.is_ggml() {
             true => (0..config.num_hidden_layers)
                 .flat_map(|layer| LINEARS.map(|linear| linear.weight(naming, layer)))
                 .map(|name| self.ggml_packed_bytes(&name))
                 .sum(),
-            false => {
-                let of_layer: u64 =
-                    LINEARS.iter().map(|linear| words((linear.shape)(config))).sum();
-                4 * layers * of_layer
-            }
+            false => shapes.ternary,
         };
-        let norms: u64 = norms(config).map(|norm| (norm.len)(config) as u64).sum();
         let table = |name| match config.weight_form {
-            WeightForm::Mlx { .. } => 4 * words((config.vocab_size, config.hidden_size)),
+            WeightForm::Mlx { .. } => shapes.embedding,
             WeightForm::Ggml => self.ggml_packed_bytes(name),
             _ => self.files.info(name).map_or(0, |info| info.len_bytes),
         };
@@ -173,7 +189,7 @@ impl Checkpoint {
             ternary,
             embedding: table(naming.embedding()),
             lm_head: if config.tie_word_embeddings { 0 } else { table(naming.lm_head()) },
-            norms: 4 * (layers * norms + config.hidden_size as u64),
+            norms: shapes.norms,
         }
     }
 

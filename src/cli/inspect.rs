@@ -5,6 +5,7 @@ use std::fmt::Write;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
+use clap::builder::PossibleValuesParser;
 use serde::Serialize;
 use sterna::Checkpoint;
 use sterna::Transformer;
@@ -14,10 +15,12 @@ use sterna::generate::Model;
 use sterna::kv_cache::{BLOCK, KvShape};
 use sterna::session::snapshot::format_name;
 use sterna::sparsity::{LayerZeros, Sparsity};
+use sterna::synthetic::{self, published};
 use sterna::tensor_names::{LINEARS, norms};
-use sterna::weights::WeightSource;
+use sterna::weights::{MemorySummary, WeightSource};
 
 use super::progress::Bar;
+use super::subject::STORY;
 use super::{FileArguments, open, print, print_json, say};
 
 /// Show what a model's files hold, and the memory that running it takes
@@ -32,6 +35,16 @@ pub(super) struct Arguments {
 
     #[command(flatten)]
     files: FileArguments,
+
+    /// The shapes of a published model in the place of a model, as bench and compare fill them with
+    /// random weights
+    #[arg(
+        long,
+        value_name = "NAME",
+        conflicts_with_all = ["model", "sparsity"],
+        value_parser = PossibleValuesParser::new(synthetic::NAMES)
+    )]
+    synthetic: Option<String>,
 
     /// Run a text through the model, and count the zeros that its MLPs multiply
     ///
@@ -100,6 +113,11 @@ struct Tensor {
 }
 
 pub(super) fn run(arguments: &Arguments) -> Result<()> {
+    if let Some(name) = &arguments.synthetic {
+        let config = published(name).context("a name from the list")?;
+        let report = shapes(name, &config, MemorySummary::synthetic(&config))?;
+        return if arguments.json { print_json(&report) } else { print(&text(&report)?) };
+    }
     let checkpoint = open(arguments.model.as_deref(), arguments.files)?;
     if arguments.sparsity {
         let sparsity = measure_sparsity(&checkpoint, arguments.text.as_deref())?;
@@ -156,14 +174,6 @@ impl SparsityReport {
     }
 }
 
-/// What a model is asked to read for `--sparsity`.
-const STORY: &str = "\
-Once upon a time, there was a little girl who lived near a wide river. Every morning she walked to the \
-bridge and looked at the boats. One day, an old man with a blue hat asked her for help. His small boat \
-had a hole, and he was sad. \"Do not worry,\" said the girl. \"My mother has a hammer and some wood.\" \
-They worked until the sun went down, and then the boat was as good as new. The man smiled and gave her \
-a shell that he had found far away by the sea. From that day on, they were friends.";
-
 fn measure_sparsity(checkpoint: &Checkpoint, text: Option<&Path>) -> Result<Sparsity> {
     let text = match text {
         Some(path) => std::fs::read_to_string(path).with_context(|| path.display().to_string())?,
@@ -211,8 +221,18 @@ fn report(checkpoint: &Checkpoint) -> Result<Report> {
         shape: info.shape.clone(),
         bytes: info.len_bytes,
     };
+    let report = shapes(checkpoint.files().label(), config, checkpoint.memory())?;
     Ok(Report {
-        model: checkpoint.files().label().to_owned(),
+        unused_tensors: checkpoint.unused_tensors().to_vec(),
+        tensors: checkpoint.files().infos().map(tensor).collect(),
+        ..report
+    })
+}
+
+/// A report without tensors.
+fn shapes(name: &str, config: &ModelConfig, summary: MemorySummary) -> Result<Report> {
+    Ok(Report {
+        model: name.to_owned(),
         architecture: format!("{:?}", config.architecture),
         weights: match config.weight_form {
             WeightForm::PackedMultiply => "packed ternary, scale multiplies",
@@ -229,9 +249,9 @@ fn report(checkpoint: &Checkpoint) -> Result<Report> {
         },
         config: dimensions(config),
         parameters: parameters(config),
-        memory: memory(checkpoint)?,
-        unused_tensors: checkpoint.unused_tensors().to_vec(),
-        tensors: checkpoint.files().infos().map(tensor).collect(),
+        memory: memory(config, summary)?,
+        unused_tensors: Vec::new(),
+        tensors: Vec::new(),
     })
 }
 
@@ -270,11 +290,10 @@ fn parameters(config: &ModelConfig) -> u64 {
     tables * vocab * hidden + layers * (matrices + norms + linear_norms) + hidden
 }
 
-fn memory(checkpoint: &Checkpoint) -> Result<Memory> {
-    let summary = checkpoint.memory();
+fn memory(config: &ModelConfig, summary: MemorySummary) -> Result<Memory> {
     let options = LoadOptions::default();
-    let context = options.capacity(checkpoint.config())?;
-    let kv = KvShape::new(checkpoint.config(), options.kv_format(checkpoint.config())?);
+    let context = options.capacity(config)?;
+    let kv = KvShape::new(config, options.kv_format(config)?);
     let kv_cache_bytes = (context.div_ceil(BLOCK) * kv.block_bytes()) as u64;
     Ok(Memory {
         ternary_bytes: summary.ternary,
@@ -327,6 +346,9 @@ fn text(report: &Report) -> Result<String> {
         writeln!(out, "  {part:34} {:>12}", mebibytes(bytes))?;
     }
 
+    if report.tensors.is_empty() {
+        return Ok(text);
+    }
     writeln!(out, "\nIn the files")?;
     let mut by_dtype = BTreeMap::<&str, (usize, u64)>::new();
     for tensor in &report.tensors {

@@ -1,13 +1,18 @@
 //! The commands of the program. Only this module and `main.rs` print.
 
 mod bench;
+mod charts;
+mod compare;
 mod convert;
 mod devices;
+mod dry_run;
+mod html;
 mod inspect;
 mod logits;
 mod progress;
 mod pull;
 mod run;
+mod subject;
 mod tune;
 mod verify;
 
@@ -42,6 +47,7 @@ Examples:
 enum Command {
     Run(run::Arguments),
     Bench(bench::Arguments),
+    Compare(compare::Arguments),
     Convert(convert::Arguments),
     Devices(devices::Arguments),
     Inspect(inspect::Arguments),
@@ -56,6 +62,7 @@ pub(crate) fn run(arguments: Arguments) -> Result<()> {
     match arguments.command {
         Command::Run(arguments) => run::run(arguments),
         Command::Bench(arguments) => bench::run(&arguments),
+        Command::Compare(arguments) => compare::run(&arguments),
         Command::Convert(arguments) => convert::run(&arguments),
         Command::Devices(arguments) => devices::run(&arguments),
         Command::Inspect(arguments) => inspect::run(&arguments),
@@ -102,6 +109,13 @@ struct ModelArguments {
     #[arg(long, value_name = "DEVICE", default_value = "auto")]
     device: Device,
 
+    #[command(flatten)]
+    load: LoadArguments,
+}
+
+/// How a model is loaded.
+#[derive(Args)]
+struct LoadArguments {
     /// CPU threads [default: one per physical core]
     #[arg(long, value_name = "N", value_parser = at_least_one)]
     threads: Option<usize>,
@@ -248,6 +262,12 @@ impl ModelArguments {
     }
 
     fn load_options(&self, context: Option<usize>) -> LoadOptions {
+        self.load.options(context)
+    }
+}
+
+impl LoadArguments {
+    fn options(&self, context: Option<usize>) -> LoadOptions {
         let int8_activations = self.activations == ActivationChoice::Int8;
         let head = match self.head {
             HeadKind::Int8 => HeadChoice::Int8,

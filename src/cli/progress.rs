@@ -76,6 +76,26 @@ impl Bar {
     }
 }
 
+/// Says what is going on, on standard error if that is a terminal; disappears when dropped.
+pub(super) struct Stage(ProgressBar);
+
+impl Stage {
+    pub(super) fn new() -> Self {
+        Self(ProgressBar::new_spinner())
+    }
+
+    pub(super) fn show(&self, what: &str) {
+        self.0.set_message(what.to_owned());
+        self.0.tick();
+    }
+}
+
+impl Drop for Stage {
+    fn drop(&mut self) {
+        self.0.finish_and_clear();
+    }
+}
+
 impl Drop for Bar {
     fn drop(&mut self) {
         if let Some(bar) = &self.bar {

@@ -79,6 +79,20 @@ impl Table {
         self.shape
     }
 
+    /// Bytes of the elements as they are held; of a ternary one, as two bits and a scale for each group.
+    pub(crate) fn bytes(&self) -> u64 {
+        (match &self.data {
+            TableData::Bf16(bits) | TableData::F16(bits) => size_of_val(bits.as_slice()),
+            TableData::F32(values) => size_of_val(values.as_slice()),
+            TableData::Codes(Codes { codes, scale, min, .. }) => {
+                codes.len() + size_of_val(scale.as_slice()) + size_of_val(min.as_slice())
+            }
+            TableData::Groups(matrix) => {
+                self.shape.len() / 4 + 2 * matrix.groups() * self.shape.n()
+            }
+        }) as u64
+    }
+
     /// The elements `[N, K]`.
     pub fn data(&self) -> &TableData {
         &self.data

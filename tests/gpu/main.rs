@@ -12,6 +12,8 @@ mod formats;
 mod golden;
 mod head;
 mod kernels;
+#[cfg(feature = "measure")]
+mod measure;
 mod model;
 #[path = "../common/prefill.rs"]
 mod prefill;
@@ -48,6 +50,8 @@ fn main() -> ExitCode {
         let cases = kernels::cases(capabilities).into_iter().chain(head::cases(capabilities));
         let cases = cases.chain(sample::cases(capabilities)).chain(tune::cases());
         let cases = cases.chain(model::cases(capabilities)).chain(attention::cases());
+        #[cfg(feature = "measure")]
+        let cases = cases.chain(measure::cases(capabilities));
         trials.extend(cases.map(|(name, case)| {
             let name = format!("{label}::{name}");
             match &gpu {

@@ -196,7 +196,6 @@ mod program {
     #[test]
     fn wrong_usage_exits_with_2() {
         for (arguments, part) in [
-            ("bench", "--dry-run"),
             ("bench --dry-run --device cpu", "--device gpu"),
             ("bench --dry-run --device gpu:0", "--device gpu"),
             ("bench --dry-run --synthetic gpt-2", "gpt-2"),

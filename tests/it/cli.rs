@@ -78,7 +78,9 @@ fn run_in(directory: &Path) -> Command {
 #[test]
 fn help_teaches() {
     let text = stdout(sterna("--help"));
-    for command in ["run", "bench", "devices", "inspect", "pull", "logits", "tune", "verify"] {
+    for command in
+        ["run", "bench", "compare", "devices", "inspect", "pull", "logits", "tune", "verify"]
+    {
         assert!(text.contains(command), "{text}");
         let help = stdout(sterna(&format!("{command} --help")));
         assert!(help.contains("Usage: sterna"), "{help}");

@@ -25,6 +25,8 @@ mod hub;
 #[cfg(feature = "cli")]
 mod hub_server;
 mod kv_cache;
+#[cfg(feature = "cli")]
+mod measure;
 mod model;
 #[path = "../common/prefill.rs"]
 #[allow(dead_code, reason = "what a GPU may be off by is for other tests")]

@@ -1,9 +1,10 @@
 //! Adapters: listing them, choosing one, opening a device.
 
 use std::collections::VecDeque;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
+use super::profile::Profile;
 use super::record::{Pipelines, Specialised, Work};
 use crate::error::{Error, Result};
 
@@ -22,6 +23,8 @@ pub struct AdapterDescription {
     pub driver: String,
     /// The vendor's PCI number; 0 where the API does not say.
     pub vendor: u32,
+    /// Its PCI address, as `0000:65:00.0`; empty where the API does not say.
+    pub pci: String,
 }
 
 /// Kinds of adapters, best first.
@@ -105,6 +108,7 @@ fn describe(index: usize, info: &wgpu::AdapterInfo) -> AdapterDescription {
         api: info.backend.to_string(),
         driver,
         vendor: info.vendor,
+        pci: info.device_pci_bus_id.clone(),
     }
 }
 
@@ -143,6 +147,8 @@ pub struct Gpu {
     /// On a dry device, the buffer that is bound in the place of all weights.
     pub(super) stand_in: Option<wgpu::Buffer>,
     pub(super) work: Work,
+    /// Where kernels are timed one by one, while they are.
+    profile: Mutex<Option<Profile>>,
     /// What was submitted and not waited for yet.
     pub(super) pending: Mutex<VecDeque<wgpu::SubmissionIndex>>,
     pub(super) pipelines: Pipelines,
@@ -216,6 +222,7 @@ impl Gpu {
             index: 0,
             name: "dry".to_owned(),
             vendor: 0,
+            pci: String::new(),
             kind: AdapterKind::Other,
             api: "noop".to_owned(),
             driver: "computes nothing".to_owned(),
@@ -283,6 +290,7 @@ impl Gpu {
             checked: false,
             stand_in: None,
             work: Work::default(),
+            profile: Mutex::default(),
             pending: Mutex::default(),
             pipelines: Pipelines::default(),
             compiled: Mutex::default(),
@@ -301,6 +309,7 @@ impl Gpu {
             checked: self.checked,
             stand_in: self.stand_in.clone(),
             work: Work::default(),
+            profile: Mutex::default(),
             pending: Mutex::default(),
             pipelines: self.pipelines.clone(),
             compiled: Mutex::default(),
@@ -405,6 +414,17 @@ impl Gpu {
     /// Whether passes can be timed on the device itself.
     pub(crate) fn has_timestamps(&self) -> bool {
         self.device.features().contains(wgpu::Features::TIMESTAMP_QUERY)
+    }
+
+    /// Where kernels are timed one by one, while they are.
+    pub(super) fn profile(&self) -> MutexGuard<'_, Option<Profile>> {
+        self.profile.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Bytes of all buffers; `None` where wgpu does not count them.
+    pub(super) fn buffer_bytes(&self) -> Option<u64> {
+        let bytes = self.device.get_internal_counters().hal.buffer_memory.read();
+        u64::try_from(bytes).ok().filter(|&bytes| bytes > 0)
     }
 
     /// Most lanes of a workgroup.

@@ -13,6 +13,7 @@ mod head;
 pub mod kernels;
 mod matrix;
 mod pace;
+mod profile;
 mod readback;
 mod record;
 pub mod self_test;
@@ -33,8 +34,8 @@ use std::slice::from_ref;
 use std::time::Instant;
 
 use super::{
-    Backend, Batch, DeviceInfo, HeadChoice, HeadWork, LoadOptions, OnProgress, Output, Progress,
-    Tap, Tokens, Want,
+    Backend, Batch, DeviceInfo, HeadChoice, HeadWork, LoadOptions, OnProgress, Output, PartTime,
+    Profiling, Progress, Tap, Tokens, Traffic, Want,
 };
 use crate::config::{Activations, ModelConfig};
 use crate::error::{Error, Result};
@@ -1350,6 +1351,23 @@ impl Backend for GpuBackend {
 
     fn head_work(&self) -> Option<HeadWork> {
         self.int8_head.as_ref().map(|_| self.head_work)
+    }
+
+    fn traffic(&self) -> Option<Traffic> {
+        let WorkDone { weight_bytes, cache_bytes, .. } = self.gpu.work_done();
+        Some(Traffic { weights: weight_bytes, cache: cache_bytes })
+    }
+
+    fn device_bytes(&self) -> Option<u64> {
+        self.gpu.buffer_bytes()
+    }
+
+    fn start_profile(&mut self) -> Profiling {
+        if self.gpu.start_profile() { Profiling::Kernels } else { Profiling::Nothing }
+    }
+
+    fn end_profile(&mut self) -> Result<Vec<PartTime>> {
+        self.gpu.end_profile()
     }
 
     fn lead(&self) -> usize {

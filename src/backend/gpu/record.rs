@@ -219,6 +219,7 @@ impl PassParams {
 /// A dispatch that is ready to be recorded.
 #[derive(Clone)]
 pub struct Op {
+    kernel: &'static str,
     pipeline: wgpu::ComputePipeline,
     bind_group: wgpu::BindGroup,
     x: u32,
@@ -285,14 +286,20 @@ impl Op {
 
 /// An open command encoder with its one compute pass.
 pub(super) struct Recording {
-    pass: wgpu::ComputePass<'static>,
+    /// `None` while one pass gives way to the next.
+    pass: Option<wgpu::ComputePass<'static>>,
     encoder: wgpu::CommandEncoder,
 }
 
 impl Recording {
     /// Records a dispatch.
     pub(super) fn dispatch(&mut self, gpu: &Gpu, op: &Op, parameters: &Parameters) {
-        op.record(&mut self.pass, parameters);
+        if let Some(profile) = &mut *gpu.profile() {
+            let writes = profile.next(gpu, op.kernel);
+            self.pass = None;
+            self.pass = Some(begin_pass(&mut self.encoder, Some(writes)));
+        }
+        op.record(self.pass.as_mut().expect("there is one between calls"), parameters);
         gpu.work.add(op.traffic.of(op.y, &parameters.values));
     }
 
@@ -313,11 +320,25 @@ impl Recording {
         gpu: &Gpu,
         copies: impl FnOnce(&mut wgpu::CommandEncoder),
     ) -> wgpu::SubmissionIndex {
-        let index = gpu.queue.submit([self.finish(copies)]);
+        let commands = self.finish(|encoder| {
+            copies(encoder);
+            if let Some(profile) = &mut *gpu.profile() {
+                profile.resolve(gpu, encoder);
+            }
+        });
+        let index = gpu.queue.submit([commands]);
         gpu.work.add(WorkDone { submits: 1, ..WorkDone::default() });
         gpu.submitted(index.clone());
         index
     }
+}
+
+fn begin_pass(
+    encoder: &mut wgpu::CommandEncoder,
+    timestamp_writes: Option<wgpu::ComputePassTimestampWrites<'_>>,
+) -> wgpu::ComputePass<'static> {
+    let descriptor = wgpu::ComputePassDescriptor { label: None, timestamp_writes };
+    encoder.begin_compute_pass(&descriptor).forget_lifetime()
 }
 
 fn source_of(kernel: Kernel) -> wgpu::ShaderModuleDescriptor<'static> {
@@ -451,7 +472,7 @@ impl Gpu {
             entries: &entries,
         });
         self.pop(scope, call.kernel.name)?;
-        Ok(Op { pipeline, bind_group, x: call.x, y: call.y, traffic })
+        Ok(Op { kernel: call.kernel.name, pipeline, bind_group, x: call.x, y: call.y, traffic })
     }
 
     fn pop(&self, scope: wgpu::ErrorScopeGuard, kernel: &str) -> Result<()> {
@@ -580,8 +601,7 @@ impl Gpu {
         timestamp_writes: Option<wgpu::ComputePassTimestampWrites<'_>>,
     ) -> Recording {
         let mut encoder = self.device.create_command_encoder(&Default::default());
-        let descriptor = wgpu::ComputePassDescriptor { label: None, timestamp_writes };
-        let pass = encoder.begin_compute_pass(&descriptor).forget_lifetime();
+        let pass = Some(begin_pass(&mut encoder, timestamp_writes));
         self.work.add(WorkDone { passes: 1, ..WorkDone::default() });
         Recording { pass, encoder }
     }

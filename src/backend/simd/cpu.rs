@@ -12,7 +12,7 @@ use super::{Activations, CHUNK_WORDS, Kernels, Level, TokenScale, attention};
 use crate::backend::choices::Choices;
 use crate::backend::{
     Backend, Batch, DeviceInfo, HeadChoice, HeadWork, LoadOptions, MAX_DRAFT, OnProgress, Output,
-    Progress, Tap, Tokens, Want,
+    Progress, Tap, Tokens, Traffic, Want,
 };
 use crate::config::{Activations as Precision, ModelConfig};
 use crate::error::{Error, Result};
@@ -44,6 +44,7 @@ pub struct SimdBackend {
     choices: Choices,
     /// A row of logits of several, `[V]`.
     row: Vec<f32>,
+    traffic: Traffic,
 }
 
 struct Layer {
@@ -412,7 +413,7 @@ impl SimdBackend {
         let capacity = options.capacity(&config)?;
         let precision = options.activations(&config)?;
         let max_batch = options.host_batch();
-        let pool = Pool::new(options.threads.unwrap_or_else(default_threads))?;
+        let pool = Pool::new(threads(options))?;
         // The largest tensors first, while there is little beside their pages.
         let embedding = Head::pack(source.embedding()?)?;
         let lm_head = source.lm_head()?.map(Head::pack).transpose()?;
@@ -483,8 +484,42 @@ impl SimdBackend {
             },
             choices: Choices::default(),
             row: Vec::new(),
+            traffic: Traffic::default(),
             config,
         })
+    }
+}
+
+impl Layer {
+    /// Bytes of matrices, their scales and norms.
+    fn bytes(&self) -> u64 {
+        let linears: u64 =
+            self.linears().into_iter().flat_map(Linears::runs).map(Matrix::bytes).sum();
+        let norms = [&self.q_norm, &self.k_norm, &self.attn_sub_norm, &self.ffn_sub_norm];
+        let norms = norms.into_iter().flatten();
+        let norms = norms.chain([&self.input_layernorm, &self.post_attention_layernorm]);
+        linears + norms.map(|norm| size_of_val(norm.as_slice()) as u64).sum::<u64>()
+    }
+}
+
+impl SimdBackend {
+    /// What the last pass has read. Of the rows that the int8 head computes exactly, which depend on the
+    /// data, none is counted.
+    fn read_by_pass(&self) -> Traffic {
+        let Pass { tokens, start, want, .. } = &self.pass;
+        let layers: u64 = self.layers.iter().map(Layer::bytes).sum();
+        let embedded = self.embedding.bytes() / self.config.vocab_size as u64 * tokens.len() as u64;
+        let table = self.lm_head.as_ref().unwrap_or(&self.embedding);
+        let head = match (&self.int8_head, want) {
+            (_, Want::Nothing) => 0,
+            (Some(int8), Want::Token | Want::Tokens) => int8.bytes(),
+            _ => table.bytes(),
+        };
+        let norm =
+            if *want == Want::Nothing { 0 } else { size_of_val(&self.final_norm[..]) as u64 };
+        let positions = start + tokens.len();
+        let cache = (positions * self.cache.shape().position_bytes()) as u64;
+        Traffic { weights: layers + embedded + head + norm, cache }
     }
 }
 
@@ -503,6 +538,10 @@ impl Backend for SimdBackend {
 
     fn head_work(&self) -> Option<HeadWork> {
         self.int8_head.as_ref().map(Int8Head::work)
+    }
+
+    fn traffic(&self) -> Option<Traffic> {
+        Some(self.traffic)
     }
 
     fn sequences(&mut self) -> &mut Blocks {
@@ -732,6 +771,9 @@ impl Backend for SimdBackend {
     }
 
     fn finish(&mut self) -> Result<Output> {
+        let Traffic { weights, cache } = self.read_by_pass();
+        self.traffic.weights += weights;
+        self.traffic.cache += cache;
         let Pass { want, logits, .. } = &self.pass;
         let vocab_size = self.config.vocab_size;
         Ok(match want {
@@ -791,8 +833,12 @@ fn gemv_name(layers: &[Layer]) -> String {
 /// # Errors
 /// If the environment asks for a level that this machine does not run.
 pub fn description(options: &LoadOptions) -> Result<String> {
-    let threads = options.threads.unwrap_or_else(default_threads);
-    Ok(describe(Level::detect()?, threads))
+    Ok(describe(Level::detect()?, threads(options)))
+}
+
+/// Threads that these options choose on this machine.
+pub fn threads(options: &LoadOptions) -> usize {
+    options.threads.unwrap_or_else(default_threads)
 }
 
 fn describe(level: Level, threads: usize) -> String {

@@ -54,6 +54,11 @@ impl Int8Head {
         }))
     }
 
+    /// Bytes of the rows.
+    pub(super) fn bytes(&self) -> u64 {
+        size_of_val(self.words.as_slice()) as u64
+    }
+
     /// How it has chosen so far.
     pub(super) fn work(&self) -> HeadWork {
         self.work

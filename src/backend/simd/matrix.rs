@@ -86,6 +86,16 @@ impl Matrix {
         }
     }
 
+    /// Bytes of the weights, their scales, and the norm of their own input.
+    pub(super) fn bytes(&self) -> u64 {
+        let scales = match &self.scales {
+            Scales::Rows(scales) => size_of_val(scales.as_slice()),
+            Scales::Groups { words, .. } => size_of_val(words.as_slice()),
+        };
+        let norm = self.input.norm.as_ref().map_or(0, |norm| size_of_val(&norm[..]));
+        (size_of_val(self.words()) + scales + norm) as u64
+    }
+
     /// Chunks along K.
     pub(super) fn chunks(&self) -> usize {
         self.shape.k().div_ceil(self.layout().chunk_k())
@@ -177,6 +187,14 @@ impl Head {
             Some(matrix) => Self::Packed { matrix, rotation: table.rotation().cloned() },
             None => Self::Plain(table),
         })
+    }
+
+    /// Bytes of the rows.
+    pub(super) fn bytes(&self) -> u64 {
+        match self {
+            Self::Plain(table) => table.bytes(),
+            Self::Packed { matrix, .. } => matrix.bytes(),
+        }
     }
 
     fn rotation(&self) -> Option<&crate::weights::Rotation> {

@@ -45,7 +45,7 @@ use crate::error::{Error, Result};
 use crate::kv_cache::{HeadChunk, HeadChunkMut};
 
 pub use attention::{Attended, Queries, Softmax, attention};
-pub use cpu::{SimdBackend, description};
+pub use cpu::{SimdBackend, description, threads};
 pub(crate) use matrix::Matrix;
 pub use portable::TokenScale;
 

@@ -118,6 +118,7 @@ mod tests {
                 api: api.to_owned(),
                 driver: String::new(),
                 vendor,
+                pci: String::new(),
             };
             assert_eq!(plan(&adapter), GemvPlan::from(variant), "{name}");
             let software = AdapterDescription { kind: AdapterKind::Software, ..adapter };

@@ -468,6 +468,42 @@ fn step_bytes(gpu: &Gpu, step: &StepShape) -> u64 {
     tiles(gpu, step) as u64 * tile_bytes(step)
 }
 
+/// Bytes read and written by copies of `len_bytes` between two buffers, 10⁹ a second: the fastest of
+/// some passes.
+///
+/// # Errors
+/// [`Error::Gpu`] if the driver fails, or has no memory for it.
+pub(crate) fn copy_gb_s(gpu: &Gpu, len_bytes: u64, passes: usize) -> Result<f64> {
+    let scope = gpu.device.push_error_scope(wgpu::ErrorFilter::OutOfMemory);
+    let len_words = usize::try_from(len_bytes / 4).unwrap_or(usize::MAX);
+    let buffers = [(); 2].map(|()| gpu.storage("copied", len_words));
+    if let Some(problem) = pollster::block_on(scope.pop()) {
+        return Err(gpu.error("make room for measuring", problem.to_string()));
+    }
+    let [a, b] = buffers;
+    let buffers = [a?, b?];
+    fill(gpu, &buffers)?;
+    let empty = Clock::new(gpu)?.empty;
+    let copies = |count: u32| {
+        let mut encoder = gpu.device.create_command_encoder(&Default::default());
+        for i in 0..count as usize {
+            let [from, to] = [&buffers[i % 2], &buffers[(i + 1) % 2]];
+            encoder.copy_buffer_to_buffer(&from.buffer, 0, &to.buffer, 0, from.size);
+        }
+        let commands = encoder.finish();
+        let begin = Instant::now();
+        gpu.queue.submit([commands]);
+        gpu.wait("measure a copy")?;
+        Ok::<_, Error>(begin.elapsed().saturating_sub(empty).max(Duration::from_nanos(1)))
+    };
+    let count = passes_for(10 * PASS, copies(1)?, 64);
+    let mut fastest = Duration::MAX;
+    for _ in 0..passes {
+        fastest = fastest.min(copies(count)?);
+    }
+    Ok((2 * buffers[0].size * u64::from(count)) as f64 / fastest.as_secs_f64() / 1e9)
+}
+
 /// Fills buffers with random words.
 fn fill(gpu: &Gpu, buffers: &[Slice]) -> Result<()> {
     let mut random = Random::new(2);

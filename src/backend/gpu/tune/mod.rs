@@ -27,6 +27,8 @@ use crate::layout::Layout;
 use crate::shape::MatShape;
 
 pub use cache::{Key, directory};
+#[cfg(feature = "measure")]
+pub(crate) use measure::copy_gb_s;
 
 /// Time that a model's first load on an adapter may spend on measuring.
 pub const AUTO_BUDGET: Duration = Duration::from_millis(1900);
