@@ -47,7 +47,7 @@ fn main() -> ExitCode {
         }
         let cases = kernels::cases(capabilities).into_iter().chain(head::cases(capabilities));
         let cases = cases.chain(sample::cases(capabilities)).chain(tune::cases());
-        let cases = cases.chain(model::cases(capabilities)).chain(attention::cases());
+        let cases = cases.chain(model::cases(capabilities)).chain(attention::cases(capabilities));
         trials.extend(cases.map(|(name, case)| {
             let name = format!("{label}::{name}");
             match &gpu {
