@@ -9,7 +9,7 @@ use cpu_ref::mlp::Activation;
 use cpu_ref::reduce::DOT_LANES;
 
 use super::buffer::Slice;
-use super::device::Gpu;
+use super::device::{AdapterKind, Gpu};
 use super::record::{Call, Rows, WeightsRead};
 use super::shader::{self, Kernel};
 use crate::error::{Error, Result};
@@ -1154,6 +1154,25 @@ impl RowSets {
     }
 }
 
+/// Keys that a lane of [`attention_tile`] scores, where heads have few enough dimensions: 1, 2 or 4.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct LaneKeys(u32);
+
+impl LaneKeys {
+    /// What fits registers, and a GPU's workgroups enough lanes.
+    pub const ONE: Self = Self(1);
+    /// Between the two.
+    pub const TWO: Self = Self(2);
+    /// The fewest loads.
+    pub const FOUR: Self = Self(4);
+
+    /// What suits the adapter. llvmpipe loads one lane after another, which costs it far more than the
+    /// registers that it has not.
+    pub fn of(kind: AdapterKind) -> Self {
+        if kind == AdapterKind::Software { Self::FOUR } else { Self::ONE }
+    }
+}
+
 /// Rows and keys of a workgroup of [`attention_tile`]: the constants of `attention_tile.wgsl`.
 #[derive(Debug, Clone, Copy)]
 struct RowTile {
@@ -1163,11 +1182,12 @@ struct RowTile {
 }
 
 impl RowTile {
-    fn new(heads: Heads) -> Self {
+    fn new(heads: Heads, keys: LaneKeys) -> Self {
         let chunks = heads.dim.div_ceil(4).next_power_of_two();
         // Queries, and weights for each of 64 keys, fit 16 KiB.
         let rows = if heads.dim <= 128 { 16 } else { 8 };
-        Self { rows, keys: (64 / chunks).min(4), chunks }
+        // A lane has the values of at most four rows.
+        Self { rows, keys: (keys.0 as usize).min(64 / chunks), chunks }
     }
 
     fn constants(self, shard: KvShard) -> Vec<(&'static str, usize)> {
@@ -1226,9 +1246,9 @@ pub fn attention(shard: KvShard) -> Call {
 
 /// query, keys, values, scales, table, state_in, out, state_out: of many tokens; the states are only
 /// used in `parts`.
-pub fn attention_tile(shard: KvShard, parts: bool) -> Call {
+pub fn attention_tile(shard: KvShard, keys: LaneKeys, parts: bool) -> Call {
     let KvLayout { heads, .. } = shard.layout;
-    let tile = RowTile::new(heads);
+    let tile = RowTile::new(heads, keys);
     let y = Rows::HeadTiles { a_token: (heads.query / heads.kv) as u32, tile: tile.rows as u32 };
     let constants = tile.constants(shard).into_iter().chain([("PARTS", usize::from(parts))]);
     let (out, state) = (heads.query * heads.dim, if parts { partial_words(heads) } else { 1 });

@@ -44,7 +44,7 @@ use crate::shape::MatShape;
 use crate::weights::{Input, LayerWeights, Table, TernaryMatrix, WeightScale, WeightSource};
 use cache::Cache;
 use kernels::{
-    Fused, Gemm, KvLayout, LinearRows, LogitTile, MAX_SAMPLE_VOCAB, Rotate, RowOrder,
+    Fused, Gemm, KvLayout, LaneKeys, LinearRows, LogitTile, MAX_SAMPLE_VOCAB, Rotate, RowOrder,
     SampleLens, SumInputs, TokensPerLane, gemm_encoding, gemm_inputs, padded_rows,
 };
 use matrix::{GpuLinear, GpuMatrix, GpuRotation, GpuRun, GpuTable, GpuTableData, HostLinear, Kind};
@@ -701,7 +701,8 @@ fn cache_ops(
         let cached = [&b.query, keys, values, scales, &cache.table];
         let call = kernels::attention_blocks(shard);
         ops.blocks.push(op(&call, &[&cached[..], &[&cache.partials]].concat())?);
-        let call = kernels::attention_tile(shard, has_parts);
+        let keys = LaneKeys::of(gpu.adapter.kind);
+        let call = kernels::attention_tile(shard, keys, has_parts);
         let Some([first, second]) = &cache.states else {
             let after = [&cache.unread, &b.attended, &cache.unwritten];
             let after = [&cached[..], &after].concat();

@@ -12,8 +12,8 @@ use cpu_ref::sample::Sampling;
 use super::cache::pack;
 use super::head::{HeadInput, HeadOps, HeadStep, Int8Head, LOGIT_ROWS};
 use super::kernels::{
-    Encoding, Fused, Gemm, GemmPlan, GemvPlan, KvLayout, KvShard, LogitTile,
-    RowOrder, SumInputs, SumPlans, TokensPerLane, gemm_encoding, gemm_inputs,
+    Encoding, Fused, Gemm, GemmPlan, GemvPlan, KvLayout, KvShard, LaneKeys, LogitTile, RowOrder,
+    SumInputs, SumPlans, TokensPerLane, gemm_encoding, gemm_inputs,
 };
 use super::matrix::{
     GpuLinear, GpuMatrix, GpuTable, GpuTableData, HostLinear, HostMatrix, Kind, Method,
@@ -1127,11 +1127,8 @@ pub fn check_attention(gpu: &Gpu, layout: KvLayout) -> Result<()> {
         .collect();
     // What products that are fused and a division that is not exact may change of values up to 5.
     let bound = 5.0 * (32.0 + heads.dim as f32) * f32::EPSILON;
-    for (how, tokens) in [
-        (Attend::Tile, ROWS),
-        (Attend::Whole, 1),
-        (Attend::Blocks, 1),
-    ] {
+    let tile = Attend::Tile(LaneKeys::of(gpu.adapter.kind));
+    for (how, tokens) in [(tile, ROWS), (Attend::Whole, 1), (Attend::Blocks, 1)] {
         let last = (ROWS - tokens) * query_size;
         let found = attend(gpu, &cache, how, &query[last..], POSITIONS - tokens)?;
         for (at, (&found, &expected)) in found.iter().zip(&expected[last..]).enumerate() {
@@ -1186,7 +1183,7 @@ impl Attend {
     fn kernel(self) -> &'static str {
         match self {
             Self::Whole => shader::ATTENTION.name,
-            Self::Tile => shader::ATTENTION_TILE.name,
+            Self::Tile(_) => shader::ATTENTION_TILE.name,
             Self::Blocks => shader::ATTENTION_BLOCKS.name,
         }
     }
@@ -1198,7 +1195,7 @@ pub enum Attend {
     /// `attention`; one token.
     Whole,
     /// `attention_tile`.
-    Tile,
+    Tile(LaneKeys),
     /// `attention_blocks` and `attention_merge`; one token.
     Blocks,
 }
@@ -1263,10 +1260,10 @@ pub fn attend(
         Attend::Whole => {
             run(gpu, &kernels::attention(shard), params, &[&inputs[..], &[&out]].concat())?;
         }
-        Attend::Tile => {
+        Attend::Tile(keys) => {
             let unused = [gpu.storage("unread", 1)?, gpu.storage("unwritten", 1)?];
             let after = [&unused[0], &out, &unused[1]];
-            let call = kernels::attention_tile(shard, false);
+            let call = kernels::attention_tile(shard, keys, false);
             run(gpu, &call, params, &[&inputs[..], &after].concat())?;
         }
         Attend::Blocks => {
