@@ -5,7 +5,7 @@ use cpu_ref::attention::{Cached, Heads};
 use cpu_ref::kv::{f16_bits, f16_value, store_head};
 use cpu_ref::quantize_absmax::quantize_absmax;
 use libtest_mimic::Failed;
-use sterna::backend::gpu::kernels::{self, KvLayout, KvShard, LaneKeys};
+use sterna::backend::gpu::kernels::{self, KvLayout, KvShard, TileFor};
 use sterna::backend::gpu::self_test::{Attend, TestCache, attend, check_attention, run};
 use sterna::backend::gpu::shader::{KERNELS, UNCHECKED};
 use sterna::backend::gpu::{Capabilities, Gpu, PassParams, WeightsRead};
@@ -135,7 +135,7 @@ fn shapes(gpu: &Gpu, format: KvFormat) -> Result<(), Failed> {
             let cache = sequence.upload(gpu)?;
             let q = random.floats(query * dim, 3.0);
             let expected = sequence.attention(&q, positions);
-            for how in [Attend::Whole, Attend::Tile(LaneKeys::FOUR), Attend::Blocks] {
+            for how in [Attend::Whole, Attend::Tile(TileFor::Cpu), Attend::Blocks] {
                 let found = attend(gpu, &cache, how, &q, positions - 1)?;
                 let what = format!("{how:?} {layout:?} of {positions}");
                 judge(gpu, &what, layout.heads, &found, &expected)?;
@@ -167,9 +167,9 @@ fn tiles(gpu: &Gpu, format: KvFormat) -> Result<(), Failed> {
         let seen = start + 1..;
         let tokens = q.chunks_exact(row).zip(seen);
         let expected: Vec<f32> = tokens.flat_map(|(q, seen)| sequence.attention(q, seen)).collect();
-        for keys in [LaneKeys::ONE, LaneKeys::TWO, LaneKeys::FOUR] {
-            let found = attend(gpu, &cache, Attend::Tile(keys), &q, start)?;
-            let what = format!("{layout:?} {keys:?} of {m} tokens from {start}");
+        for tile_for in [TileFor::Gpu, TileFor::Cpu] {
+            let found = attend(gpu, &cache, Attend::Tile(tile_for), &q, start)?;
+            let what = format!("{layout:?} {tile_for:?} of {m} tokens from {start}");
             judge(gpu, &what, layout.heads, &found, &expected)?;
         }
     }
@@ -185,7 +185,7 @@ fn parts(gpu: &Gpu, format: KvFormat) -> Result<(), Failed> {
         let sequence = Sequence::random(&mut random, layout, start + m);
         let cache = sequence.upload(gpu)?;
         let q = random.floats(m * query * dim, 3.0);
-        let expected = attend(gpu, &cache, Attend::Tile(LaneKeys::FOUR), &q, start)?;
+        let expected = attend(gpu, &cache, Attend::Tile(TileFor::Cpu), &q, start)?;
         let words = kernels::partial_words(layout.heads);
         let states = [gpu.storage("state", m * words)?, gpu.storage("state", m * words)?];
         let (query_in, out) = (gpu.upload("q", &q)?, gpu.storage("out", q.len())?);
@@ -212,7 +212,7 @@ fn parts(gpu: &Gpu, format: KvFormat) -> Result<(), Failed> {
                 end_block: index as u32 + 1,
                 ..PassParams::default()
             };
-            run(gpu, &kernels::attention_tile(shard, LaneKeys::TWO, true), params, &buffers)?;
+            run(gpu, &kernels::attention_tile(shard, TileFor::Gpu, true), params, &buffers)?;
         }
         let found: Vec<f32> = as_f32(&gpu.read(&out, q.len())?);
         same(&format!("parts of {layout:?}"), &found, &expected)?;
@@ -233,7 +233,7 @@ fn unseen(gpu: &Gpu) -> Result<(), Failed> {
         rows[(start + m - 1) * 64..(start + m) * 64].fill(f32::INFINITY);
     }
     let cache = sequence.upload(gpu)?;
-    let found = attend(gpu, &cache, Attend::Tile(LaneKeys::FOUR), &q, start)?;
+    let found = attend(gpu, &cache, Attend::Tile(TileFor::Cpu), &q, start)?;
     for token in 0..m - 1 {
         let expected = sequence.attention(&q[token * 128..][..128], start + token + 1);
         judge(gpu, "unseen", layout.heads, &found[token * 128..][..128], &expected)?;
@@ -312,13 +312,13 @@ fn untrue_pass(gpu: &Gpu) -> Result<(), Failed> {
         for (mut call, params, inputs, lens) in [
             (kernels::attention(shard), params, &inputs[..], vec![128]),
             (
-                kernels::attention_tile(shard, LaneKeys::FOUR, false),
+                kernels::attention_tile(shard, TileFor::Cpu, false),
                 params,
                 &with_state,
                 vec![2 * 128, 1],
             ),
             (
-                kernels::attention_tile(shard, LaneKeys::TWO, true),
+                kernels::attention_tile(shard, TileFor::Gpu, true),
                 parts,
                 &with_state,
                 vec![2 * 128, 2 * words],
@@ -345,7 +345,7 @@ fn unchecked(gpu: &Gpu, capabilities: Capabilities) -> Result<(), Failed> {
         let sequence = Sequence::random(&mut Random::new(25), layout, 150);
         let q = Random::new(26).floats(20 * 3 * dim, 3.0);
         for (how, n_tokens) in
-            [(Attend::Whole, 1), (Attend::Tile(LaneKeys::FOUR), 20), (Attend::Blocks, 1)]
+            [(Attend::Whole, 1), (Attend::Tile(TileFor::Cpu), 20), (Attend::Blocks, 1)]
         {
             let found = |gpu| {
                 let cache = sequence.upload(gpu)?;

@@ -1834,7 +1834,7 @@ fn short_buffer(gpu: &Gpu) -> Result<(), Failed> {
     let shard = KvShard::whole(KvLayout { heads, format: KvFormat::Int8 });
     calls.extend([
         kernels::attention(shard),
-        kernels::attention_tile(shard, kernels::LaneKeys::ONE, true),
+        kernels::attention_tile(shard, kernels::TileFor::Gpu, true),
         kernels::attention_blocks(shard),
         kernels::attention_merge(heads),
     ]);

@@ -1154,22 +1154,19 @@ impl RowSets {
     }
 }
 
-/// Keys that a lane of [`attention_tile`] scores, where heads have few enough dimensions: 1, 2 or 4.
+/// What [`attention_tile`] is shaped for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct LaneKeys(u32);
+pub enum TileFor {
+    /// GPUs: one key a lane, which fits registers and makes many lanes.
+    Gpu,
+    /// llvmpipe, which loads one lane after another: up to four keys a lane, for the fewest loads.
+    Cpu,
+}
 
-impl LaneKeys {
-    /// What fits registers, and a GPU's workgroups enough lanes.
-    pub const ONE: Self = Self(1);
-    /// Between the two.
-    pub const TWO: Self = Self(2);
-    /// The fewest loads.
-    pub const FOUR: Self = Self(4);
-
-    /// What suits the adapter. llvmpipe loads one lane after another, which costs it far more than the
-    /// registers that it has not.
-    pub fn of(kind: AdapterKind) -> Self {
-        if kind == AdapterKind::Software { Self::FOUR } else { Self::ONE }
+impl TileFor {
+    /// What the adapter is.
+    pub fn adapter(kind: AdapterKind) -> Self {
+        if kind == AdapterKind::Software { Self::Cpu } else { Self::Gpu }
     }
 }
 
@@ -1182,12 +1179,16 @@ struct RowTile {
 }
 
 impl RowTile {
-    fn new(heads: Heads, keys: LaneKeys) -> Self {
+    fn new(heads: Heads, tile_for: TileFor) -> Self {
         let chunks = heads.dim.div_ceil(4).next_power_of_two();
         // Queries, and weights for each of 64 keys, fit 16 KiB.
         let rows = if heads.dim <= 128 { 16 } else { 8 };
-        // A lane has the values of at most four rows.
-        Self { rows, keys: (keys.0 as usize).min(64 / chunks), chunks }
+        let keys = match tile_for {
+            TileFor::Gpu => 1,
+            // A lane has the values of at most four rows.
+            TileFor::Cpu => (64 / chunks).min(4),
+        };
+        Self { rows, keys, chunks }
     }
 
     fn constants(self, shard: KvShard) -> Vec<(&'static str, usize)> {
@@ -1246,9 +1247,9 @@ pub fn attention(shard: KvShard) -> Call {
 
 /// query, keys, values, scales, table, state_in, out, state_out: of many tokens; the states are only
 /// used in `parts`.
-pub fn attention_tile(shard: KvShard, keys: LaneKeys, parts: bool) -> Call {
+pub fn attention_tile(shard: KvShard, tile_for: TileFor, parts: bool) -> Call {
     let KvLayout { heads, .. } = shard.layout;
-    let tile = RowTile::new(heads, keys);
+    let tile = RowTile::new(heads, tile_for);
     let y = Rows::HeadTiles { a_token: (heads.query / heads.kv) as u32, tile: tile.rows as u32 };
     let constants = tile.constants(shard).into_iter().chain([("PARTS", usize::from(parts))]);
     let (out, state) = (heads.query * heads.dim, if parts { partial_words(heads) } else { 1 });

@@ -12,8 +12,8 @@ use cpu_ref::sample::Sampling;
 use super::cache::pack;
 use super::head::{HeadInput, HeadOps, HeadStep, Int8Head, LOGIT_ROWS};
 use super::kernels::{
-    Encoding, Fused, Gemm, GemmPlan, GemvPlan, KvLayout, KvShard, LaneKeys, LogitTile, RowOrder,
-    SumInputs, SumPlans, TokensPerLane, gemm_encoding, gemm_inputs,
+    Encoding, Fused, Gemm, GemmPlan, GemvPlan, KvLayout, KvShard, LogitTile, RowOrder, SumInputs,
+    SumPlans, TileFor, TokensPerLane, gemm_encoding, gemm_inputs,
 };
 use super::matrix::{
     GpuLinear, GpuMatrix, GpuTable, GpuTableData, HostLinear, HostMatrix, Kind, Method,
@@ -1127,7 +1127,7 @@ pub fn check_attention(gpu: &Gpu, layout: KvLayout) -> Result<()> {
         .collect();
     // What products that are fused and a division that is not exact may change of values up to 5.
     let bound = 5.0 * (32.0 + heads.dim as f32) * f32::EPSILON;
-    let tile = Attend::Tile(LaneKeys::of(gpu.adapter.kind));
+    let tile = Attend::Tile(TileFor::adapter(gpu.adapter.kind));
     for (how, tokens) in [(tile, ROWS), (Attend::Whole, 1), (Attend::Blocks, 1)] {
         let last = (ROWS - tokens) * query_size;
         let found = attend(gpu, &cache, how, &query[last..], POSITIONS - tokens)?;
@@ -1195,7 +1195,7 @@ pub enum Attend {
     /// `attention`; one token.
     Whole,
     /// `attention_tile`.
-    Tile(LaneKeys),
+    Tile(TileFor),
     /// `attention_blocks` and `attention_merge`; one token.
     Blocks,
 }
@@ -1260,10 +1260,10 @@ pub fn attend(
         Attend::Whole => {
             run(gpu, &kernels::attention(shard), params, &[&inputs[..], &[&out]].concat())?;
         }
-        Attend::Tile(keys) => {
+        Attend::Tile(tile_for) => {
             let unused = [gpu.storage("unread", 1)?, gpu.storage("unwritten", 1)?];
             let after = [&unused[0], &out, &unused[1]];
-            let call = kernels::attention_tile(shard, keys, false);
+            let call = kernels::attention_tile(shard, tile_for, false);
             run(gpu, &call, params, &[&inputs[..], &after].concat())?;
         }
         Attend::Blocks => {
