@@ -15,6 +15,7 @@
 #import ordered
 #import exp
 #import kv_layout
+#import attend
 #import attend_block
 
 override HEADS: u32 = 1u;
@@ -50,11 +51,12 @@ fn main(@builtin(workgroup_id) wg: vec3<u32>, @builtin(local_invocation_index) l
     let first = wg.x / KV_HEADS * SLOTS * QUERIES;
     let index = wg.y;
     let positions = pass_.start + 1u;
-    if first >= n_rows || index * BLOCK >= positions {
+    let most = min(arrayLength(&table), arrayLength(&partials) / (HEADS * (DIM + 2u)));
+    if first >= n_rows || index * BLOCK >= positions || index >= most {
         return;
     }
     let block = table[index] - BLOCK_BASE;
-    if block >= SHARD_BLOCKS {
+    if block >= min(SHARD_BLOCKS, blocks_there_are()) {
         return;
     }
     load_queries(lid, kv_head, first, n_rows);

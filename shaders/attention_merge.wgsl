@@ -27,8 +27,8 @@ var<workgroup> factors: array<vec3<f32>, WG>;
 @compute @workgroup_size(WG)
 fn main(@builtin(workgroup_id) wg: vec3<u32>, @builtin(local_invocation_index) lid: u32) {
     let head = wg.x;
-    let blocks = pass_.start / 64u + 1u;
     let stride = HEADS * (DIM + 2u);
+    let blocks = min(pass_.start / 64u + 1u, arrayLength(&partials) / stride);
     let head_at = head * (DIM + 2u);
     var most = ordered(-3.4028234e38);
     var total = 0.0;

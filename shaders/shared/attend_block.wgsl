@@ -5,16 +5,13 @@
 // No loop but over dimensions and positions: llvmpipe ends a lane's loops after 65,535 iterations of
 // all together.
 // Expects: pass_, query, keys, values, scales, override HEADS, KV_HEADS, DIM; ordered, exp_f32,
-// kv_layout.
+// kv_layout, attend.
 override SLOTS: u32 = 1u;
 override LANES: u32 = 64u;     // 64·SLOTS
 override QUERIES: u32 = 4u;    // rows of a set, 1 to 4
 override STEPS: u32 = 1u;      // ceil(D/16)
 override Q_UNITS: u32 = 16u;   // SLOTS·QUERIES·4·STEPS
 override LANE_DIMS: u32 = 4u;  // dimensions of a lane, below
-override INV_SQRT_DIM: f32 = 0.70710678;
-
-const LOWEST: f32 = -3.4028234e38;
 
 // Queries of the rows, zero past D.
 var<workgroup> q: array<vec4<f32>, Q_UNITS>;
@@ -37,12 +34,6 @@ struct Attended {
     o1: vec4<f32>,
     o2: vec4<f32>,
     o3: vec4<f32>,
-}
-
-// A row among those of its KV head, as a row of [M, H].
-fn head_row(row: u32, kv_head: u32) -> u32 {
-    let ratio = HEADS / KV_HEADS;
-    return row / ratio * HEADS + kv_head * ratio + row % ratio;
 }
 
 // The dimension of component i of a lane's values.
@@ -73,15 +64,6 @@ fn load_queries(lid: u32, kv_head: u32, first: u32, n_rows: u32) {
     workgroupBarrier();
 }
 
-fn bytes4(word: u32) -> vec4<f32> {
-    let high = vec4(word << 24u, word << 16u, word << 8u, word);
-    return vec4<f32>(bitcast<vec4<i32>>(high) >> vec4(24u));
-}
-
-fn halves4(words: vec2<u32>) -> vec4<f32> {
-    return vec4(unpack2x16float(words.x), unpack2x16float(words.y));
-}
-
 fn key_unit(at: u32, unit: u32) -> vec4<u32> {
     if DIM % 16u != 0u && unit >= KEY_UNITS {
         return vec4(0u);
@@ -110,25 +92,16 @@ fn key16(at: u32, step: u32) -> Sixteen {
 
 fn dot_step(sums: Sixteen, key: Sixteen, at: u32) -> Sixteen {
     return Sixteen(
-        sums.a + apart(q[at] * key.a),
-        sums.b + apart(q[at + 1u] * key.b),
-        sums.c + apart(q[at + 2u] * key.c),
-        sums.d + apart(q[at + 3u] * key.d),
+        sums.a + q[at] * key.a,
+        sums.b + q[at + 1u] * key.b,
+        sums.c + q[at + 2u] * key.c,
+        sums.d + q[at + 3u] * key.d,
     );
 }
 
-// The same number, of which a compiler does not know that: Mesa adds the products of few dimensions in
-// another order where it sees all of them. No batch has 2³¹ tokens.
-fn apart(x: vec4<f32>) -> vec4<f32> {
-    if DIM < 64u {
-        return bitcast<vec4<f32>>(bitcast<vec4<u32>>(x) ^ vec4(pass_.n_tokens >> 31u));
-    }
-    return x;
-}
-
 fn tree_of(sums: Sixteen) -> f32 {
-    let four = apart(apart(sums.a + sums.c) + apart(sums.b + sums.d));
-    let two = apart(four + four.zwxy);
+    let four = (sums.a + sums.c) + (sums.b + sums.d);
+    let two = four + four.zwxy;
     return two.x + two.y;
 }
 
@@ -136,7 +109,7 @@ fn tree_of(sums: Sixteen) -> f32 {
 fn dots(row_set: u32, at: u32) -> vec4<f32> {
     let row = 4u * STEPS;
     let first = row_set * QUERIES * row;
-    let zero = vec4(0.0);
+    let zero = zero4();
     var r0 = Sixteen(zero, zero, zero, zero);
     var r1 = r0;
     var r2 = r0;
@@ -203,19 +176,6 @@ fn sum_of_set(lid: u32, value: vec4<f32>) -> vec4<f32> {
     return result;
 }
 
-fn ordered4(value: vec4<f32>) -> vec4<u32> {
-    return vec4(ordered(value.x), ordered(value.y), ordered(value.z), ordered(value.w));
-}
-
-fn unordered4(bits: vec4<u32>) -> vec4<f32> {
-    return vec4(unordered(bits.x), unordered(bits.y), unordered(bits.z), unordered(bits.w));
-}
-
-// The larger of each; NaN if either is.
-fn max4(a: vec4<f32>, b: vec4<f32>) -> vec4<f32> {
-    return unordered4(max(ordered4(a), ordered4(b)));
-}
-
 fn exp4(x: vec4<f32>) -> vec4<f32> {
     var e = vec4(exp_f32(x.x), 0.0, 0.0, 0.0);
     if QUERIES > 1u {
@@ -279,6 +239,17 @@ fn add_value(sums: Attended, weight: vec4<f32>, value: vec4<f32>) -> Attended {
 
 fn weights_at(i: u32) -> vec4<f32> {
     return bitcast<vec4<f32>>(of_lanes[i]);
+}
+
+// Blocks that every buffer has room for.
+fn blocks_there_are() -> u32 {
+    let key_units = KV_HEADS * KEY_UNITS * BLOCK;
+    let value_words = KV_HEADS * BLOCK * VALUE_WORDS;
+    var n = min(arrayLength(&keys) / key_units, arrayLength(&values) / value_words);
+    if KV == 2u {
+        n = min(n, arrayLength(&scales) / (KV_HEADS * 2u * BLOCK));
+    }
+    return n;
 }
 
 // A block of the shard, of which each row of the set sees the first `seen` positions; every lane must

@@ -6,7 +6,7 @@
 // Expects: override KV_HEADS, DIM.
 override KV: u32 = 0u;                     // 0 f32, 1 f16, 2 int8
 override KEY_UNITS: u32 = 1u;              // ceil(D / (4 << KV))
-override VALUE_WORDS: u32 = 2u;            // ceil(D / (1 << KV))
+override VALUE_WORDS: u32 = 4u;            // ceil(D / (1 << KV)), at the next multiple of 4
 override BLOCK_BASE: u32 = 0u;             // the shard's first block,
 override SHARD_BLOCKS: u32 = 0xffffffffu;  // and how many it may have
 const BLOCK: u32 = 64u;

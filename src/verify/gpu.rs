@@ -5,7 +5,7 @@ use cpu_ref::mlp::Activation;
 use cpu_ref::quantize_absmax::Quantized;
 
 use crate::backend::gpu::kernels::{
-    self, AttendTokens, DenseFormat, DenseShard, KvLayout, LinearRows, Rotate, padded_rows,
+    self, DenseFormat, DenseShard, KvLayout, LinearRows, Rotate, padded_rows,
 };
 use crate::backend::gpu::self_test::{
     Attend, GroupInput, TestCache, attend, decode_codes, embed_groups, multiply, multiply_groups,
@@ -129,7 +129,7 @@ impl super::Kernels for OnGpu<'_> {
         let layout = KvLayout { heads, format: KvFormat::F32 };
         let table: Vec<u32> = (0..=(start / BLOCK) as u32).collect();
         let cache = TestCache::upload(self.gpu, layout, [k, v], &table, table.len())?;
-        attend(self.gpu, &cache, Attend::Whole(AttendTokens::One), q, start)
+        attend(self.gpu, &cache, Attend::Whole, q, start)
     }
 
     fn gated_activation(&self, gate: &[f32], up: &[f32], act: Activation) -> Result<Vec<f32>> {

@@ -5,9 +5,10 @@ use cpu_ref::attention::{Cached, Heads};
 use cpu_ref::kv::{f16_bits, f16_value, store_head};
 use cpu_ref::quantize_absmax::quantize_absmax;
 use libtest_mimic::Failed;
-use sterna::backend::gpu::kernels::{self, AttendTokens, KvLayout, KvShard};
+use sterna::backend::gpu::kernels::{self, KvLayout, KvShard, TileFor};
 use sterna::backend::gpu::self_test::{Attend, TestCache, attend, check_attention, run};
-use sterna::backend::gpu::{Gpu, PassParams, WeightsRead};
+use sterna::backend::gpu::shader::{KERNELS, UNCHECKED};
+use sterna::backend::gpu::{Capabilities, Gpu, PassParams, WeightsRead};
 use sterna::kv_cache::{BLOCK, KvFormat};
 use sterna::random::Random;
 
@@ -16,7 +17,7 @@ use crate::{Body, Case};
 
 const FORMATS: [KvFormat; 3] = [KvFormat::F32, KvFormat::F16, KvFormat::Int8];
 
-pub fn cases() -> Vec<Case> {
+pub fn cases(capabilities: Capabilities) -> Vec<Case> {
     let mut cases: Vec<Case> = Vec::new();
     let mut add = |name: &str, case: Body| cases.push((name.to_owned(), case));
     for format in FORMATS {
@@ -35,6 +36,8 @@ pub fn cases() -> Vec<Case> {
     add("attention::what_is_not_seen_does_not_matter", Box::new(unseen));
     add("attention::a_corrupted_key_is_caught", Box::new(corrupted));
     add("attention::shards_are_left_alone", Box::new(other_shards));
+    add("attention::no_pass_leaves_the_buffers", Box::new(untrue_pass));
+    add("unchecked::attention", Box::new(move |gpu| unchecked(gpu, capabilities)));
     add("kv_store::halves", Box::new(halves));
     cases
 }
@@ -132,11 +135,7 @@ fn shapes(gpu: &Gpu, format: KvFormat) -> Result<(), Failed> {
             let cache = sequence.upload(gpu)?;
             let q = random.floats(query * dim, 3.0);
             let expected = sequence.attention(&q, positions);
-            for how in [
-                Attend::Whole(AttendTokens::One),
-                Attend::Whole(AttendTokens::Many),
-                Attend::Blocks,
-            ] {
+            for how in [Attend::Whole, Attend::Tile(TileFor::Cpu), Attend::Blocks] {
                 let found = attend(gpu, &cache, how, &q, positions - 1)?;
                 let what = format!("{how:?} {layout:?} of {positions}");
                 judge(gpu, &what, layout.heads, &found, &expected)?;
@@ -157,7 +156,7 @@ fn tiles(gpu: &Gpu, format: KvFormat) -> Result<(), Failed> {
         (3, 1, 100, 40, 30),
         (4, 4, 96, 255, 2),
         (20, 5, 128, 60, 9),
-        (5, 1, 64, 62, 7),
+        (5, 1, 64, 62, 40),
         (2, 1, 256, 130, 5),
     ] {
         let layout = KvLayout { heads: Heads { query, kv, dim }, format };
@@ -165,11 +164,13 @@ fn tiles(gpu: &Gpu, format: KvFormat) -> Result<(), Failed> {
         let cache = sequence.upload(gpu)?;
         let row = query * dim;
         let q = random.floats(m * row, 3.0);
-        let found = attend(gpu, &cache, Attend::Whole(AttendTokens::Many), &q, start)?;
-        for (token, (q, found)) in q.chunks_exact(row).zip(found.chunks_exact(row)).enumerate() {
-            let expected = sequence.attention(q, start + token + 1);
-            let what = format!("{layout:?} token {token} of {m} from {start}");
-            judge(gpu, &what, layout.heads, found, &expected)?;
+        let seen = start + 1..;
+        let tokens = q.chunks_exact(row).zip(seen);
+        let expected: Vec<f32> = tokens.flat_map(|(q, seen)| sequence.attention(q, seen)).collect();
+        for tile_for in [TileFor::Gpu, TileFor::Cpu] {
+            let found = attend(gpu, &cache, Attend::Tile(tile_for), &q, start)?;
+            let what = format!("{layout:?} {tile_for:?} of {m} tokens from {start}");
+            judge(gpu, &what, layout.heads, &found, &expected)?;
         }
     }
     Ok(())
@@ -184,7 +185,7 @@ fn parts(gpu: &Gpu, format: KvFormat) -> Result<(), Failed> {
         let sequence = Sequence::random(&mut random, layout, start + m);
         let cache = sequence.upload(gpu)?;
         let q = random.floats(m * query * dim, 3.0);
-        let expected = attend(gpu, &cache, Attend::Whole(AttendTokens::Many), &q, start)?;
+        let expected = attend(gpu, &cache, Attend::Tile(TileFor::Cpu), &q, start)?;
         let words = kernels::partial_words(layout.heads);
         let states = [gpu.storage("state", m * words)?, gpu.storage("state", m * words)?];
         let (query_in, out) = (gpu.upload("q", &q)?, gpu.storage("out", q.len())?);
@@ -211,7 +212,7 @@ fn parts(gpu: &Gpu, format: KvFormat) -> Result<(), Failed> {
                 end_block: index as u32 + 1,
                 ..PassParams::default()
             };
-            run(gpu, &kernels::attention(shard, AttendTokens::Many, true), params, &buffers)?;
+            run(gpu, &kernels::attention_tile(shard, TileFor::Gpu, true), params, &buffers)?;
         }
         let found: Vec<f32> = as_f32(&gpu.read(&out, q.len())?);
         same(&format!("parts of {layout:?}"), &found, &expected)?;
@@ -232,12 +233,12 @@ fn unseen(gpu: &Gpu) -> Result<(), Failed> {
         rows[(start + m - 1) * 64..(start + m) * 64].fill(f32::INFINITY);
     }
     let cache = sequence.upload(gpu)?;
-    let found = attend(gpu, &cache, Attend::Whole(AttendTokens::Many), &q, start)?;
+    let found = attend(gpu, &cache, Attend::Tile(TileFor::Cpu), &q, start)?;
     for token in 0..m - 1 {
         let expected = sequence.attention(&q[token * 128..][..128], start + token + 1);
         judge(gpu, "unseen", layout.heads, &found[token * 128..][..128], &expected)?;
     }
-    for how in [Attend::Whole(AttendTokens::One), Attend::Blocks] {
+    for how in [Attend::Whole, Attend::Blocks] {
         let found = attend(gpu, &cache, how, &q[..128], start)?;
         let expected = sequence.attention(&q[..128], start + 1);
         judge(gpu, "unseen by one", layout.heads, &found, &expected)?;
@@ -290,6 +291,70 @@ fn other_shards(gpu: &Gpu) -> Result<(), Failed> {
     let is_written: Vec<bool> = out[0].iter().map(|&word| word != guard).collect();
     let expected = [vec![false; words], vec![true; words], vec![false; words]].concat();
     same("partials", &is_written, &expected)
+}
+
+/// The kernels run unchecked: a pass of more tokens and positions than there is room for, and a table
+/// of blocks that do not exist, touch nothing else.
+fn untrue_pass(gpu: &Gpu) -> Result<(), Failed> {
+    for format in FORMATS {
+        let heads = Heads { query: 4, kv: 2, dim: 32 };
+        let layout = KvLayout { heads, format };
+        let sequence = Sequence::random(&mut Random::new(23), layout, 60);
+        let mut cache = sequence.upload(gpu)?;
+        cache.table = gpu.upload("table", &[7_000_000u32])?;
+        let query = gpu.upload("query", &Random::new(24).floats(2 * 128, 3.0))?;
+        let params = PassParams { n_tokens: 90, start: 7000, ..PassParams::default() };
+        let (shard, words) = (KvShard::whole(layout), kernels::partial_words(heads));
+        let inputs = cache.inputs(&query);
+        let state = gpu.storage("state", 2 * words)?;
+        let with_state = [&inputs[..], &[&state]].concat();
+        let parts = PassParams { first_block: 1, end_block: 9000, ..params };
+        for (mut call, params, inputs, lens) in [
+            (kernels::attention(shard), params, &inputs[..], vec![128]),
+            (
+                kernels::attention_tile(shard, TileFor::Cpu, false),
+                params,
+                &with_state,
+                vec![2 * 128, 1],
+            ),
+            (
+                kernels::attention_tile(shard, TileFor::Gpu, true),
+                parts,
+                &with_state,
+                vec![2 * 128, 2 * words],
+            ),
+            (kernels::attention_blocks(shard), params, &inputs, vec![words]),
+            (kernels::attention_merge(heads), params, &[&state], vec![128]),
+        ] {
+            // Fewer words than it says.
+            call.weights = WeightsRead::RowOf(1);
+            run_guarded(gpu, &call, params, inputs, &lens)?;
+        }
+    }
+    Ok(())
+}
+
+/// The same bits with every check.
+fn unchecked(gpu: &Gpu, capabilities: Capabilities) -> Result<(), Failed> {
+    let checked = Gpu::open(None, capabilities)?.with_runtime_checks();
+    for kernel in KERNELS.iter().filter(|kernel| kernel.name.starts_with("attention")) {
+        same(kernel.name, &[UNCHECKED.contains(kernel)], &[true])?;
+    }
+    for (format, dim) in [(KvFormat::F32, 64), (KvFormat::F16, 100), (KvFormat::Int8, 20)] {
+        let layout = KvLayout { heads: Heads { query: 3, kv: 1, dim }, format };
+        let sequence = Sequence::random(&mut Random::new(25), layout, 150);
+        let q = Random::new(26).floats(20 * 3 * dim, 3.0);
+        for (how, n_tokens) in
+            [(Attend::Whole, 1), (Attend::Tile(TileFor::Cpu), 20), (Attend::Blocks, 1)]
+        {
+            let found = |gpu| {
+                let cache = sequence.upload(gpu)?;
+                Ok::<_, Failed>(attend(gpu, &cache, how, &q[..n_tokens * 3 * dim], 130)?)
+            };
+            same(&format!("{how:?} {layout:?} unchecked"), &found(gpu)?, &found(&checked)?)?;
+        }
+    }
+    Ok(())
 }
 
 /// What tokens leave in the cache is what the reference stores.

@@ -1750,7 +1750,7 @@ fn unchecked(gpu: &Gpu, capabilities: Capabilities, variant: Variant) -> Result<
     for plan in [0, all.len() / 2, all.len() - 1].map(|at| all[at]) {
         let (found, expected) = (decode_outputs(gpu, plan)?, decode_outputs(&checked, plan)?);
         let listed = UNCHECKED.iter().filter(|kernel| {
-            // Of the GEMVs and GEMMs, this variant's.
+            // Of the GEMVs and GEMMs, this variant's. Attention: see attention.rs.
             let layout = variant.layout();
             let gemms = [GemmPlan::default(), GemmPlan::FEW].map(|plan| plan.kernel(layout));
             kernel.name.starts_with("fused_")
@@ -1831,6 +1831,13 @@ fn short_buffer(gpu: &Gpu) -> Result<(), Failed> {
             fused.residual(128),
         ]);
     }
+    let shard = KvShard::whole(KvLayout { heads, format: KvFormat::Int8 });
+    calls.extend([
+        kernels::attention(shard),
+        kernels::attention_tile(shard, kernels::TileFor::Gpu, true),
+        kernels::attention_blocks(shard),
+        kernels::attention_merge(heads),
+    ]);
     for call in &calls {
         let all = call.words().iter().map(|&words| gpu.storage("enough", words));
         let all = all.collect::<Result<Vec<_>, _>>()?;

@@ -49,7 +49,7 @@ fn main() -> ExitCode {
         }
         let cases = kernels::cases(capabilities).into_iter().chain(head::cases(capabilities));
         let cases = cases.chain(sample::cases(capabilities)).chain(tune::cases());
-        let cases = cases.chain(model::cases(capabilities)).chain(attention::cases());
+        let cases = cases.chain(model::cases(capabilities)).chain(attention::cases(capabilities));
         #[cfg(feature = "measure")]
         let cases = cases.chain(measure::cases(capabilities));
         trials.extend(cases.map(|(name, case)| {

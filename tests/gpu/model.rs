@@ -3,13 +3,14 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use cpu_ref::attention::{Cached, Heads};
 use libtest_mimic::Failed;
 use sterna::backend::gpu::{Capabilities, GemvPlan, Gpu, GpuBackend, Variant, WorkDone, self_test};
 use sterna::backend::{
     Backend, Batch, Device, HeadChoice, LoadOptions, Output, Progress, Tap, Tokens, Want,
 };
 use sterna::config::{Activations, ModelConfig};
-use sterna::kv_cache::{KvFormat, SequenceId};
+use sterna::kv_cache::{BLOCK, KvFormat, SequenceId};
 use sterna::layout::Packed;
 use sterna::random::Random;
 use sterna::sampler::{Sampler, Sampling};
@@ -135,6 +136,7 @@ pub fn cases(capabilities: Capabilities) -> Vec<Case> {
         add("texts_that_the_device_chooses", sampled_texts);
     }
     add("a_cache_in_shards_gives_the_same_logits", sharded_cache);
+    add("a_layer_past_the_binding_limit", large_layer);
     add("forks_share_blocks_and_go_their_own_way", forks);
     add("a_block_is_read_and_written", read_and_write_block);
     add("snapshots_go_on_between_devices", snapshots);
@@ -970,6 +972,72 @@ fn sharded_cache(capabilities: Capabilities) -> Result<(), Failed> {
         }
         // 5 + 5 blocks in use: room grows by half, and by four at least.
         same("bytes", &[whole.kv_bytes(), sharded.kv_bytes()], &[12 * block_bytes; 2])?;
+    }
+    Ok(())
+}
+
+/// A layer whose keys, and values, are more than the 128 MiB that a binding is promised: a few tokens
+/// and one attend to all of them.
+fn large_layer(capabilities: Capabilities) -> Result<(), Failed> {
+    let heads = Heads { query: 32, kv: 32, dim: 256 };
+    let config = ModelConfig {
+        num_hidden_layers: 1,
+        num_attention_heads: heads.query,
+        num_key_value_heads: heads.kv,
+        head_dim: heads.dim,
+        max_position_embeddings: 4300,
+        ..tiny_llama()
+    };
+    let mut backend =
+        backend(open(capabilities)?, &SyntheticModel::new(config, 9), KvFormat::F32, 3)?;
+    let is_llvmpipe = backend.device().description.starts_with("llvmpipe");
+    let (row, full) = (heads.kv * heads.dim, 65);
+    let sequence = backend.sequences().open();
+    backend.sequences().prepare(sequence, 0, full * BLOCK)?;
+    let [mut keys, mut values] = [Vec::new(), Vec::new()];
+    let mut random = Random::new(27);
+    for block in backend.sequences().table(sequence)?.to_vec() {
+        let rows = random.floats(2 * BLOCK * row, 1.0);
+        let bytes: Vec<u8> = rows.iter().flat_map(|x| x.to_le_bytes()).collect();
+        backend.write_block(block, &bytes)?;
+        keys.extend_from_slice(&rows[..BLOCK * row]);
+        values.extend_from_slice(&rows[BLOCK * row..]);
+    }
+    let mut start = full * BLOCK;
+    for tokens in [&[5, 6, 7][..], &[8]] {
+        let (want, given) = (Want::LastLogits, Tokens::Given(tokens));
+        backend.begin(Batch { sequence, tokens: given, start, want })?;
+        backend.embed()?;
+        backend.qkv(0)?;
+        let query = backend.read(Tap::Query)?;
+        backend.attend(0)?;
+        let found = backend.read(Tap::Attended)?;
+        backend.project_out(0)?;
+        backend.gate_up(0)?;
+        backend.down(0)?;
+        backend.head()?;
+        backend.finish()?;
+        same("bytes", &[backend.kv_bytes() > 2 * (128 << 20)], &[true])?;
+        // The tokens' own keys and values.
+        let last = *backend.sequences().table(sequence)?.last().expect("blocks");
+        let bytes = backend.read_block(last)?;
+        let words = bytes.as_chunks::<4>().0;
+        let rows: Vec<f32> = words.iter().map(|&word| f32::from_le_bytes(word)).collect();
+        for (all, rows) in [&mut keys, &mut values].into_iter().zip(rows.chunks(BLOCK * row)) {
+            all.truncate(full * BLOCK * row);
+            all.extend_from_slice(rows);
+        }
+        for (query, found) in query.chunks(row).zip(found.chunks(row)) {
+            start += 1;
+            let [keys, values] = [&keys, &values].map(|rows| &rows[..start * row]);
+            let cached = Cached { keys, values, scales: None };
+            let expected = cpu_ref::attention::attention(query, cached, heads);
+            let what = format!("position {start}");
+            match is_llvmpipe {
+                true => same(&what, found, &expected)?,
+                false => close(&what, found, &expected, |_| 1e-5)?,
+            }
+        }
     }
     Ok(())
 }

@@ -9,7 +9,7 @@ use cpu_ref::mlp::Activation;
 use cpu_ref::reduce::DOT_LANES;
 
 use super::buffer::Slice;
-use super::device::Gpu;
+use super::device::{AdapterKind, Gpu};
 use super::record::{Call, Rows, WeightsRead};
 use super::shader::{self, Kernel};
 use crate::error::{Error, Result};
@@ -1049,9 +1049,9 @@ impl KvLayout {
         self.heads.dim.div_ceil(4 << self.shift())
     }
 
-    /// Words of a head's value.
+    /// Words of a head's value, in units of 16 bytes.
     pub fn value_words(self) -> usize {
-        self.heads.dim.div_ceil(1 << self.shift())
+        self.heads.dim.div_ceil(1 << self.shift()).next_multiple_of(4)
     }
 
     /// Words of a block's keys, values and scales.
@@ -1105,16 +1105,7 @@ pub fn kv_store(shard: KvShard) -> Call {
     call(shader::KV_STORE, shard.constants(), heads.kv, Rows::Tokens).writing(words)
 }
 
-/// How many tokens [`attention`] is for.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum AttendTokens {
-    /// One: the queries of a KV head share a workgroup.
-    One,
-    /// Many: as many rows as a workgroup can have.
-    Many,
-}
-
-/// Rows of queries in a workgroup of attention: `shared/attend_block.wgsl`.
+/// Rows of one token's queries in a workgroup of attention: `shared/attend_block.wgsl`.
 #[derive(Debug, Clone, Copy)]
 struct RowSets {
     /// Sets of 64 lanes.
@@ -1123,32 +1114,27 @@ struct RowSets {
     rows: usize,
 }
 
+/// Steps of 16 dimensions that a dot product takes.
+fn dot_steps(heads: Heads) -> usize {
+    heads.dim.div_ceil(DOT_LANES)
+}
+
 impl RowSets {
     /// Most rows of a set: what registers hold.
     const MAX_ROWS: usize = 4;
 
-    fn new(heads: Heads, tokens: AttendTokens) -> Self {
+    fn new(heads: Heads) -> Self {
         // Queries of the rows and a vector a lane fit 16 KiB.
-        let units = Self::MAX_ROWS * 4 * Self::steps(heads) + BLOCK;
+        let units = Self::MAX_ROWS * 4 * dot_steps(heads) + BLOCK;
         let max_sets = if 4 * units * 16 <= WORKGROUP_BYTES { 4 } else { 2 };
-        match tokens {
-            AttendTokens::Many => Self { sets: max_sets, rows: Self::MAX_ROWS },
-            AttendTokens::One => {
-                let ratio = heads.query / heads.kv;
-                let sets = ratio.div_ceil(Self::MAX_ROWS);
-                Self { sets: sets.min(max_sets), rows: ratio.div_ceil(sets) }
-            }
-        }
-    }
-
-    /// Steps of 16 dimensions that a dot product takes.
-    fn steps(heads: Heads) -> usize {
-        heads.dim.div_ceil(DOT_LANES)
+        let ratio = heads.query / heads.kv;
+        let sets = ratio.div_ceil(Self::MAX_ROWS);
+        Self { sets: sets.min(max_sets), rows: ratio.div_ceil(sets) }
     }
 
     fn constants(self, shard: KvShard) -> Vec<(&'static str, usize)> {
         let KvLayout { heads, .. } = shard.layout;
-        let steps = Self::steps(heads);
+        let steps = dot_steps(heads);
         let lane_dims = match shard.layout.format {
             KvFormat::F32 => heads.dim.div_ceil(64),
             KvFormat::F16 => 2 * heads.dim.div_ceil(128),
@@ -1168,17 +1154,81 @@ impl RowSets {
     }
 }
 
+/// What [`attention_tile`] is shaped for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum TileFor {
+    /// GPUs: one key a lane, which fits registers and makes many lanes.
+    Gpu,
+    /// llvmpipe, which loads one lane after another: up to four keys a lane, for the fewest loads.
+    Cpu,
+}
+
+impl TileFor {
+    /// What the adapter is.
+    pub fn adapter(kind: AdapterKind) -> Self {
+        if kind == AdapterKind::Software { Self::Cpu } else { Self::Gpu }
+    }
+}
+
+/// Rows and keys of a workgroup of [`attention_tile`]: the constants of `attention_tile.wgsl`.
+#[derive(Debug, Clone, Copy)]
+struct RowTile {
+    rows: usize,
+    keys: usize,
+    chunks: usize,
+}
+
+impl RowTile {
+    fn new(heads: Heads, tile_for: TileFor) -> Self {
+        let chunks = heads.dim.div_ceil(4).next_power_of_two();
+        // Queries, and weights for each of 64 keys, fit 16 KiB.
+        let rows = if heads.dim <= 128 { 16 } else { 8 };
+        let keys = match tile_for {
+            TileFor::Gpu => 1,
+            // A lane has the values of at most four rows.
+            TileFor::Cpu => (64 / chunks).min(4),
+        };
+        Self { rows, keys, chunks }
+    }
+
+    fn constants(self, shard: KvShard) -> Vec<(&'static str, usize)> {
+        let KvLayout { heads, .. } = shard.layout;
+        let Self { rows, keys, chunks } = self;
+        let (key_lanes, row_lanes, steps) = (BLOCK / keys, 16 / keys, dot_steps(heads));
+        let mut constants = vec![
+            ("HEADS", heads.query),
+            ("ROWS", rows),
+            ("KEYS", keys),
+            ("KEY_LANES", key_lanes),
+            ("ROW_LANES", row_lanes),
+            ("LANES", rows * row_lanes),
+            ("STEPS", steps),
+            ("Q_UNITS", rows * 4 * steps),
+            ("S_UNITS", 16 * rows),
+            ("SHARES", rows * row_lanes / 4),
+            ("CHUNKS", chunks),
+            ("LANE_ROWS", (4 * chunks / key_lanes).max(1)),
+            ("VALUE_UNITS", shard.layout.value_words() / 4),
+        ];
+        constants.extend(shard.constants());
+        constants
+    }
+}
+
+/// A kernel of attention, with the buffers that are not the cache's, of at least so many words. The
+/// shaders ask the others how many tokens and blocks there are.
 fn attend_call(
     kernel: Kernel,
     shard: KvShard,
-    sets: RowSets,
-    parts: Option<bool>,
-    x: usize,
-    y: Rows,
+    constants: impl IntoIterator<Item = (&'static str, usize)>,
+    (x, y): (usize, Rows),
+    after: impl IntoIterator<Item = usize>,
 ) -> Call {
     let KvLayout { heads, .. } = shard.layout;
-    let parts = parts.map(|parts| ("PARTS", usize::from(parts)));
-    let mut call = call(kernel, sets.constants(shard).into_iter().chain(parts), x, y);
+    let mut call = call(kernel, constants, x, y);
+    let [keys, values, scales] = shard.layout.block_words();
+    call.words = vec![heads.query * heads.dim, keys, values, scales.max(1), 1];
+    call.words.extend(after);
     let inv_sqrt_dim = cpu_ref::attention::inv_sqrt_dim(heads.dim);
     call.constants.push(("INV_SQRT_DIM", f64::from(inv_sqrt_dim)));
     // Of all shards together: counted with the first.
@@ -1186,26 +1236,38 @@ fn attend_call(
     call
 }
 
-/// query, keys, values, scales, table, state_in, out, state_out; the states are only used in `parts`.
-pub fn attention(shard: KvShard, tokens: AttendTokens, parts: bool) -> Call {
+/// query, keys, values, scales, table, out: of one token.
+pub fn attention(shard: KvShard) -> Call {
     let KvLayout { heads, .. } = shard.layout;
-    let sets = RowSets::new(heads, tokens);
-    let (a_token, tile) = ((heads.query / heads.kv) as u32, (sets.sets * sets.rows) as u32);
-    let y = Rows::HeadTiles { a_token, tile };
-    attend_call(shader::ATTENTION, shard, sets, Some(parts), heads.kv, y)
-        .writing(heads.query * heads.dim)
+    let sets = RowSets::new(heads);
+    let tiles = (heads.query / heads.kv).div_ceil(sets.sets * sets.rows);
+    let (grid, out) = ((heads.kv * tiles, Rows::One), heads.query * heads.dim);
+    attend_call(shader::ATTENTION, shard, sets.constants(shard), grid, [out]).writing(out)
+}
+
+/// query, keys, values, scales, table, state_in, out, state_out: of many tokens; the states are only
+/// used in `parts`.
+pub fn attention_tile(shard: KvShard, tile_for: TileFor, parts: bool) -> Call {
+    let KvLayout { heads, .. } = shard.layout;
+    let tile = RowTile::new(heads, tile_for);
+    let y = Rows::HeadTiles { a_token: (heads.query / heads.kv) as u32, tile: tile.rows as u32 };
+    let constants = tile.constants(shard).into_iter().chain([("PARTS", usize::from(parts))]);
+    let (out, state) = (heads.query * heads.dim, if parts { partial_words(heads) } else { 1 });
+    let after = [state, out, state];
+    attend_call(shader::ATTENTION_TILE, shard, constants, (heads.kv, y), after).writing(out)
 }
 
 /// query, keys, values, scales, table, partials.
 pub fn attention_blocks(shard: KvShard) -> Call {
     let KvLayout { heads, .. } = shard.layout;
-    let sets = RowSets::new(heads, AttendTokens::One);
+    let sets = RowSets::new(heads);
     let tiles = (heads.query / heads.kv).div_ceil(sets.sets * sets.rows);
-    attend_call(shader::ATTENTION_BLOCKS, shard, sets, None, heads.kv * tiles, Rows::Blocks)
-        .writing(partial_words(heads))
+    let (grid, partials) = ((heads.kv * tiles, Rows::Blocks), partial_words(heads));
+    attend_call(shader::ATTENTION_BLOCKS, shard, sets.constants(shard), grid, [partials])
+        .writing(partials)
 }
 
-/// Words that a block gives to [`attention_merge`], or a token to the next part of [`attention`].
+/// Words that a block gives to [`attention_merge`], or a token to the next part of [`attention_tile`].
 pub fn partial_words(heads: Heads) -> usize {
     heads.query * (heads.dim + 2)
 }
@@ -1213,8 +1275,10 @@ pub fn partial_words(heads: Heads) -> usize {
 /// partials, out.
 pub fn attention_merge(heads: Heads) -> Call {
     let constants = [("HEADS", heads.query), ("DIM", heads.dim)];
-    call(shader::ATTENTION_MERGE, constants, heads.query, Rows::One)
-        .writing(heads.query * heads.dim)
+    let mut call = call(shader::ATTENTION_MERGE, constants, heads.query, Rows::One);
+    let out = heads.query * heads.dim;
+    call.words = vec![partial_words(heads), out];
+    call.writing(out)
 }
 
 /// acc, weight_scale, act_scale, z.

@@ -45,8 +45,8 @@ use crate::shape::MatShape;
 use crate::weights::{Input, LayerWeights, Table, TernaryMatrix, WeightScale, WeightSource};
 use cache::Cache;
 use kernels::{
-    AttendTokens, Fused, Gemm, KvLayout, LinearRows, LogitTile, MAX_SAMPLE_VOCAB, Rotate, RowOrder,
-    SampleLens, SumInputs, TokensPerLane, gemm_encoding, gemm_inputs, padded_rows,
+    Fused, Gemm, KvLayout, LinearRows, LogitTile, MAX_SAMPLE_VOCAB, Rotate, RowOrder, SampleLens,
+    SumInputs, TileFor, TokensPerLane, gemm_encoding, gemm_inputs, padded_rows,
 };
 use matrix::{GpuLinear, GpuMatrix, GpuRotation, GpuRun, GpuTable, GpuTableData, HostLinear, Kind};
 use pace::{MAX_STEPS, Pace};
@@ -702,14 +702,15 @@ fn cache_ops(
         let cached = [&b.query, keys, values, scales, &cache.table];
         let call = kernels::attention_blocks(shard);
         ops.blocks.push(op(&call, &[&cached[..], &[&cache.partials]].concat())?);
-        let call = kernels::attention(shard, AttendTokens::Many, has_parts);
+        let tile_for = TileFor::adapter(gpu.adapter.kind);
+        let call = kernels::attention_tile(shard, tile_for, has_parts);
         let Some([first, second]) = &cache.states else {
             let after = [&cache.unread, &b.attended, &cache.unwritten];
             let after = [&cached[..], &after].concat();
             let many = op(&call, &after)?;
             ops.many.push([many.clone(), many]);
-            let call = kernels::attention(shard, AttendTokens::One, false);
-            ops.short.push(op(&call, &after)?);
+            let call = kernels::attention(shard);
+            ops.short.push(op(&call, &[&cached[..], &[&b.attended]].concat())?);
             continue;
         };
         ops.many.push([

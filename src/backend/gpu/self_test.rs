@@ -12,8 +12,8 @@ use cpu_ref::sample::Sampling;
 use super::cache::pack;
 use super::head::{HeadInput, HeadOps, HeadStep, Int8Head, LOGIT_ROWS};
 use super::kernels::{
-    AttendTokens, Encoding, Fused, Gemm, GemmPlan, GemvPlan, KvLayout, KvShard, LogitTile,
-    RowOrder, SumInputs, SumPlans, TokensPerLane, gemm_encoding, gemm_inputs,
+    Encoding, Fused, Gemm, GemmPlan, GemvPlan, KvLayout, KvShard, LogitTile, RowOrder, SumInputs,
+    SumPlans, TileFor, TokensPerLane, gemm_encoding, gemm_inputs,
 };
 use super::matrix::{
     GpuLinear, GpuMatrix, GpuTable, GpuTableData, HostLinear, HostMatrix, Kind, Method,
@@ -1127,11 +1127,8 @@ pub fn check_attention(gpu: &Gpu, layout: KvLayout) -> Result<()> {
         .collect();
     // What products that are fused and a division that is not exact may change of values up to 5.
     let bound = 5.0 * (32.0 + heads.dim as f32) * f32::EPSILON;
-    for (how, tokens) in [
-        (Attend::Whole(AttendTokens::Many), ROWS),
-        (Attend::Whole(AttendTokens::One), 1),
-        (Attend::Blocks, 1),
-    ] {
+    let tile = Attend::Tile(TileFor::adapter(gpu.adapter.kind));
+    for (how, tokens) in [(tile, ROWS), (Attend::Whole, 1), (Attend::Blocks, 1)] {
         let last = (ROWS - tokens) * query_size;
         let found = attend(gpu, &cache, how, &query[last..], POSITIONS - tokens)?;
         for (at, (&found, &expected)) in found.iter().zip(&expected[last..]).enumerate() {
@@ -1185,7 +1182,8 @@ impl Attend {
     /// The kernel that does the work.
     fn kernel(self) -> &'static str {
         match self {
-            Self::Whole(_) => shader::ATTENTION.name,
+            Self::Whole => shader::ATTENTION.name,
+            Self::Tile(_) => shader::ATTENTION_TILE.name,
             Self::Blocks => shader::ATTENTION_BLOCKS.name,
         }
     }
@@ -1194,8 +1192,10 @@ impl Attend {
 /// How a token's attention is computed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Attend {
-    /// `attention`, as for one token or for many.
-    Whole(AttendTokens),
+    /// `attention`; one token.
+    Whole,
+    /// `attention_tile`.
+    Tile(TileFor),
     /// `attention_blocks` and `attention_merge`; one token.
     Blocks,
 }
@@ -1257,10 +1257,13 @@ pub fn attend(
     let (query, out) = (gpu.upload("query", query)?, gpu.storage("out", len)?);
     let (shard, inputs) = (KvShard::whole(cache.layout), cache.inputs(&query));
     match how {
-        Attend::Whole(tokens) => {
+        Attend::Whole => {
+            run(gpu, &kernels::attention(shard), params, &[&inputs[..], &[&out]].concat())?;
+        }
+        Attend::Tile(tile_for) => {
             let unused = [gpu.storage("unread", 1)?, gpu.storage("unwritten", 1)?];
             let after = [&unused[0], &out, &unused[1]];
-            let call = kernels::attention(shard, tokens, false);
+            let call = kernels::attention_tile(shard, tile_for, false);
             run(gpu, &call, params, &[&inputs[..], &after].concat())?;
         }
         Attend::Blocks => {

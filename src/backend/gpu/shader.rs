@@ -46,6 +46,7 @@ kernels! {
     ROPE = "rope",
     KV_STORE = "kv_store",
     ATTENTION = "attention",
+    ATTENTION_TILE = "attention_tile",
     ATTENTION_BLOCKS = "attention_blocks",
     ATTENTION_MERGE = "attention_merge",
     GATED_ACTIVATION = "gated_activation",
@@ -77,10 +78,15 @@ pub const UNCHECKED: &[Kernel] = &[
     FUSED_QKV,
     FUSED_GATED,
     FUSED_RESIDUAL,
+    ATTENTION,
+    ATTENTION_TILE,
+    ATTENTION_BLOCKS,
+    ATTENTION_MERGE,
 ];
 
 /// The snippets of `shaders/shared/`.
 const SNIPPETS: &[(&str, &str)] = &[
+    ("attend", include_str!("../../../shaders/shared/attend.wgsl")),
     ("attend_block", include_str!("../../../shaders/shared/attend_block.wgsl")),
     ("best", include_str!("../../../shaders/shared/best.wgsl")),
     ("bitlinear", include_str!("../../../shaders/shared/bitlinear.wgsl")),
