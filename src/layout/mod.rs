@@ -3,8 +3,9 @@
 //! All layouts share the tiling that `cpu_ref::layout` defines (32 rows × 64 columns, or 128 of
 //! binary ones, 16 bytes a row and chunk); they differ in how the 16 bytes of a piece hold the
 //! weights. Packing goes row by row, so that a matrix never has to stand unpacked in memory. Scales
-//! of groups of inputs lie beside it.
+//! of groups of inputs lie beside it. [`PackedBase3`] has fewer bytes, in an order of its own.
 
+mod base3;
 pub mod group_scales;
 pub mod i2;
 pub mod planes;
@@ -14,6 +15,8 @@ use cpu_ref::layout::{PIECE_WORDS, TILE_ROWS, piece_index};
 use rayon::prelude::*;
 
 use crate::shape::MatShape;
+
+pub use base3::{PackedBase3, len_bytes as base3_len_bytes};
 
 /// Columns of the longest chunk of a layout.
 const MAX_CHUNK_K: usize = cpu_ref::layout::signs::CHUNK_K;

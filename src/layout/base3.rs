@@ -1,0 +1,176 @@
+//! The base-3 layout; `cpu_ref::layout::base3` is its definition.
+//!
+//! The first four digits of a byte are the four fields of a byte of [`Layout::I2`], so that either
+//! becomes the other byte by byte.
+
+use cpu_ref::layout::base3::{GROUP_CHUNKS, GROUP_PIECES, digits, pieces, tile_words};
+use cpu_ref::layout::{PIECE_WORDS, TILE_ROWS, k_chunks};
+use rayon::prelude::*;
+
+use super::{Layout, Line, Packed};
+use crate::shape::MatShape;
+
+/// Words of a piece: 32 rows × 16 bytes.
+const CHUNK_WORDS: usize = TILE_ROWS * PIECE_WORDS;
+
+/// What stands for a code that is no weight.
+const NONE: u8 = 255;
+
+/// The byte of digits 0 to 3 as I2 has them, for each digit 4.
+static BYTES: [[u8; 256]; 3] = bytes();
+
+const fn bytes() -> [[u8; 256]; 3] {
+    let mut bytes = [[NONE; 256]; 3];
+    let mut byte = 0;
+    while byte < 256 {
+        if let Some([a, b, c, d, last]) = digits(byte as u8) {
+            bytes[last as usize][(a | b << 2 | c << 4 | d << 6) as usize] = byte as u8;
+        }
+        byte += 1;
+    }
+    bytes
+}
+
+/// The four digits of each byte as I2 has them, and digit 4.
+static FIELDS: [(u8, u8); 256] = fields();
+
+const fn fields() -> [(u8, u8); 256] {
+    let mut fields = [(NONE, 3); 256];
+    let mut byte = 0;
+    while byte < 256 {
+        if let Some([a, b, c, d, last]) = digits(byte as u8) {
+            fields[byte] = (a | b << 2 | c << 4 | d << 6, last);
+        }
+        byte += 1;
+    }
+    fields
+}
+
+/// A ternary matrix of five weights a byte. N is padded to whole tiles of 32 rows, K to whole chunks
+/// of 64 columns, both with weight 0.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct PackedBase3 {
+    shape: MatShape,
+    lines: Vec<Line>,
+}
+
+impl PackedBase3 {
+    /// The same matrix in this layout.
+    ///
+    /// # Panics
+    /// If the matrix is not in [`Layout::I2`].
+    pub fn of(packed: &Packed) -> Self {
+        assert_eq!(packed.layout(), Layout::I2);
+        let shape = packed.shape();
+        let chunks = k_chunks(shape.k());
+        let tiles = shape.n().div_ceil(TILE_ROWS);
+        let mut lines = vec![Line([0; 16]); tiles * tile_words(chunks) / 16];
+        let words: &mut [u32] = bytemuck::cast_slice_mut(&mut lines);
+        words
+            .par_chunks_exact_mut(tile_words(chunks))
+            .zip(packed.words().par_chunks_exact(chunks * CHUNK_WORDS))
+            .for_each(|(out, i2)| pack_tile(i2.as_chunks().0, out.as_chunks_mut().0));
+        Self { shape, lines }
+    }
+
+    /// The same matrix in [`Layout::I2`].
+    pub fn to_i2(&self) -> Packed {
+        let chunks = k_chunks(self.shape.k());
+        let tiles = self.shape.n().div_ceil(TILE_ROWS);
+        let mut lines = vec![Line([0; 16]); tiles * chunks * CHUNK_WORDS / 16];
+        let words: &mut [u32] = bytemuck::cast_slice_mut(&mut lines);
+        words
+            .par_chunks_exact_mut(chunks * CHUNK_WORDS)
+            .zip(self.words().par_chunks_exact(tile_words(chunks)))
+            .for_each(|(out, tile)| unpack_tile(tile.as_chunks().0, out.as_chunks_mut().0));
+        Packed { layout: Layout::I2, shape: self.shape, lines }
+    }
+
+    /// `[N, K]` without the padding.
+    pub fn shape(&self) -> MatShape {
+        self.shape
+    }
+
+    /// `words[ceil(N/32)][pieces][4][32]`; the first is on a cache line's boundary.
+    pub fn words(&self) -> &[u32] {
+        bytemuck::cast_slice(&self.lines)
+    }
+}
+
+/// Bytes of a packed matrix `[N, K]`.
+pub fn len_bytes(shape: MatShape) -> usize {
+    shape.n().div_ceil(TILE_ROWS) * tile_words(k_chunks(shape.k())) * size_of::<u32>()
+}
+
+type Chunk = [u32; CHUNK_WORDS];
+
+/// One tile of I2 → its pieces.
+fn pack_tile(i2: &[Chunk], out: &mut [Chunk]) {
+    assert_eq!(out.len(), pieces(i2.len()));
+    for (chunks, pieces) in i2.chunks(GROUP_CHUNKS).zip(out.chunks_mut(GROUP_PIECES)) {
+        for (p, piece) in pieces.iter_mut().enumerate() {
+            for (at, i2) in chunks[p].iter().enumerate() {
+                let (row, word) = (at / PIECE_WORDS, at % PIECE_WORDS);
+                // Without a fifth chunk, digit 4 is that of weight 0.
+                let fifth = chunks.get(GROUP_PIECES).map_or(0x5555_5555, |chunk| chunk[at]);
+                let last = (fifth >> (2 * p) & 0x0303_0303).to_le_bytes();
+                let i2 = i2.to_le_bytes();
+                let bytes = std::array::from_fn(|b| BYTES[usize::from(last[b])][usize::from(i2[b])]);
+                piece[word * TILE_ROWS + row] = u32::from_le_bytes(bytes);
+            }
+        }
+    }
+}
+
+/// The inverse of [`pack_tile`].
+fn unpack_tile(pieces: &[Chunk], out: &mut [Chunk]) {
+    for (pieces, chunks) in pieces.chunks(GROUP_PIECES).zip(out.chunks_mut(GROUP_CHUNKS)) {
+        for (p, piece) in pieces.iter().enumerate() {
+            for at in 0..CHUNK_WORDS {
+                let (row, word) = (at / PIECE_WORDS, at % PIECE_WORDS);
+                let bytes = piece[word * TILE_ROWS + row].to_le_bytes();
+                let fields = bytes.map(|byte| FIELDS[usize::from(byte)]);
+                chunks[p][at] = u32::from_le_bytes(fields.map(|(four, _)| four));
+                if let Some(fifth) = chunks.get_mut(GROUP_PIECES) {
+                    fifth[at] |= u32::from_le_bytes(fields.map(|(_, last)| last)) << (2 * p);
+                }
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::random::Random;
+
+    #[test]
+    fn every_weight_is_where_the_definition_has_it() {
+        for (n, k) in [(1, 1), (31, 63), (32, 64), (33, 256), (5, 320), (70, 321), (33, 700)] {
+            let shape = MatShape::new(n, k).unwrap();
+            let trits = Random::new((n * 1000 + k) as u64).trits(n * k);
+            let i2 = Packed::pack(Layout::I2, shape, &trits);
+            let packed = PackedBase3::of(&i2);
+            assert_eq!(4 * packed.words().len(), len_bytes(shape));
+            assert_eq!(packed.to_i2(), i2, "{shape}");
+            let chunks = k_chunks(k);
+            for row in 0..n.next_multiple_of(TILE_ROWS) {
+                for column in 0..chunks * 64 {
+                    let inside = row < n && column < k;
+                    let expected = if inside { trits[row * k + column] } else { 0 };
+                    let found = cpu_ref::layout::base3::get(packed.words(), chunks, row, column);
+                    assert_eq!(found, Some(expected), "{shape}, row {row}, column {column}");
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn five_weights_a_byte() {
+        let bytes = |n, k| len_bytes(MatShape::new(n, k).unwrap());
+        assert_eq!(bytes(32, 2560), 32 * 2560 / 5);
+        // 108 chunks are 21 groups and 3 pieces.
+        assert_eq!(bytes(32, 6912), 32 * 16 * (21 * 4 + 3));
+        assert_eq!(bytes(1, 1), 512);
+    }
+}
