@@ -8,6 +8,7 @@ use cpu_ref::layout::{PIECE_WORDS, TILE_ROWS, k_chunks};
 use rayon::prelude::*;
 
 use super::{Layout, Line, Packed};
+use crate::format::{Bytes, Elements};
 use crate::shape::MatShape;
 
 /// Words of a piece: 32 rows × 16 bytes.
@@ -51,7 +52,7 @@ const fn fields() -> [(u8, u8); 256] {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct PackedBase3 {
     shape: MatShape,
-    lines: Vec<Line>,
+    lines: Elements<Line>,
 }
 
 impl PackedBase3 {
@@ -70,7 +71,14 @@ impl PackedBase3 {
             .par_chunks_exact_mut(tile_words(chunks))
             .zip(packed.words().par_chunks_exact(chunks * CHUNK_WORDS))
             .for_each(|(out, i2)| pack_tile(i2.as_chunks().0, out.as_chunks_mut().0));
-        Self { shape, lines }
+        Self { shape, lines: lines.into() }
+    }
+
+    /// A matrix whose words have been packed before; `None` if they are not as many as the shape needs, or
+    /// not on a cache line's boundary.
+    pub(crate) fn of_words(shape: MatShape, words: &Bytes) -> Option<Self> {
+        let lines = Elements::in_place(words).filter(|_| words.len() == len_bytes(shape))?;
+        Some(Self { shape, lines })
     }
 
     /// The same matrix in [`Layout::I2`].
@@ -83,7 +91,7 @@ impl PackedBase3 {
             .par_chunks_exact_mut(chunks * CHUNK_WORDS)
             .zip(self.words().par_chunks_exact(tile_words(chunks)))
             .for_each(|(out, tile)| unpack_tile(tile.as_chunks().0, out.as_chunks_mut().0));
-        Packed { layout: Layout::I2, shape: self.shape, lines }
+        Packed { layout: Layout::I2, shape: self.shape, lines: lines.into() }
     }
 
     /// `[N, K]` without the padding.
