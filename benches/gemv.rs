@@ -101,13 +101,16 @@ fn gemv_base3(criterion: &mut Criterion, product: &Product, copies: usize) {
                 call.check(kernels.as_ref(), product);
                 let id = format!("cpu-{}-{threads}t", level.name());
                 let mut i = 0;
-                group.bench_function(BenchmarkId::new(format!("{}x{}", shape.n(), shape.k()), id), |bencher| {
-                    bencher.iter(|| {
-                        i += 1;
-                        let words = &all[i % copies * one.len()..][..one.len()];
-                        call.run_on(&pool, kernels.as_ref(), bytemuck::cast_slice(words));
-                    });
-                });
+                group.bench_function(
+                    BenchmarkId::new(format!("{}x{}", shape.n(), shape.k()), id),
+                    |bencher| {
+                        bencher.iter(|| {
+                            i += 1;
+                            let words = &all[i % copies * one.len()..][..one.len()];
+                            call.run_on(&pool, kernels.as_ref(), bytemuck::cast_slice(words));
+                        });
+                    },
+                );
             }
         }
         group.finish();

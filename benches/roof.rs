@@ -71,21 +71,22 @@ fn gemv() {
                     call: Box::new(|turn| cpu::read(&pool, i2.copy(turn))),
                     worth: i2.len_bytes(),
                 });
-                let mut add = |product, kernels: &'_ dyn Kernels, mut call: cpu::Call, name, of| {
-                    call.check(kernels, product);
-                    let (pool, of): (_, &Copies) = (&pool, of);
-                    let name =
-                        format!("{}{name} M={}", kernels.level().name(), call.n_tokens());
-                    let run = move |turn| call.run_on(pool, kernels, of.copy(turn));
-                    let worth = of.len_bytes();
-                    contestants.push(Contestant { name, call: Box::new(run), worth });
-                };
-                for kernels in &all_kernels {
-                    for product in &products {
-                        add(product, kernels.as_ref(), cpu::Call::new(product), "", &i2);
-                    }
-                    for product in products.iter().filter(|_| kernels.level().has_base3()) {
-                        add(product, kernels.as_ref(), cpu::Call::base3(product), " base3", &base3);
+                for (kernels, product) in all_kernels
+                    .iter()
+                    .flat_map(|kernels| products.iter().map(move |p| (kernels, p)))
+                {
+                    let (kernels, worth) = (kernels.as_ref(), (i2.len_bytes(), base3.len_bytes()));
+                    let m = product.x.len() / k;
+                    let name = format!("{} M={m}", kernels.level().name());
+                    let call = cpu::Call::new(product).checked(kernels, product);
+                    let of_i2 = |turn| i2.copy(turn);
+                    contestants.push(contestant(&pool, kernels, call, (name, worth.0), of_i2));
+                    if kernels.level().has_base3() {
+                        let name = format!("{} base3 M={m}", kernels.level().name());
+                        let call = cpu::Call::base3(product).checked(kernels, product);
+                        let of_base3 = |turn| base3.copy(turn);
+                        let one = contestant(&pool, kernels, call, (name, worth.1), of_base3);
+                        contestants.push(one);
                     }
                 }
                 let speeds = race(&mut contestants);
@@ -139,20 +140,20 @@ fn gemm() {
                 let rows = (GEMM_LEN / (k * m)).clamp(32, 8192).next_multiple_of(32);
                 let n = if is_test() { 70 } else { rows };
                 let product = Product::new(n, k, m);
-                let mut contestants: Vec<Contestant<'_>> = Vec::new();
                 let base3 = product.base3();
-                let (product, pool) = (&product, &pool);
-                let mut add = |kernels: &'_ dyn Kernels, mut call: cpu::Call, name, words| {
-                    call.check(kernels, product);
-                    let run = move |_| call.run_on(pool, kernels, words);
-                    let name = format!("{}{name}", kernels.level().name());
-                    contestants.push(Contestant { name, call: Box::new(run), worth: n * k * m });
-                };
+                let mut contestants: Vec<Contestant<'_>> = Vec::new();
                 for kernels in &all_kernels {
                     let kernels = kernels.as_ref();
-                    add(kernels, cpu::Call::new(product), "", product.packed.words());
+                    let (name, worth) = (kernels.level().name(), n * k * m);
+                    let call = cpu::Call::new(&product).checked(kernels, &product);
+                    let of_i2 = |_| product.packed.words();
+                    let named = (name.to_owned(), worth);
+                    contestants.push(contestant(&pool, kernels, call, named, of_i2));
                     if kernels.level().has_base3() {
-                        add(kernels, cpu::Call::base3(product), " base3", base3.words());
+                        let call = cpu::Call::base3(&product).checked(kernels, &product);
+                        let named = (format!("{name} base3"), worth);
+                        let of_base3 = |_| base3.words();
+                        contestants.push(contestant(&pool, kernels, call, named, of_base3));
                     }
                 }
                 let speeds = race(&mut contestants);
@@ -163,6 +164,18 @@ fn gemm() {
             }
         }
     }
+}
+
+/// A kernel on the words that it gets in each turn.
+fn contestant<'a>(
+    pool: &'a rayon::ThreadPool,
+    kernels: &'a dyn Kernels,
+    mut call: cpu::Call,
+    (name, worth): (String, usize),
+    words: impl Fn(usize) -> &'a [u32] + 'a,
+) -> Contestant<'a> {
+    let call = Box::new(move |turn| call.run_on(pool, kernels, words(turn)));
+    Contestant { name, call, worth }
 }
 
 /// What each contestant is worth in a nanosecond, by the time that a fiftieth of its calls keep to.

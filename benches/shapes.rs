@@ -188,6 +188,12 @@ pub mod cpu {
             });
         }
 
+        /// The same after [`Call::check`].
+        pub fn checked(mut self, kernels: &dyn Kernels, product: &Product) -> Self {
+            self.check(kernels, product);
+            self
+        }
+
         /// Runs once and compares with the reference's first and last token.
         pub fn check(&mut self, kernels: &dyn Kernels, product: &Product) {
             match self.base3 {

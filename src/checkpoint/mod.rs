@@ -21,9 +21,7 @@ use crate::tensor_names::{
     ATTN_SUB_NORM, DOWN_PROJ, FFN_SUB_NORM, GATE_PROJ, INPUT_LAYERNORM, K_NORM, K_PROJ, LINEARS,
     Linear, Naming, Norm, O_PROJ, POST_ATTENTION_LAYERNORM, Q_NORM, Q_PROJ, UP_PROJ, V_PROJ, norms,
 };
-use crate::weights::{
-    Input, LayerWeights, Stamp, Table, TableData, TernaryMatrix, WeightSource,
-};
+use crate::weights::{Input, LayerWeights, Stamp, Table, TableData, TernaryMatrix, WeightSource};
 
 const CONFIG: &str = "config.json";
 
@@ -491,12 +489,16 @@ impl Checkpoint {
     /// A table of floats as they are.
     fn plain_table(&self, info: &TensorInfo, float: Float, check: Check) -> Result<TableData> {
         Ok(match float {
-            Float::Bf16 => TableData::Bf16(
-                self.elements(info, check, u16::from_le_bytes, |bits| bits & 0x7f80 != 0x7f80)?,
-            ),
-            Float::F16 => TableData::F16(
-                self.elements(info, check, u16::from_le_bytes, |bits| bits & 0x7c00 != 0x7c00)?,
-            ),
+            Float::Bf16 => {
+                TableData::Bf16(
+                    self.elements(info, check, u16::from_le_bytes, |bits| bits & 0x7f80 != 0x7f80)?,
+                )
+            }
+            Float::F16 => {
+                TableData::F16(
+                    self.elements(info, check, u16::from_le_bytes, |bits| bits & 0x7c00 != 0x7c00)?,
+                )
+            }
             Float::F32 => {
                 TableData::F32(self.elements(info, check, f32::from_le_bytes, f32::is_finite)?)
             }

@@ -21,7 +21,9 @@ impl<T: Pod> Elements<T> {
     /// Elements in this machine's byte order as they lie in a file; `None` if they cannot be read there,
     /// because they are not aligned.
     pub fn in_place(bytes: &Bytes) -> Option<Self> {
-        bytemuck::try_cast_slice::<u8, T>(bytes).is_ok().then(|| Self(Store::Bytes(bytes.clone(), PhantomData)))
+        bytemuck::try_cast_slice::<u8, T>(bytes)
+            .is_ok()
+            .then(|| Self(Store::Bytes(bytes.clone(), PhantomData)))
     }
 
     /// Copies them out of a mapped file.

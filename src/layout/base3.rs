@@ -3,6 +3,8 @@
 //! The first four digits of a byte are the four fields of a byte of [`Layout::I2`], so that either
 //! becomes the other byte by byte.
 
+use std::ops::Range;
+
 use cpu_ref::layout::base3::{GROUP_CHUNKS, GROUP_PIECES, digits, pieces, tile_words};
 use cpu_ref::layout::{PIECE_WORDS, TILE_ROWS, k_chunks};
 use rayon::prelude::*;
@@ -56,22 +58,51 @@ pub struct PackedBase3 {
 }
 
 impl PackedBase3 {
+    /// Packs `[N, K]` from `block(rows)`, these rows of it in [`Layout::I2`]: so that the whole matrix never
+    /// stands in memory twice.
+    ///
+    /// # Errors
+    /// Whatever `block` returns.
+    ///
+    /// # Panics
+    /// If a block has another shape or layout.
+    pub fn try_of_blocks<E>(
+        shape: MatShape,
+        block: impl Fn(Range<usize>) -> Result<Packed, E>,
+    ) -> Result<Self, E> {
+        /// Tiles of a block: work for many threads, and a few MB.
+        const BLOCK: usize = 64;
+        let chunks = k_chunks(shape.k());
+        let tiles = shape.n().div_ceil(TILE_ROWS);
+        let mut lines = vec![Line([0; 16]); tiles * tile_words(chunks) / 16];
+        let words: &mut [u32] = bytemuck::cast_slice_mut(&mut lines);
+        for (i, out) in words.chunks_mut(BLOCK * tile_words(chunks)).enumerate() {
+            let first = i * BLOCK * TILE_ROWS;
+            let rows = first..shape.n().min(first + BLOCK * TILE_ROWS);
+            let packed = block(rows.clone())?;
+            assert_eq!((packed.shape().n(), packed.shape().k()), (rows.len(), shape.k()));
+            Self::pack(&packed, out);
+        }
+        Ok(Self { shape, lines: lines.into() })
+    }
+
     /// The same matrix in this layout.
     ///
     /// # Panics
     /// If the matrix is not in [`Layout::I2`].
     pub fn of(packed: &Packed) -> Self {
-        assert_eq!(packed.layout(), Layout::I2);
         let shape = packed.shape();
-        let chunks = k_chunks(shape.k());
-        let tiles = shape.n().div_ceil(TILE_ROWS);
-        let mut lines = vec![Line([0; 16]); tiles * tile_words(chunks) / 16];
-        let words: &mut [u32] = bytemuck::cast_slice_mut(&mut lines);
-        words
-            .par_chunks_exact_mut(tile_words(chunks))
+        let mut lines = vec![Line([0; 16]); len_bytes(shape) / size_of::<Line>()];
+        Self::pack(packed, bytemuck::cast_slice_mut(&mut lines));
+        Self { shape, lines: lines.into() }
+    }
+
+    fn pack(packed: &Packed, out: &mut [u32]) {
+        assert_eq!(packed.layout(), Layout::I2);
+        let chunks = k_chunks(packed.shape().k());
+        out.par_chunks_exact_mut(tile_words(chunks))
             .zip(packed.words().par_chunks_exact(chunks * CHUNK_WORDS))
             .for_each(|(out, i2)| pack_tile(i2.as_chunks().0, out.as_chunks_mut().0));
-        Self { shape, lines: lines.into() }
     }
 
     /// A matrix whose words have been packed before; `None` if they are not as many as the shape needs, or
@@ -123,7 +154,8 @@ fn pack_tile(i2: &[Chunk], out: &mut [Chunk]) {
                 let fifth = chunks.get(GROUP_PIECES).map_or(0x5555_5555, |chunk| chunk[at]);
                 let last = (fifth >> (2 * p) & 0x0303_0303).to_le_bytes();
                 let i2 = i2.to_le_bytes();
-                let bytes = std::array::from_fn(|b| BYTES[usize::from(last[b])][usize::from(i2[b])]);
+                let bytes =
+                    std::array::from_fn(|b| BYTES[usize::from(last[b])][usize::from(i2[b])]);
                 piece[word * TILE_ROWS + row] = u32::from_le_bytes(bytes);
             }
         }
@@ -171,6 +203,24 @@ mod tests {
                 }
             }
         }
+    }
+
+    #[test]
+    fn blocks_of_rows_are_the_whole_matrix() {
+        let (n, k) = (5000, 100);
+        let trits = Random::new(3).trits(n * k);
+        let pack = |rows: Range<usize>| {
+            let shape = MatShape::new(rows.len(), k).unwrap();
+            Packed::pack(Layout::I2, shape, &trits[rows.start * k..rows.end * k])
+        };
+        let shape = MatShape::new(n, k).unwrap();
+        let of_blocks = PackedBase3::try_of_blocks(shape, |rows| Ok::<_, ()>(pack(rows)));
+        assert_eq!(of_blocks.unwrap(), PackedBase3::of(&pack(0..n)));
+        let first_fails = |rows: Range<usize>| match rows.start {
+            0 => Err("the first"),
+            _ => Ok(pack(rows)),
+        };
+        assert_eq!(PackedBase3::try_of_blocks(shape, first_fails), Err("the first"));
     }
 
     #[test]

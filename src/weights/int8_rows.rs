@@ -140,6 +140,8 @@ mod tests {
         let codes = Codes { group: 16, codes: vec![1; 16], scale: vec![1.0], min: Vec::new() };
         assert!(Int8Rows::of(&Table::new(shape, TableData::Codes(codes))).is_none());
         let shape = MatShape::new(1, MAX_K + 1).unwrap();
-        assert!(Int8Rows::of(&Table::new(shape, TableData::Bf16(vec![0; MAX_K + 1].into()))).is_none());
+        assert!(
+            Int8Rows::of(&Table::new(shape, TableData::Bf16(vec![0; MAX_K + 1].into()))).is_none()
+        );
     }
 }

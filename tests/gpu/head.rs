@@ -131,9 +131,9 @@ impl Bits {
         let data = match self.format {
             Format::Bf16 => TableData::Bf16(halves().into()),
             Format::F16 => TableData::F16(halves().into()),
-            Format::F32 => {
-                TableData::F32(self.bits.iter().map(|&bits| f32::from_bits(bits)).collect::<Vec<_>>().into())
-            }
+            Format::F32 => TableData::F32(
+                self.bits.iter().map(|&bits| f32::from_bits(bits)).collect::<Vec<_>>().into(),
+            ),
         };
         Ok(Table::new(MatShape::new(self.bits.len() / self.k, self.k)?, data))
     }
@@ -419,7 +419,8 @@ fn int8_many_rows(gpu: &Gpu) -> Result<(), Failed> {
     for rows in 1..=LOGIT_ROWS {
         // One shape for each: every check compiles its kernels.
         let (v, k) = [(33, 17), (97, 130), (70, 640)][rows % 3];
-        let table = Table::new(MatShape::new(v, k)?, TableData::F32(random.floats(v * k, 0.2).into()));
+        let table =
+            Table::new(MatShape::new(v, k)?, TableData::F32(random.floats(v * k, 0.2).into()));
         // The last of them are wanted.
         let (before, eps) = (2, 1e-5);
         let x = random.floats((before + rows) * k, 3.0);
@@ -751,7 +752,8 @@ fn few_candidates(gpu: &Gpu) -> Result<(), Failed> {
         (sum - 1020) as f32 / 209.0
     };
     let halves = (0..v * k).map(|_| ((0.02 * gaussian(&mut random)).to_bits() >> 16) as u16);
-    let table = Table::new(MatShape::new(v, k)?, TableData::Bf16(halves.collect::<Vec<_>>().into()));
+    let table =
+        Table::new(MatShape::new(v, k)?, TableData::Bf16(halves.collect::<Vec<_>>().into()));
     let heads = Heads::new(gpu, &table, None)?;
     for seed in 0..4 {
         let hidden: Vec<f32> = (0..k).map(|_| gaussian(&mut random)).collect();

@@ -22,9 +22,8 @@ impl Case {
 
     fn command(&self, arguments: &str) -> Command {
         let model = self.model.path().display();
-        let mut command = sterna(&format!(
-            "run -m {model} --device cpu --temp 0 -n 8 --json {arguments} Hello"
-        ));
+        let mut command =
+            sterna(&format!("run -m {model} --device cpu --temp 0 -n 8 --json {arguments} Hello"));
         command.env("STERNA_CACHE", self.cache.path());
         command
     }

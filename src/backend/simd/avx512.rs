@@ -23,9 +23,9 @@ use std::arch::x86_64::*;
 
 use cpu_ref::layout::{CHUNK_K, TILE_ROWS};
 
-use super::base3::{few_base3, unpack_base3};
 use super::attention::PART;
 use super::avx2::{PREFETCH_CHUNKS, next_tile, prefetch};
+use super::base3::{few_base3, unpack_base3};
 use super::head::{CODE_WORDS, LimbSums};
 use super::tables::{NibbleTables, i2_column};
 use super::{Activations, CHUNK_WORDS, GroupLayout, GroupScales, Level, impl_kernels};
@@ -65,7 +65,11 @@ const PASS_QUADS: usize = 4;
 
 /// One tile: `acc[M][32]`.
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]
-pub(super) fn gemm_tile(tile: &[[u32; CHUNK_WORDS]], x: Activations<'_>, acc: &mut [[i32; TILE_ROWS]]) {
+pub(super) fn gemm_tile(
+    tile: &[[u32; CHUNK_WORDS]],
+    x: Activations<'_>,
+    acc: &mut [[i32; TILE_ROWS]],
+) {
     if let [acc] = acc {
         return gemv_tile(tile, x.token(0), x.code_sum(0), acc);
     }
@@ -174,7 +178,11 @@ fn accumulate<const FIELD: usize, const SHIFT: u32, const T: usize>(
 
 /// One tile of [`GroupLayout::Signs`]: `acc[M][32]`.
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]
-pub(super) fn signs_tile(tile: &[[u32; CHUNK_WORDS]], x: Activations<'_>, acc: &mut [[i32; TILE_ROWS]]) {
+pub(super) fn signs_tile(
+    tile: &[[u32; CHUNK_WORDS]],
+    x: Activations<'_>,
+    acc: &mut [[i32; TILE_ROWS]],
+) {
     for (group, acc) in acc.chunks_mut(4).enumerate() {
         let m = 4 * group;
         match acc.len() {

@@ -314,8 +314,10 @@ mod tests {
         }
         // Without the exact rows the token would often be another.
         assert!(misled > 20, "{misled}");
-        let nan =
-            Table::new(MatShape::new(2, 2).unwrap(), TableData::F32(vec![1.0, f32::NAN, 1.0, 1.0].into()));
+        let nan = Table::new(
+            MatShape::new(2, 2).unwrap(),
+            TableData::F32(vec![1.0, f32::NAN, 1.0, 1.0].into()),
+        );
         let mut head = Int8Head::pack(&nan, 1).unwrap().unwrap();
         head.logits(&mut pool, kernels.as_ref(), &[1.0, 1.0], &mut [0.0; TILE_ROWS]);
         let token = head.greedy(kernels.as_ref(), &nan, (0, 1), &[1.0, 1.0], &Sampler::default());

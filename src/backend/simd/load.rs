@@ -2,12 +2,14 @@
 
 use std::path::PathBuf;
 
+use super::Level;
 use super::head::Int8Head;
 use super::matrix::{Head, Linears, Matrix};
 use super::packed_file::{self, Key};
-use super::Level;
 use crate::backend::gpu::tune;
-use crate::backend::{HeadChoice, KeepPacked, LoadOptions, MAX_DRAFT, OnProgress, Packing, Progress};
+use crate::backend::{
+    HeadChoice, KeepPacked, LoadOptions, MAX_DRAFT, OnProgress, Packing, Progress,
+};
 use crate::config::ModelConfig;
 use crate::error::Result;
 use crate::format::Bytes;
@@ -60,7 +62,8 @@ impl Layer {
 }
 
 /// The matrices that [`Layer::linears`] are made of.
-const PARTS: [&[Linear]; 4] = [&[Q_PROJ, K_PROJ, V_PROJ], &[O_PROJ], &[GATE_PROJ, UP_PROJ], &[DOWN_PROJ]];
+const PARTS: [&[Linear]; 4] =
+    [&[Q_PROJ, K_PROJ, V_PROJ], &[O_PROJ], &[GATE_PROJ, UP_PROJ], &[DOWN_PROJ]];
 
 /// Loads the weights as the options say.
 pub(super) fn load(
@@ -84,9 +87,8 @@ pub(super) fn load(
         return Ok(weights);
     }
     let mut weights = pack(source, options, base3, progress)?;
-    let is_base3 = |layer: &Layer| {
-        layer.linears().into_iter().flat_map(Linears::runs).any(Matrix::is_base3)
-    };
+    let is_base3 =
+        |layer: &Layer| layer.linears().into_iter().flat_map(Linears::runs).any(Matrix::is_base3);
     if options.packing == Packing::Base3 && !weights.layers.iter().any(is_base3) {
         notes.push("packing: every matrix has scales of groups, and stays as it is".to_owned());
     }
@@ -184,7 +186,9 @@ impl Place {
             Ok(None)
         };
         let Some(stamp) = source.stamp()? else { return nowhere("the model is not made of files") };
-        let Some(directory) = tune::directory() else { return nowhere("there is no cache directory") };
+        let Some(directory) = tune::directory() else {
+            return nowhere("there is no cache directory");
+        };
         let how = format!("base3 {base3}, head {:?}", options.head);
         let identity = source.identity()?;
         let key = Key::of(&[&identity.0, &stamp.bytes, how.as_bytes()]);
@@ -221,9 +225,10 @@ impl Place {
             }
         };
         let mut sections = sections.iter();
-        let int8_head = sections.next().zip(table).and_then(|(words, table)| {
-            Int8Head::of_words(table, words, head_tokens(options))
-        });
+        let int8_head = sections
+            .next()
+            .zip(table)
+            .and_then(|(words, table)| Int8Head::of_words(table, words, head_tokens(options)));
         let layers: Option<Vec<_>> = (0..config.num_hidden_layers)
             .map(|_| layer_of_sections(config, base3, &mut sections))
             .collect();
@@ -255,7 +260,8 @@ fn sections(weights: &Weights) -> Option<Vec<&[u8]>> {
     let head = weights.int8_head.as_ref().map_or(&[][..], Int8Head::words);
     let mut sections = vec![bytemuck::cast_slice(head)];
     for layer in &weights.layers {
-        sections.extend(layer.norms().map(|norm| norm.map_or(&[][..], |w| bytemuck::cast_slice(w))));
+        sections
+            .extend(layer.norms().map(|norm| norm.map_or(&[][..], |w| bytemuck::cast_slice(w))));
         for linears in layer.linears() {
             sections.extend(linears.sections()?);
         }

@@ -19,16 +19,21 @@ impl Linears {
     /// Packs the rows of `parts`, with five weights a byte where `base3` says so and one number
     /// scales the matrix.
     pub(super) fn pack(parts: &[&TernaryMatrix], base3: bool) -> Result<Self> {
-        let pack = |run| {
-            let matrix = Matrix::pack(run)?;
-            Ok(if base3 { matrix.into_base3() } else { matrix })
+        let pack = |run: &[&TernaryMatrix]| match Matrix::base3_scales(run).filter(|_| base3) {
+            Some(scales) => Matrix::pack_base3(run, scales),
+            None => Matrix::pack(run),
         };
         runs_of_input(parts).into_iter().map(pack).collect::<Result<_>>().map(Self)
     }
 
     /// The one matrix `[N, K]` of words and scales (f32 `[N]`) that were packed before; `None` if they are
     /// not as many as it needs.
-    pub(super) fn of_words(shape: MatShape, base3: bool, words: &Bytes, scales: &Bytes) -> Option<Self> {
+    pub(super) fn of_words(
+        shape: MatShape,
+        base3: bool,
+        words: &Bytes,
+        scales: &Bytes,
+    ) -> Option<Self> {
         let weights = match is_base3(shape, base3) {
             true => Weights::Base3(PackedBase3::of_words(shape, words)?),
             false => Weights::I2(Packed::of_words(Layout::I2, shape, words)?),
@@ -123,15 +128,29 @@ impl Matrix {
         })
     }
 
-    /// The same matrix with five weights a byte, if one number scales it.
-    fn into_base3(self) -> Self {
-        let weights = match (self.weights, &self.scales) {
-            (Weights::I2(packed), Scales::Rows(_)) if is_base3(self.shape, true) => {
-                Weights::Base3(PackedBase3::of(&packed))
+    /// The scale of each row of a run that can have five weights a byte.
+    fn base3_scales(run: &[&TernaryMatrix]) -> Option<Vec<f32>> {
+        let mut scales = Vec::new();
+        for part in run {
+            match part.scale() {
+                WeightScale::Tensor(scale) if is_base3(part.shape(), true) => {
+                    scales.resize(scales.len() + part.shape().n(), scale);
+                }
+                WeightScale::Tensor(_) | WeightScale::Groups { .. } => return None,
             }
-            (weights, _) => weights,
-        };
-        Self { weights, ..self }
+        }
+        Some(scales)
+    }
+
+    /// Packs a run with five weights a byte.
+    fn pack_base3(run: &[&TernaryMatrix], scales: Vec<f32>) -> Result<Self> {
+        let shape = MatShape::new(scales.len(), run[0].shape().k())?;
+        let packed = PackedBase3::try_of_blocks(shape, |rows| {
+            let (first, len) = (rows.start, rows.len());
+            PackedRun::pack_rows(run, Layout::I2, len, |n| Some(first + n)).map(|run| run.packed)
+        })?;
+        let (scales, weights) = (Scales::Rows(scales), Weights::Base3(packed));
+        Ok(Self { shape, scales, input: run[0].input().clone(), weights })
     }
 
     /// Whether it has five weights a byte.

@@ -31,13 +31,13 @@ mod cpu;
 mod head;
 mod load;
 mod matrix;
-mod packed_file;
 #[cfg(all(target_arch = "aarch64", target_endian = "little"))]
 mod neon;
 #[cfg(all(target_arch = "aarch64", target_endian = "little"))]
 mod neon_dotprod;
 #[cfg(all(target_arch = "aarch64", target_endian = "little"))]
 mod neon_i8mm;
+mod packed_file;
 mod pool;
 mod portable;
 mod scalar;

@@ -102,8 +102,14 @@ fn read_header(
     let (header, table) = bytes.split_at(HEADER_BYTES);
     let expected = header_start(key, lens.len());
     let (start, hash) = header.split_at(expected.len());
-    let parts = [("magic number", 0..8), ("version", 8..12), ("number of sections", 12..16), ("key", 16..48)];
-    if let Some((name, _)) = parts.into_iter().find(|(_, at)| start[at.clone()] != expected[at.clone()])
+    let parts = [
+        ("magic number", 0..8),
+        ("version", 8..12),
+        ("number of sections", 12..16),
+        ("key", 16..48),
+    ];
+    if let Some((name, _)) =
+        parts.into_iter().find(|(_, at)| start[at.clone()] != expected[at.clone()])
     {
         return Err(match name {
             "key" => "made from other files, or otherwise".to_owned(),
@@ -178,7 +184,8 @@ mod tests {
         for check in [false, true] {
             let sections = read(&path, &key, &LENS, check).unwrap().unwrap();
             assert!(sections.iter().map(|section| &section[..]).eq(SECTIONS));
-            let aligned = |bytes: &Bytes| bytes.is_empty() || bytes.as_ptr().addr() % ALIGNMENT == 0;
+            let aligned =
+                |bytes: &Bytes| bytes.is_empty() || bytes.as_ptr().addr().is_multiple_of(ALIGNMENT);
             assert!(sections.iter().all(aligned));
         }
         assert_eq!(std::fs::read_dir(path.parent().unwrap()).unwrap().count(), 1);
@@ -191,11 +198,17 @@ mod tests {
         write(&path, &key, &SECTIONS).unwrap();
         let whole = std::fs::read(&path).unwrap();
         let reason = |key: &Key, lens: &[usize], check| read(&path, key, lens, check).err();
-        let is = |found: Option<String>, expected: &str| assert_eq!(found.as_deref(), Some(expected));
+        let is =
+            |found: Option<String>, expected: &str| assert_eq!(found.as_deref(), Some(expected));
         is(reason(&Key::of(&[b"b"]), &LENS, false), "made from other files, or otherwise");
         is(reason(&key, &LENS[..3], false), "its number of sections is another");
         is(reason(&key, &[100, 0, 64, 8], false), "expected 456 bytes, found 455");
-        for (at, expected) in [(0, "its magic number is another"), (8, "its version is another"), (50, "its header is damaged"), (90, "its header is damaged")] {
+        for (at, expected) in [
+            (0, "its magic number is another"),
+            (8, "its version is another"),
+            (50, "its header is damaged"),
+            (90, "its header is damaged"),
+        ] {
             let mut bytes = whole.clone();
             bytes[at] ^= 1;
             std::fs::write(&path, bytes).unwrap();
