@@ -67,6 +67,7 @@ fn gemv(criterion: &mut Criterion) {
             }
             group.finish();
         }
+        gemv_base3(criterion, &product, copies);
         let Some(gpu) = &gpu else { continue };
         for variant in Variant::ALL {
             let mut group = criterion.benchmark_group(variant.gemv().name);
@@ -78,6 +79,41 @@ fn gemv(criterion: &mut Criterion) {
             group.finish();
         }
         group_gemv_gpu(criterion, gpu, n, k.next_multiple_of(64), copies);
+    }
+}
+
+/// `gemv_base3`: the same with five weights a byte, on the levels that are made for it.
+fn gemv_base3(criterion: &mut Criterion, product: &Product, copies: usize) {
+    let packed = product.base3();
+    let one: &[Line] = bytemuck::cast_slice(packed.words());
+    let all = one.repeat(copies);
+    let shape = product.packed.shape();
+    for (name, copies) in [("gemv_base3", copies), ("gemv_base3_cached", 1)] {
+        let mut group = criterion.benchmark_group(name);
+        group.throughput(Throughput::Bytes(size_of_val(one) as u64)).sample_size(20);
+        group.measurement_time(std::time::Duration::from_secs(1));
+        group.warm_up_time(std::time::Duration::from_millis(500));
+        for pool in cpu::pools() {
+            let threads = pool.current_num_threads();
+            for level in Level::available().filter(|level| level.has_base3()) {
+                let kernels = level.kernels().expect("an available level");
+                let mut call = cpu::Call::base3(product);
+                call.check(kernels.as_ref(), product);
+                let id = format!("cpu-{}-{threads}t", level.name());
+                let mut i = 0;
+                group.bench_function(
+                    BenchmarkId::new(format!("{}x{}", shape.n(), shape.k()), id),
+                    |bencher| {
+                        bencher.iter(|| {
+                            i += 1;
+                            let words = &all[i % copies * one.len()..][..one.len()];
+                            call.run_on(&pool, kernels.as_ref(), bytemuck::cast_slice(words));
+                        });
+                    },
+                );
+            }
+        }
+        group.finish();
     }
 }
 

@@ -45,7 +45,7 @@ fn head(criterion: &mut Criterion) {
         let mut random = Random::new((v * 31 + k) as u64);
         let bits = (0..v * k).map(|_| ((0.02 * gaussian(&mut random)).to_bits() >> 16) as u16);
         let shape = MatShape::new(v, k).expect("a real shape");
-        let table = Table::new(shape, TableData::Bf16(bits.collect()));
+        let table = Table::new(shape, TableData::Bf16(bits.collect::<Vec<_>>().into()));
         let norm: Vec<f32> = (0..k).map(|_| 1.0).collect();
         let heads = Heads::new(&gpu, &table, Some((&norm, 1e-5))).expect("device memory");
         let hidden: Vec<f32> = (0..LOGIT_ROWS * k).map(|_| gaussian(&mut random)).collect();

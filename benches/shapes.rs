@@ -2,7 +2,7 @@
 
 #![allow(dead_code, reason = "each bench uses its part")]
 
-use sterna::layout::{Layout, Packed};
+use sterna::layout::{Layout, Packed, PackedBase3};
 use sterna::random::Random;
 use sterna::shape::MatShape;
 
@@ -84,6 +84,11 @@ impl Product {
     pub fn len_bytes(&self) -> usize {
         size_of_val(self.packed.words())
     }
+
+    /// The same weights, five a byte.
+    pub fn base3(&self) -> PackedBase3 {
+        PackedBase3::of(&self.packed)
+    }
 }
 
 /// The CPU kernels' way to call a product.
@@ -123,6 +128,7 @@ pub mod cpu {
         codes: Vec<i8>,
         scales: Vec<TokenScale>,
         chunks: usize,
+        base3: bool,
         pub acc: Vec<i32>,
     }
 
@@ -139,7 +145,12 @@ pub mod cpu {
                 scales.push(TokenScale { act_scale: 1.0, code_sum });
             }
             let acc = vec![0; n.next_multiple_of(TILE_ROWS) * scales.len()];
-            Self { codes, scales, chunks, acc }
+            Self { codes, scales, chunks, base3: false, acc }
+        }
+
+        /// The same for words of five weights a byte.
+        pub fn base3(product: &Product) -> Self {
+            Self { base3: true, ..Self::new(product) }
         }
 
         /// M.
@@ -149,7 +160,10 @@ pub mod cpu {
 
         pub fn run(&mut self, kernels: &dyn Kernels, words: &[u32]) {
             let x = Activations::new(&self.codes, &self.scales, self.chunks);
-            kernels.gemm(words, x, &mut self.acc);
+            match self.base3 {
+                true => kernels.gemm_base3(words, x, &mut self.acc),
+                false => kernels.gemm(words, x, &mut self.acc),
+            }
         }
 
         /// [`Call::run`], the tiles shared out among the threads.
@@ -162,17 +176,30 @@ pub mod cpu {
             if part == tiles {
                 return self.run(kernels, words);
             }
+            let base3 = self.base3;
             pool.scope(|scope| {
                 let parts = words.chunks(part * tile_words);
                 for (words, acc) in parts.zip(self.acc.chunks_mut(part * tile_len)) {
-                    scope.spawn(move |_| kernels.gemm(words, x, acc));
+                    scope.spawn(move |_| match base3 {
+                        true => kernels.gemm_base3(words, x, acc),
+                        false => kernels.gemm(words, x, acc),
+                    });
                 }
             });
         }
 
+        /// The same after [`Call::check`].
+        pub fn checked(mut self, kernels: &dyn Kernels, product: &Product) -> Self {
+            self.check(kernels, product);
+            self
+        }
+
         /// Runs once and compares with the reference's first and last token.
         pub fn check(&mut self, kernels: &dyn Kernels, product: &Product) {
-            self.run(kernels, product.packed.words());
+            match self.base3 {
+                true => self.run(kernels, product.base3().words()),
+                false => self.run(kernels, product.packed.words()),
+            }
             let (n, n_tokens) = (product.packed.shape().n(), self.scales.len());
             for m in [0, n_tokens - 1] {
                 for row in 0..n {

@@ -284,7 +284,7 @@ impl SyntheticModel {
         }
         let mut bits = vec![0; shape.len()];
         bits.par_chunks_exact_mut(shape.k()).enumerate().for_each(|(n, out)| row(n, out));
-        Ok(Table::new(shape, TableData::Bf16(bits)))
+        Ok(Table::new(shape, TableData::Bf16(bits.into())))
     }
 
     fn matrix(&self, layer: usize, linear: &Linear) -> Result<TernaryMatrix> {
@@ -365,7 +365,7 @@ impl Shapes {
             return self.0.table(table, |_, _| {});
         }
         // Memory that nobody writes to is not taken.
-        Ok(Table::new(shape, TableData::Bf16(vec![0; shape.len()])))
+        Ok(Table::new(shape, TableData::Bf16(vec![0; shape.len()].into())))
     }
 }
 

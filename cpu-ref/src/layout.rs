@@ -9,7 +9,8 @@
 //!
 //! so that 32 GPU lanes, one per row, read 512 contiguous bytes, and a 128-bit SIMD register holds
 //! one row's piece. N is padded to a multiple of 32 and K to a multiple of 64 with weight 0.
-//! Storage is 2 bits a weight in either layout. `signs` stores a binary matrix {−1, +1} in the same
+//! Storage is 2 bits a weight in either layout. `base3` takes 1.6, with the words of a tile in another
+//! order. `signs` stores a binary matrix {−1, +1} in the same
 //! way at 1 bit a weight: its chunks are 128 columns. Scales of groups of inputs lie apart, in
 //! `group_scales`. `int8_rows` has the same tiles of int8 codes, each with what belongs to its rows.
 
@@ -69,6 +70,78 @@ pub mod planes {
             (1, 1) => Some(-1),
             _ => None,
         }
+    }
+}
+
+/// Five trits a byte, 1.6 bits a weight, for the memory of a CPU.
+///
+/// ```text
+/// words[tile = n/32][piece][word 0..4][row = n%32]
+/// ```
+///
+/// A piece is 16 bytes of each of the tile's rows, here with the rows next to each other word by word, so
+/// that a lane of a SIMD register is a row. Five chunks of 64 columns make a group of four pieces:
+///
+/// - digits 0 to 3 of byte `b` of piece `p` hold `w + 1` of `k = 320·group + 64·p + 16·digit + b`;
+/// - digit 4 holds that of `k = 320·group + 256 + 16·p + b`, a column of the fifth chunk.
+///
+/// The chunks that are left after the last whole group have a piece each, whose digit 4 is that of
+/// weight 0 and stands for no column.
+///
+/// The code is made for a processor that looks up 64 bytes at once. A byte is `64·t + i`:
+///
+/// ```text
+/// c = min(i / 21, 2)    o = i − 21·c    kept = 21, 21, 22 for c = 0, 1, 2
+/// t < 3: r = o                 digit 4 = t
+/// t = 3: r = kept + o / 3      digit 4 = o % 3
+/// digits 0 to 3 = r % 3, r / 3 % 3, r / 9, c
+/// ```
+///
+/// So the low six bits alone name the first four digits of 64 of their 81 combinations (27 `r` for each
+/// `c`), and the top two bits are digit 4; what is left, 17·3 words, is escaped by `t = 3`, and of those
+/// the low six bits still tell digit 3.
+pub mod base3 {
+    use super::{CHUNK_K, PIECE_WORDS, TILE_ROWS};
+
+    /// Chunks of 64 columns in a group.
+    pub const GROUP_CHUNKS: usize = 5;
+    /// Pieces of a group.
+    pub const GROUP_PIECES: usize = 4;
+
+    /// Pieces of a row of `chunks` chunks.
+    pub fn pieces(chunks: usize) -> usize {
+        chunks / GROUP_CHUNKS * GROUP_PIECES + chunks % GROUP_CHUNKS
+    }
+
+    /// Words of a tile of rows of `chunks` chunks.
+    pub fn tile_words(chunks: usize) -> usize {
+        pieces(chunks) * TILE_ROWS * PIECE_WORDS
+    }
+
+    /// Index of word `word` of row `n`'s share of a piece.
+    pub fn word_index(chunks: usize, n: usize, piece: usize, word: usize) -> usize {
+        let (tile, row) = (n / TILE_ROWS, n % TILE_ROWS);
+        tile * tile_words(chunks) + (piece * PIECE_WORDS + word) * TILE_ROWS + row
+    }
+
+    /// The five digits of a byte; `None` for the 13 that never occur.
+    pub const fn digits(byte: u8) -> Option<[u8; 5]> {
+        let (t, i) = (byte >> 6, byte & 63);
+        let c = if i < 63 { i / 21 } else { 2 };
+        let o = i - 21 * c;
+        let kept = if c < 2 { 21 } else { 22 };
+        let (r, last) = if t < 3 { (o, t) } else { (kept + o / 3, o % 3) };
+        if r < 27 { Some([r % 3, r / 3 % 3, r / 9, c, last]) } else { None }
+    }
+
+    /// Weight `w[n,k]` of a matrix with `chunks = k_chunks(K)`; `None` for a byte that never occurs.
+    pub fn get(words: &[u32], chunks: usize, n: usize, k: usize) -> Option<i8> {
+        let (chunk, within) = (k / CHUNK_K, k % CHUNK_K);
+        let (group, c) = (chunk / GROUP_CHUNKS, chunk % GROUP_CHUNKS);
+        let (quarter, byte) = (within / 16, within % 16);
+        let (p, digit) = if c < GROUP_PIECES { (c, quarter) } else { (quarter, 4) };
+        let word = words[word_index(chunks, n, GROUP_PIECES * group + p, byte / 4)];
+        Some(digits(word.to_le_bytes()[byte % 4])?[digit] as i8 - 1)
     }
 }
 
@@ -188,6 +261,50 @@ mod tests {
         words[(3 + 2) * 16 + 1] = 0x3c00_0000;
         assert_eq!(group_scales::get(&words, 3, 35, 2), 0x3c00);
         assert_eq!(group_scales::get(&words, 3, 34, 2), 0);
+    }
+
+    /// Every word of five trits has one byte, but for 13 bytes without a word; the kernels rely on what
+    /// the low six bits tell.
+    #[test]
+    fn base3_bytes_are_words() {
+        let mut words = std::collections::BTreeSet::new();
+        for byte in 0..=255 {
+            let Some(digits) = base3::digits(byte) else { continue };
+            assert!(digits.iter().all(|&digit| digit < 3), "{byte}");
+            assert!(words.insert(digits), "{byte}");
+            let plain = base3::digits(byte & 63).unwrap();
+            assert_eq!(digits[3], plain[3], "{byte}");
+            if byte < 192 {
+                assert_eq!((&digits[..4], digits[4]), (&plain[..4], byte >> 6), "{byte}");
+            }
+        }
+        assert_eq!(words.len(), 243);
+        assert_eq!(base3::digits(255), None);
+    }
+
+    #[test]
+    fn base3_places() {
+        // Eight chunks: a group of four pieces, and three.
+        assert_eq!((base3::pieces(8), base3::pieces(5), base3::pieces(4)), (7, 4, 4));
+        let zero = (0..=255).find(|&byte| base3::digits(byte) == Some([1; 5])).unwrap();
+        let one = (0..=255).find(|&byte| base3::digits(byte) == Some([1, 1, 2, 1, 1])).unwrap();
+        let last = (0..=255).find(|&byte| base3::digits(byte) == Some([1, 1, 1, 1, 0])).unwrap();
+        let mut words = vec![u32::from_le_bytes([zero; 4]); 2 * base3::tile_words(8)];
+        // Row 33: tile 1, row 1. Piece 5 is chunk 6, piece 3 has the fourth quarter of chunk 4.
+        words[(7 + 5) * 128 + 2 * 32 + 1] = u32::from_le_bytes([zero, one, zero, zero]);
+        words[(7 + 3) * 128 + 1] = u32::from_le_bytes([zero, zero, zero, last]);
+        for n in 0..64 {
+            for k in 0..8 * 64 {
+                let expected = match (n, k) {
+                    (33, 425) => 1,  // 64·6 + 16·2 + 9
+                    (33, 307) => -1, // 64·4 + 16·3 + 3
+                    _ => 0,
+                };
+                assert_eq!(base3::get(&words, 8, n, k), Some(expected), "{n} {k}");
+            }
+        }
+        words[0] = 255;
+        assert_eq!(base3::get(&words, 8, 0, 0), None);
     }
 
     #[test]

@@ -357,6 +357,10 @@ pub struct LoadOptions {
     pub int8_activations: bool,
     /// How tokens are chosen from the hidden state.
     pub head: HeadChoice,
+    /// How ternary matrices lie in memory; only the CPU has a choice.
+    pub packing: Packing,
+    /// Whether packed weights are kept in a file for the next load; only the CPU backend does.
+    pub keep_packed: KeepPacked,
     /// Whether kernels are chosen by measuring them; only GPUs have a choice.
     pub tune: Tune,
 }
@@ -373,6 +377,37 @@ pub enum HeadChoice {
     Int8,
     /// The model's own rows.
     Exact,
+}
+
+/// How many bytes the ternary matrices of a model on the CPU take. The results are the same. Matrices with
+/// scales of groups have no choice.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Packing {
+    /// [`Packing::Base3`] where the processor decodes it as fast as its memory delivers it (AVX-512 VBMI)
+    /// and no cache holds the matrices (more than 64 MiB at two bits); else [`Packing::TwoBits`].
+    #[default]
+    Auto,
+    /// Two bits a weight.
+    TwoBits,
+    /// Five weights a byte, 1.6 bits each.
+    Base3,
+}
+
+/// Whether the packed weights of a model on the CPU are kept in a file of the user's cache directory
+/// ([`gpu::tune::directory`]), about as large as they are in memory, which the next load of the same files
+/// maps instead of packing anew.
+///
+/// A file that was made from other files or with other options, by another version, or that is not whole,
+/// is made again, and [`DeviceInfo::notes`] says so.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum KeepPacked {
+    /// No file is read or written.
+    #[default]
+    Off,
+    /// The file's header and length are checked.
+    On,
+    /// All of its contents are checked, too, by their SHA-256.
+    Check,
 }
 
 /// How the int8 head chose greedy tokens.
@@ -406,6 +441,8 @@ impl Default for LoadOptions {
             threads: None,
             int8_activations: false,
             head: HeadChoice::default(),
+            packing: Packing::default(),
+            keep_packed: KeepPacked::default(),
             tune: Tune::Off,
         }
     }
@@ -450,7 +487,7 @@ impl LoadOptions {
     }
 
     /// Most tokens of a prompt chunk on a CPU.
-    fn host_batch(&self) -> usize {
+    pub(crate) fn host_batch(&self) -> usize {
         self.max_batch.min(HOST_BATCH)
     }
 

@@ -1,6 +1,6 @@
 //! The tensors of a GGUF file as a model's weights.
 
-use super::{Checkpoint, OpenOptions, rotation::Rotations};
+use super::{Check, Checkpoint, OpenOptions, rotation::Rotations};
 use crate::config::{Activations, File, ModelConfig, WeightForm, gguf};
 use crate::error::{Error, Result};
 use crate::format::float::{Float, first_non_finite};
@@ -250,7 +250,7 @@ impl Checkpoint {
     }
 
     /// The embedding table or the LM head.
-    pub(super) fn ggml_table(&self, name: &str) -> Result<Table> {
+    pub(super) fn ggml_table(&self, name: &str, check: Check) -> Result<Table> {
         self.check_ggml_table(name)?;
         let shape = MatShape::new(self.config.vocab_size, self.config.hidden_size)?;
         let info = self.info(name, None)?;
@@ -260,7 +260,7 @@ impl Checkpoint {
                 TableData::Groups(Box::new(self.reader().ternary(info, shape, ternary)?))
             }
             (None, Some(float)) => match float.plain() {
-                Some(float) => self.plain_table(info, float)?,
+                Some(float) => self.plain_table(info, float, check)?,
                 None => TableData::Codes(self.codes(info, shape, float)?),
             },
             (None, None) => unreachable!("a type is one or the other"),

@@ -14,22 +14,32 @@ use rotation::Rotations;
 use crate::config::{Architecture, ModelConfig, WeightForm, gguf};
 use crate::error::{Error, Result};
 use crate::format::float::{Float, first_non_finite};
-use crate::format::{Dtype, ModelFiles, TensorInfo, TensorView, quoted};
+use crate::format::{Dtype, Elements, ModelFiles, TensorInfo, TensorView, quoted};
 use crate::session::{Identity, IdentityHash};
 use crate::shape::MatShape;
 use crate::tensor_names::{
     ATTN_SUB_NORM, DOWN_PROJ, FFN_SUB_NORM, GATE_PROJ, INPUT_LAYERNORM, K_NORM, K_PROJ, LINEARS,
     Linear, Naming, Norm, O_PROJ, POST_ATTENTION_LAYERNORM, Q_NORM, Q_PROJ, UP_PROJ, V_PROJ, norms,
 };
-use crate::weights::{Input, LayerWeights, Table, TableData, TernaryMatrix, WeightSource};
+use crate::weights::{Input, LayerWeights, Stamp, Table, TableData, TernaryMatrix, WeightSource};
 
 const CONFIG: &str = "config.json";
 
 /// What divides each rotary frequency, in GGUF files of Llama 3.1 and later.
 const ROPE_FACTORS: &str = "rope_freqs.weight";
 
-/// Bytes of a large tensor that are mapped at a time while it is copied.
+/// Bytes of a large tensor that are mapped at a time while it is checked or copied: the pages of the file
+/// never stand in memory as a whole.
 const COPY_BYTES: usize = 4 << 20;
+
+/// Whether elements are checked to be finite.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Check {
+    /// Now.
+    Now,
+    /// When this file was read before.
+    Before,
+}
 
 /// Bytes at each end of a tensor that tell a model from others.
 const IDENTITY_BYTES: usize = 4096;
@@ -478,61 +488,84 @@ impl Checkpoint {
         }
     }
 
-    /// A table in the file's precision, copied piece by piece: the pages of the file never stand
-    /// in memory beside the whole copy.
-    fn table(&self, name: &str) -> Result<Table> {
+    /// A table in the file's precision: see [`Checkpoint::elements`].
+    fn table(&self, name: &str, check: Check) -> Result<Table> {
         let shape = MatShape::new(self.config.vocab_size, self.config.hidden_size)?;
         if let WeightForm::Mlx { bits, group } = self.config.weight_form {
             let matrix = self.mlx_matrix(shape, name, bits, group)?;
             return Ok(Table::new(shape, TableData::Groups(Box::new(matrix))));
         }
         if self.is_ggml() {
-            return self.ggml_table(name);
+            return self.ggml_table(name, check);
         }
         let (info, float) = self.float_info(name, &[shape.n(), shape.k()], None)?;
-        Ok(Table::new(shape, self.plain_table(info, float)?))
+        Ok(Table::new(shape, self.plain_table(info, float, check)?))
     }
 
     /// A table of floats as they are.
-    fn plain_table(&self, info: &TensorInfo, float: Float) -> Result<TableData> {
+    fn plain_table(&self, info: &TensorInfo, float: Float, check: Check) -> Result<TableData> {
         Ok(match float {
-            Float::Bf16 => TableData::Bf16(
-                self.elements(info, u16::from_le_bytes, |bits| bits & 0x7f80 != 0x7f80)?,
-            ),
-            Float::F16 => TableData::F16(
-                self.elements(info, u16::from_le_bytes, |bits| bits & 0x7c00 != 0x7c00)?,
-            ),
+            Float::Bf16 => {
+                TableData::Bf16(
+                    self.elements(info, check, u16::from_le_bytes, |bits| bits & 0x7f80 != 0x7f80)?,
+                )
+            }
+            Float::F16 => {
+                TableData::F16(
+                    self.elements(info, check, u16::from_le_bytes, |bits| bits & 0x7c00 != 0x7c00)?,
+                )
+            }
             Float::F32 => {
-                TableData::F32(self.elements(info, f32::from_le_bytes, f32::is_finite)?)
+                TableData::F32(self.elements(info, check, f32::from_le_bytes, f32::is_finite)?)
             }
         })
     }
 
-    fn elements<T: Copy + Default + Send, const SIZE: usize>(
+    /// Elements as the file has them, in the mapped file if they can be read there, else copied. All are
+    /// read once, to be checked, unless that was done before and nothing else reads them.
+    fn elements<T: bytemuck::Pod + Send + Sync, const SIZE: usize>(
         &self,
         info: &TensorInfo,
+        check: Check,
         from_le_bytes: impl Fn([u8; SIZE]) -> T + Sync,
         is_finite: impl Fn(T) -> bool + Sync,
-    ) -> Result<Vec<T>> {
+    ) -> Result<Elements<T>> {
         // The header has been checked against the file, so that this is no more than the file.
         let len_bytes = info.len_bytes as usize;
-        let mut elements = vec![T::default(); len_bytes / SIZE];
+        let check_piece = |start: usize, bytes: &[u8]| {
+            let elements = bytes.as_chunks().0.iter().map(|&bytes| from_le_bytes(bytes));
+            // No early exit: the loop vectorises, and the answer is nearly always "all".
+            if elements.clone().fold(true, |finite, element| finite & is_finite(element)) {
+                return Ok(());
+            }
+            let before = elements.take_while(|&element| is_finite(element)).count();
+            let (at, k) = (start / SIZE + before, self.config.hidden_size);
+            let found = format!("NaN or infinity at row {}, column {}", at / k, at % k);
+            Err(self.value_error(info, "finite elements", found))
+        };
+        let bytes = self.files.slice(info, 0..len_bytes)?;
+        let in_place = Elements::in_place(&bytes).filter(|_| cfg!(target_endian = "little"));
+        if let Some(elements) = in_place {
+            if check == Check::Before {
+                return Ok(elements);
+            }
+            (0..len_bytes.div_ceil(COPY_BYTES)).into_par_iter().try_for_each(|i| {
+                let start = i * COPY_BYTES;
+                let end = len_bytes.min(start + COPY_BYTES);
+                check_piece(start, &self.files.slice(info, start..end)?)
+            })?;
+            return Ok(elements);
+        }
+        let mut elements = vec![T::zeroed(); len_bytes / SIZE];
         elements.par_chunks_mut(COPY_BYTES / SIZE).enumerate().try_for_each(|(i, piece)| {
             let start = i * COPY_BYTES;
             let bytes = self.files.slice(info, start..start + piece.len() * SIZE)?;
             for (element, &bytes) in piece.iter_mut().zip(bytes.as_chunks().0) {
                 *element = from_le_bytes(bytes);
             }
-            // No early exit: the loop vectorises, and the answer is nearly always "all".
-            if piece.iter().fold(true, |finite, &element| finite & is_finite(element)) {
-                return Ok(());
-            }
-            let before = piece.iter().take_while(|&&element| is_finite(element)).count();
-            let (at, k) = (start / SIZE + before, self.config.hidden_size);
-            let found = format!("NaN or infinity at row {}, column {}", at / k, at % k);
-            Err(self.value_error(info, "finite elements", found))
+            check_piece(start, &bytes)
         })?;
-        Ok(elements)
+        Ok(elements.into())
     }
 
     fn matrix(&self, layer: usize, linear: &Linear) -> Result<TernaryMatrix> {
@@ -613,14 +646,30 @@ impl WeightSource for Checkpoint {
     }
 
     fn embedding(&self) -> Result<Table> {
-        self.table(self.naming().embedding())
+        self.table(self.naming().embedding(), Check::Now)
     }
 
     fn lm_head(&self) -> Result<Option<Table>> {
         if self.config.tie_word_embeddings {
             return Ok(None);
         }
-        self.table(self.naming().lm_head()).map(Some)
+        self.table(self.naming().lm_head(), Check::Now).map(Some)
+    }
+
+    fn checked_embedding(&self) -> Result<Table> {
+        self.table(self.naming().embedding(), Check::Before)
+    }
+
+    fn checked_lm_head(&self) -> Result<Option<Table>> {
+        if self.config.tie_word_embeddings {
+            return Ok(None);
+        }
+        self.table(self.naming().lm_head(), Check::Before).map(Some)
+    }
+
+    fn stamp(&self) -> Result<Option<Stamp>> {
+        let label = self.files.label().to_owned();
+        Ok(self.files.stamp()?.map(|bytes| Stamp { label, bytes }))
     }
 
     fn final_norm(&self) -> Result<Vec<f32>> {

@@ -23,7 +23,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use anyhow::{Context, Result};
 use clap::{Args, Parser, Subcommand};
-use sterna::backend::{Device, DeviceInfo, HeadChoice, LoadOptions, Tune};
+use sterna::backend::{Device, DeviceInfo, HeadChoice, KeepPacked, LoadOptions, Packing, Tune};
 use sterna::kv_cache::KvFormat;
 use sterna::{Checkpoint, I2sLayout, OpenOptions};
 
@@ -136,6 +136,25 @@ struct LoadArguments {
     #[arg(long, value_enum, value_name = "KIND", default_value = "int8")]
     head: HeadKind,
 
+    /// How the CPU holds ternary matrices: in 2 bits a weight, or five weights a byte
+    ///
+    /// "base3" (1.6 bits) reads a fifth less from memory, with the same results; decoding it takes
+    /// AVX-512 VBMI to be no bottleneck. "auto" takes it with that, where the matrices are more than a
+    /// cache holds. Matrices with scales of groups (Bonsai) and other devices have no choice. What is in
+    /// use is named with the kernels: gemv_i2 or gemv_base3.
+    #[arg(long, value_enum, value_name = "KIND", default_value = "auto")]
+    packing: PackingChoice,
+
+    /// Keep the packed weights in a file for the next start on the CPU: off, on or check
+    ///
+    /// The file lies in STERNA_CACHE or the user's cache directory and is about as large as the weights in
+    /// memory. While the model's files have the same lengths, times and first and last bytes of each
+    /// tensor, the next start with the same --packing and --head maps it and computes nothing. "on" checks
+    /// its header and length, "check" all of its contents. A file that is stale or damaged is made again,
+    /// which is said. BitNet models only: matrices with scales of groups are not kept.
+    #[arg(long, value_enum, value_name = "HOW", default_value = "off")]
+    keep_packed: KeepPackedChoice,
+
     #[command(flatten)]
     kv: KvArguments,
 
@@ -192,6 +211,29 @@ enum HeadKind {
     Int8,
     /// The model's own rows.
     Exact,
+}
+
+/// `--packing`.
+#[derive(Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+enum PackingChoice {
+    /// By processor and model.
+    Auto,
+    /// Two bits a weight.
+    #[value(name = "2bit")]
+    TwoBits,
+    /// Five weights a byte.
+    Base3,
+}
+
+/// `--keep-packed`.
+#[derive(Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+enum KeepPackedChoice {
+    /// No file.
+    Off,
+    /// Mapped as it is.
+    On,
+    /// Mapped if its contents are right.
+    Check,
 }
 
 /// `--tune`.
@@ -277,8 +319,29 @@ impl LoadArguments {
             TuneChoice::Auto => Tune::Auto,
             TuneChoice::Off => Tune::Off,
         };
+        let packing = match self.packing {
+            PackingChoice::Auto => Packing::Auto,
+            PackingChoice::TwoBits => Packing::TwoBits,
+            PackingChoice::Base3 => Packing::Base3,
+        };
         let (threads, kv) = (self.threads, self.kv.format());
-        LoadOptions { context, kv, threads, int8_activations, head, tune, ..LoadOptions::default() }
+        let max_batch = LoadOptions::default().max_batch;
+        let keep_packed = match self.keep_packed {
+            KeepPackedChoice::Off => KeepPacked::Off,
+            KeepPackedChoice::On => KeepPacked::On,
+            KeepPackedChoice::Check => KeepPacked::Check,
+        };
+        LoadOptions {
+            context,
+            kv,
+            max_batch,
+            threads,
+            int8_activations,
+            head,
+            packing,
+            keep_packed,
+            tune,
+        }
     }
 }
 

@@ -7,14 +7,13 @@ use std::fs::File;
 use std::io::{self, Read};
 use std::ops::Range;
 use std::path::{Component, Path, PathBuf};
-use std::sync::Arc;
 
 use serde::Deserialize;
 
 use super::ggml::{self, GgmlType};
 use super::gguf::{self, Metadata};
 use super::safetensors::{self, LENGTH_BYTES, UniqueMap};
-use super::{Bytes, Dtype, TensorInfo, TensorView, mapped, quoted, shortened};
+use super::{Bytes, Dtype, TensorInfo, TensorView, quoted, shortened};
 use crate::error::{Error, Result};
 
 const SINGLE: &str = "model.safetensors";
@@ -421,6 +420,24 @@ impl ModelFiles {
         })
     }
 
+    /// What changes when the files do: length and time of last change of each file of tensors. `None` for
+    /// files in memory.
+    ///
+    /// # Errors
+    /// [`Error::Io`] if the system does not tell.
+    pub fn stamp(&self) -> Result<Option<Vec<u8>>> {
+        let mut stamp = Vec::new();
+        for shard in &self.shards {
+            let ShardData::File { path, file } = &shard.data else { return Ok(None) };
+            let times = file.metadata().and_then(|data| Ok((data.len(), data.modified()?)));
+            let (len, time) = times.map_err(|source| Error::Io { path: path.clone(), source })?;
+            let since = time.duration_since(std::time::UNIX_EPOCH).unwrap_or_default();
+            stamp.extend(len.to_le_bytes());
+            stamp.extend(since.as_nanos().to_le_bytes());
+        }
+        Ok(Some(stamp))
+    }
+
     /// Part of a tensor's bytes, mapped: for reading a large one piece by piece.
     ///
     /// # Errors
@@ -448,11 +465,9 @@ impl Shard {
     /// `len` bytes at `offset`, which the header has placed inside the file.
     fn slice(&self, offset: u64, len: usize) -> Result<Bytes> {
         match &self.data {
-            // An empty map is an error on some systems.
             _ if len == 0 => Ok(Bytes::Static(&[])),
             ShardData::Memory(bytes) => Ok(bytes.part(offset as usize, len)),
-            ShardData::File { path, file } => mapped::map(file, offset, len)
-                .map(|map| Bytes::Mapped(Arc::new(map)))
+            ShardData::File { path, file } => Bytes::map(file, offset, len)
                 .map_err(|source| Error::Io { path: path.clone(), source }),
         }
     }

@@ -29,3 +29,18 @@ pub(super) fn map(file: &File, offset: u64, len: usize) -> io::Result<Mmap> {
     // leaves this one as it is), and every reader of the bytes checks the values it depends on.
     unsafe { MmapOptions::new().offset(offset).len(len).map(file) }
 }
+
+/// Takes the pages of a map out of the resident set; who reads them again gets them from the file, or from
+/// the system's cache of it. Where the system has no such call, it decides by itself.
+#[cfg(unix)]
+#[expect(unsafe_code, reason = "for other maps, the advice would lose what was written")]
+pub(super) fn release(map: &Mmap) {
+    // SAFETY: the map is read-only and backed by a file, so that dropped pages read the same again.
+    let advised = unsafe { map.unchecked_advise(memmap2::UncheckedAdvice::DontNeed) };
+    // Only a hint: at worst the pages stay.
+    drop(advised);
+}
+
+/// Windows takes pages of a map back when it needs them; there is nothing to call.
+#[cfg(not(unix))]
+pub(super) fn release(_map: &Mmap) {}

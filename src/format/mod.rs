@@ -1,5 +1,6 @@
 //! Files → named tensors: checked and borrowed. Knows no transformer.
 
+mod elements;
 mod files;
 pub mod float;
 pub mod ggml;
@@ -10,6 +11,7 @@ mod safetensors;
 use std::ops::Range;
 use std::sync::Arc;
 
+pub use elements::Elements;
 pub use files::ModelFiles;
 
 /// Element types that checkpoints in scope use.
@@ -70,6 +72,18 @@ pub enum Bytes {
 }
 
 impl Bytes {
+    /// `len` bytes of a file at `offset`, mapped.
+    ///
+    /// # Errors
+    /// If the file ends before, or the system refuses.
+    pub(crate) fn map(file: &std::fs::File, offset: u64, len: usize) -> std::io::Result<Self> {
+        // An empty map is an error on some systems.
+        if len == 0 {
+            return Ok(Self::Static(&[]));
+        }
+        mapped::map(file, offset, len).map(|map| Self::Mapped(Arc::new(map)))
+    }
+
     /// The same bytes from `start`, `len` of them.
     ///
     /// # Panics

@@ -3,8 +3,9 @@
 //! All layouts share the tiling that `cpu_ref::layout` defines (32 rows × 64 columns, or 128 of
 //! binary ones, 16 bytes a row and chunk); they differ in how the 16 bytes of a piece hold the
 //! weights. Packing goes row by row, so that a matrix never has to stand unpacked in memory. Scales
-//! of groups of inputs lie beside it.
+//! of groups of inputs lie beside it. [`PackedBase3`] has fewer bytes, in an order of its own.
 
+mod base3;
 pub mod group_scales;
 pub mod i2;
 pub mod planes;
@@ -13,7 +14,10 @@ mod signs;
 use cpu_ref::layout::{PIECE_WORDS, TILE_ROWS, piece_index};
 use rayon::prelude::*;
 
+use crate::format::{Bytes, Elements};
 use crate::shape::MatShape;
+
+pub use base3::{PackedBase3, len_bytes as base3_len_bytes};
 
 /// Columns of the longest chunk of a layout.
 const MAX_CHUNK_K: usize = cpu_ref::layout::signs::CHUNK_K;
@@ -95,7 +99,7 @@ struct Line([u32; 16]);
 pub struct Packed<L = Layout> {
     layout: L,
     shape: MatShape,
-    lines: Vec<Line>,
+    lines: Elements<Line>,
 }
 
 impl<L: Pieces> Packed<L> {
@@ -166,7 +170,7 @@ impl<L: Pieces> Packed<L> {
             }
             Ok(())
         })?;
-        Ok((Self { layout, shape, lines }, scale_words))
+        Ok((Self { layout, shape, lines: lines.into() }, scale_words))
     }
 
     /// Packs plain trits `[N, K]`.
@@ -238,6 +242,16 @@ impl<L: Pieces> Packed<L> {
             Ok(repacked) => repacked,
             Err(never) => match never {},
         }
+    }
+
+    /// A matrix whose words have been packed before; `None` if they are not as many as the shape needs, or
+    /// not on a cache line's boundary.
+    pub(crate) fn of_words(layout: L, shape: MatShape, words: &Bytes) -> Option<Self> {
+        let len_words =
+            shape.n().div_ceil(TILE_ROWS) * L::k_chunks(shape.k()) * TILE_ROWS * PIECE_WORDS;
+        let fits = words.len() == size_of::<u32>() * len_words;
+        let lines = Elements::in_place(words).filter(|_| fits)?;
+        Some(Self { layout, shape, lines })
     }
 
     /// Which layout.

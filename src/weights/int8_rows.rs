@@ -51,11 +51,17 @@ impl<'a> Int8Rows<'a> {
     /// If the tiles are not inside the table.
     pub fn pack(self, tiles: Range<usize>) -> Result<Vec<u32>> {
         assert!(tiles.end <= self.tiles());
+        /// Tiles whose rows of a mapped table stand in memory at a time.
+        const BLOCK: usize = 128;
         let mut words = vec![0; tiles.len() * self.tile_words()];
-        words
-            .par_chunks_exact_mut(self.tile_words())
-            .zip(tiles)
-            .try_for_each(|(words, tile)| self.pack_tile(tile, words))?;
+        for (block, words) in words.chunks_mut(BLOCK * self.tile_words()).enumerate() {
+            let first = tiles.start + block * BLOCK;
+            words
+                .par_chunks_exact_mut(self.tile_words())
+                .enumerate()
+                .try_for_each(|(tile, words)| self.pack_tile(first + tile, words))?;
+            self.table.release();
+        }
         Ok(words)
     }
 
@@ -96,7 +102,7 @@ mod tests {
         let (n, k) = (70, 130);
         let shape = MatShape::new(n, k).unwrap();
         let values = Random::new(1).floats(n * k, 2.0);
-        let table = Table::new(shape, TableData::F32(values.clone()));
+        let table = Table::new(shape, TableData::F32(values.clone().into()));
         let rows = Int8Rows::of(&table).unwrap();
         let words = rows.pack(0..3).unwrap();
         assert_eq!(words.len(), 3 * rows.tile_words());
@@ -124,8 +130,8 @@ mod tests {
             int8_rows::row(&Int8Rows::of(&table).unwrap().pack(0..1).unwrap(), 8, 0)[1]
         };
         let least = 2f32.powi(-15);
-        assert!(error(TableData::F16(vec![0x3c00, 0x0200])) >= 2.0 * least);
-        assert!(error(TableData::Bf16(vec![0x3f80, 0x3800])) < 1.1 * least);
+        assert!(error(TableData::F16(vec![0x3c00, 0x0200].into())) >= 2.0 * least);
+        assert!(error(TableData::Bf16(vec![0x3f80, 0x3800].into())) < 1.1 * least);
     }
 
     #[test]
@@ -134,6 +140,8 @@ mod tests {
         let codes = Codes { group: 16, codes: vec![1; 16], scale: vec![1.0], min: Vec::new() };
         assert!(Int8Rows::of(&Table::new(shape, TableData::Codes(codes))).is_none());
         let shape = MatShape::new(1, MAX_K + 1).unwrap();
-        assert!(Int8Rows::of(&Table::new(shape, TableData::Bf16(vec![0; MAX_K + 1]))).is_none());
+        assert!(
+            Int8Rows::of(&Table::new(shape, TableData::Bf16(vec![0; MAX_K + 1].into()))).is_none()
+        );
     }
 }

@@ -118,6 +118,15 @@ impl LayerWeights {
     }
 }
 
+/// A state of a model's files.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Stamp {
+    /// The model's path.
+    pub label: String,
+    /// Length and time of last change of each file.
+    pub bytes: Vec<u8>,
+}
+
 /// Where a backend gets a model's weights from: a checkpoint, or a test's random model.
 ///
 /// A backend asks for one layer at a time and drops it before the next, so that a load needs little
@@ -135,6 +144,28 @@ pub trait WeightSource {
     /// # Errors
     /// If the tensor is missing or malformed.
     fn lm_head(&self) -> Result<Option<Table>>;
+    /// [`WeightSource::embedding`] of a source whose [`WeightSource::stamp`] is that of an earlier load:
+    /// what was checked then need not be read now.
+    ///
+    /// # Errors
+    /// As [`WeightSource::embedding`].
+    fn checked_embedding(&self) -> Result<Table> {
+        self.embedding()
+    }
+    /// The same for [`WeightSource::lm_head`].
+    ///
+    /// # Errors
+    /// As [`WeightSource::lm_head`].
+    fn checked_lm_head(&self) -> Result<Option<Table>> {
+        self.lm_head()
+    }
+    /// What tells whether the source's files are still the same; `None` if it is not made of files.
+    ///
+    /// # Errors
+    /// If the system does not tell.
+    fn stamp(&self) -> Result<Option<Stamp>> {
+        Ok(None)
+    }
     /// The last RMSNorm's weight `[hidden]`.
     ///
     /// # Errors

@@ -4,6 +4,7 @@ use std::sync::Arc;
 
 use super::{Rotation, TernaryMatrix, WeightScale};
 use crate::error::Result;
+use crate::format::Elements;
 use crate::format::float::{bf16_to_f32, f16_to_f32};
 use crate::shape::MatShape;
 
@@ -18,11 +19,11 @@ pub struct Table {
 /// The elements of a [`Table`], row-major, in the precision of the file.
 pub enum TableData {
     /// bfloat16 bit patterns.
-    Bf16(Vec<u16>),
+    Bf16(Elements<u16>),
     /// IEEE half bit patterns.
-    F16(Vec<u16>),
+    F16(Elements<u16>),
     /// IEEE single.
-    F32(Vec<f32>),
+    F32(Elements<f32>),
     /// int8 codes with a scale for each group: Q8_0, Q6_K, Q4_0 and Q4_K, whose values they hold
     /// exactly.
     Codes(Codes),
@@ -82,8 +83,8 @@ impl Table {
     /// Bytes of the elements as they are held; of a ternary one, as two bits and a scale for each group.
     pub(crate) fn bytes(&self) -> u64 {
         (match &self.data {
-            TableData::Bf16(bits) | TableData::F16(bits) => size_of_val(bits.as_slice()),
-            TableData::F32(values) => size_of_val(values.as_slice()),
+            TableData::Bf16(bits) | TableData::F16(bits) => size_of_val(&**bits),
+            TableData::F32(values) => size_of_val(&**values),
             TableData::Codes(Codes { codes, scale, min, .. }) => {
                 codes.len() + size_of_val(scale.as_slice()) + size_of_val(min.as_slice())
             }
@@ -101,6 +102,24 @@ impl Table {
     /// The elements `[N, K]`, to keep.
     pub fn into_data(self) -> TableData {
         self.data
+    }
+
+    /// Copies the elements out of a mapped file: for a table that is read as a whole again and again.
+    pub fn take_into_memory(&mut self) {
+        match &mut self.data {
+            TableData::Bf16(bits) | TableData::F16(bits) => bits.take_into_memory(),
+            TableData::F32(values) => values.take_into_memory(),
+            TableData::Codes(_) | TableData::Groups(_) => {}
+        }
+    }
+
+    /// Gives memory back that a mapped table takes because it was read; rows can be read again.
+    pub fn release(&self) {
+        match &self.data {
+            TableData::Bf16(bits) | TableData::F16(bits) => bits.release(),
+            TableData::F32(values) => values.release(),
+            TableData::Codes(_) | TableData::Groups(_) => {}
+        }
     }
 
     /// The rotation that rows are stored in. A row of the embedding is [`Rotation::rotate_back`] of
@@ -177,9 +196,9 @@ mod tests {
         let mut trits = vec![0i8; 128];
         (trits[64], trits[127]) = (1, -1);
         for data in [
-            TableData::Bf16(rows(0, 0x3f80, 0xc040)),
-            TableData::F16(rows(0, 0x3c00, 0xc200)),
-            TableData::F32(rows2(1.0, -3.0)),
+            TableData::Bf16(rows(0, 0x3f80, 0xc040).into()),
+            TableData::F16(rows(0, 0x3c00, 0xc200).into()),
+            TableData::F32(rows2(1.0, -3.0).into()),
             TableData::Codes(codes),
         ] {
             let table = Table::new(shape, data);

@@ -522,7 +522,7 @@ fn table_of(ty: GgmlType, seed: u64, table: Table) -> (Vec<u8>, Table) {
     for (bytes, out) in rows.zip(values.chunks_exact_mut(k)) {
         float.decode_row(bytes, out);
     }
-    (bytes, Table::new(shape, TableData::F32(values)))
+    (bytes, Table::new(shape, TableData::F32(values.into())))
 }
 
 /// Random blocks with scales around 2⁻¹².
@@ -603,7 +603,7 @@ fn hf_tensors(model: &dyn WeightSource, form: Form) -> Vec<Tensor> {
         match table.into_data() {
             TableData::Groups(matrix) => packs.push((name.to_owned(), *matrix)),
             TableData::Bf16(bits) => {
-                let values: Vec<f32> = bits.into_iter().map(bf16_to_f32).collect();
+                let values: Vec<f32> = bits.iter().copied().map(bf16_to_f32).collect();
                 floats(name.to_owned(), &[shape.n(), shape.k()], Float::Bf16, &values);
             }
             _ => panic!("{name}: only tables of bf16 or groups are written here"),

@@ -127,13 +127,13 @@ impl Bits {
     }
 
     fn table(&self) -> Result<Table, Failed> {
-        let halves = || self.bits.iter().map(|&bits| bits as u16).collect();
+        let halves = || self.bits.iter().map(|&bits| bits as u16).collect::<Vec<_>>();
         let data = match self.format {
-            Format::Bf16 => TableData::Bf16(halves()),
-            Format::F16 => TableData::F16(halves()),
-            Format::F32 => {
-                TableData::F32(self.bits.iter().map(|&bits| f32::from_bits(bits)).collect())
-            }
+            Format::Bf16 => TableData::Bf16(halves().into()),
+            Format::F16 => TableData::F16(halves().into()),
+            Format::F32 => TableData::F32(
+                self.bits.iter().map(|&bits| f32::from_bits(bits)).collect::<Vec<_>>().into(),
+            ),
         };
         Ok(Table::new(MatShape::new(self.bits.len() / self.k, self.k)?, data))
     }
@@ -400,7 +400,7 @@ fn int8_shapes(gpu: &Gpu) -> Result<(), Failed> {
                 _ => {}
             }
         }
-        let table = Table::new(MatShape::new(v, k)?, TableData::F32(w));
+        let table = Table::new(MatShape::new(v, k)?, TableData::F32(w.into()));
         let seen: Vec<u32> = (0..v.div_ceil(32)).map(|_| random.bits() as u32).collect();
         for (label, magnitude) in [("", 5.0), (" tiny x", 1e-10), (" large x", 1e9)] {
             let (_, token) = head_input(gpu, &random.floats(k, magnitude), None, k)?;
@@ -419,7 +419,8 @@ fn int8_many_rows(gpu: &Gpu) -> Result<(), Failed> {
     for rows in 1..=LOGIT_ROWS {
         // One shape for each: every check compiles its kernels.
         let (v, k) = [(33, 17), (97, 130), (70, 640)][rows % 3];
-        let table = Table::new(MatShape::new(v, k)?, TableData::F32(random.floats(v * k, 0.2)));
+        let table =
+            Table::new(MatShape::new(v, k)?, TableData::F32(random.floats(v * k, 0.2).into()));
         // The last of them are wanted.
         let (before, eps) = (2, 1e-5);
         let x = random.floats((before + rows) * k, 3.0);
@@ -497,7 +498,7 @@ fn int8_extremes(gpu: &Gpu) -> Result<(), Failed> {
             };
             row.iter_mut().enumerate().for_each(|(i, w)| *w = value(i));
         }
-        let table = Table::new(MatShape::new(4, k)?, TableData::F32(w));
+        let table = Table::new(MatShape::new(4, k)?, TableData::F32(w.into()));
         for value in [32512.0, -32512.0, 32384.0, -32384.0, 127.0, f32::NAN, f32::INFINITY, 0.0] {
             let mut x = vec![value; k];
             // The scale is 1.
@@ -751,7 +752,8 @@ fn few_candidates(gpu: &Gpu) -> Result<(), Failed> {
         (sum - 1020) as f32 / 209.0
     };
     let halves = (0..v * k).map(|_| ((0.02 * gaussian(&mut random)).to_bits() >> 16) as u16);
-    let table = Table::new(MatShape::new(v, k)?, TableData::Bf16(halves.collect()));
+    let table =
+        Table::new(MatShape::new(v, k)?, TableData::Bf16(halves.collect::<Vec<_>>().into()));
     let heads = Heads::new(gpu, &table, None)?;
     for seed in 0..4 {
         let hidden: Vec<f32> = (0..k).map(|_| gaussian(&mut random)).collect();

@@ -2,7 +2,7 @@
 
 use sterna::backend::reference::Reference;
 use sterna::backend::simd::{Level, SimdBackend};
-use sterna::backend::{Backend, LoadOptions, Output, Tap, Want};
+use sterna::backend::{Backend, LoadOptions, Output, Packing, Tap, Want};
 use sterna::config::ModelConfig;
 use sterna::error::Error;
 use sterna::model::Transformer;
@@ -325,6 +325,46 @@ fn matrices_of_a_layer_may_be_packed_differently() {
         let distance = distance(&expected, &found);
         assert!(distance <= 0.02, "{level:?}: {distance:e}");
     }
+}
+
+/// Sums of integers do not depend on how the weights lie in memory.
+#[test]
+fn five_weights_a_byte_change_no_bit() {
+    for config in [tiny_bitnet(), tiny_llama(), tiny_normed()] {
+        let model = SyntheticModel::new(config, 11);
+        let tokens = tokens(&model, 9, 1);
+        for level in Level::available() {
+            let run = |packing| {
+                let options = LoadOptions { packing, ..options(2) };
+                let backend = SimdBackend::load_on(level, &model, &options, &mut |_| {}).unwrap();
+                let gemv = backend.device().gemv.clone();
+                assert!(backend.device().notes.is_empty());
+                let mut transformer = Transformer::new(model.config().clone(), Box::new(backend));
+                let steps = taps(&mut transformer, &tokens);
+                let next: Vec<_> = (0..5)
+                    .map(|token| transformer.feed(&[token], Want::LastLogits).unwrap())
+                    .collect();
+                (gemv, steps, next)
+            };
+            let (two_bits, base3) = (run(Packing::TwoBits), run(Packing::Base3));
+            assert_eq!(two_bits.0, format!("gemv_i2 {}", level.name()));
+            assert_eq!(base3.0, format!("gemv_base3 {}", level.name()));
+            assert_eq!((two_bits.1, two_bits.2), (base3.1, base3.2), "{level:?}");
+            // A small model stays in the cache.
+            assert_eq!(run(Packing::Auto).0, two_bits.0);
+        }
+    }
+}
+
+#[test]
+fn scales_of_groups_are_no_matter_of_packing() {
+    let model = SyntheticModel::new(tiny_bonsai(2, 64), 3);
+    let options = LoadOptions { packing: Packing::Base3, ..options(1) };
+    let backend = SimdBackend::load_on(Level::Scalar, &model, &options, &mut |_| {}).unwrap();
+    let device = backend.device();
+    assert_eq!(device.gemv, "group_gemv_i2 scalar");
+    assert_eq!(device.notes.len(), 1);
+    assert!(device.notes[0].contains("scales of groups"), "{:?}", device.notes);
 }
 
 #[test]

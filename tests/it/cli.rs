@@ -61,7 +61,7 @@ pub(crate) fn failure(command: Command, code: i32) -> String {
 }
 
 /// A copy of the packed golden model that a test may damage.
-fn copy_of_golden() -> TempDir {
+pub(crate) fn copy_of_golden() -> TempDir {
     let directory = TempDir::new().unwrap();
     for entry in fs::read_dir(format!("{GOLDEN}/bitnet-a-packed")).unwrap() {
         let entry = entry.unwrap();

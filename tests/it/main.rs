@@ -24,6 +24,8 @@ mod golden;
 mod hub;
 #[cfg(feature = "cli")]
 mod hub_server;
+#[cfg(feature = "cli")]
+mod keep_packed;
 mod kv_cache;
 #[cfg(feature = "cli")]
 mod measure;

@@ -11,7 +11,7 @@ use sterna::backend::simd::{
 };
 use sterna::format::float::{bf16_to_f32, f16_to_f32, f32_to_bf16};
 use sterna::kv_cache::{BLOCK, HeadChunkMut, KvCache, KvFormat, KvShape, Prepared};
-use sterna::layout::{Layout, Packed, Signs, group_scales};
+use sterna::layout::{Layout, Packed, PackedBase3, Signs, group_scales};
 use sterna::random::Random;
 use sterna::shape::MatShape;
 use sterna::weights::{Int8Rows, Table, TableData};
@@ -25,6 +25,7 @@ macro_rules! on_every_level {
             use super::*;
 
             on_every_level!(@level $test
+                #[cfg(target_arch = "x86_64")] avx512vbmi = Avx512Vbmi,
                 #[cfg(target_arch = "x86_64")] avx512vnni = Avx512Vnni,
                 #[cfg(target_arch = "x86_64")] avxvnni = AvxVnni,
                 #[cfg(target_arch = "x86_64")] avx2 = Avx2,
@@ -89,16 +90,32 @@ fn pad(x: &[i8], k: usize) -> (Vec<i8>, Vec<TokenScale>) {
     (codes, x.chunks_exact(k).map(scale).collect())
 }
 
-/// The kernel's `[M, N]`, with everything around its output guarded.
+/// The kernel's `[M, N]` with two bits a weight, which five weights a byte must give, too; with
+/// everything around its output guarded.
 fn run_gemm(kernels: &dyn Kernels, packed: &Packed, x: &[i8]) -> Vec<i32> {
-    let (n, k) = (packed.shape().n(), packed.shape().k());
+    let run = |x: Activations<'_>, acc: &mut [i32]| kernels.gemm(packed.words(), x, acc);
+    let of_i2 = run_tiled("gemm", packed.shape(), x, run);
+    let base3 = PackedBase3::of(packed);
+    let run = |x: Activations<'_>, acc: &mut [i32]| kernels.gemm_base3(base3.words(), x, acc);
+    let of_base3 = run_tiled("gemm_base3", packed.shape(), x, run);
+    let variant = kernels.level().name();
+    assert_same("gemm_base3 and gemm", packed.shape(), 0, variant, &of_i2, &of_base3);
+    of_i2
+}
+
+/// `[M, N]` that `run(x, acc)` writes as `acc[tiles][M][32]`.
+fn run_tiled(
+    what: &str,
+    shape: MatShape,
+    x: &[i8],
+    run: impl FnOnce(Activations<'_>, &mut [i32]),
+) -> Vec<i32> {
+    let (n, k) = (shape.n(), shape.k());
     let (codes, scales) = pad(x, k);
     let m = scales.len();
     let x = Activations::new(&codes, &scales, k_chunks(k));
     let tiles = n.div_ceil(TILE_ROWS);
-    let acc = guarded("gemm", tiles * m * TILE_ROWS, i32::MIN, |acc| {
-        kernels.gemm(packed.words(), x, acc);
-    });
+    let acc = guarded(what, tiles * m * TILE_ROWS, i32::MIN, |acc| run(x, acc));
     let at = |token, row| acc[(row / TILE_ROWS * m + token) * TILE_ROWS + row % TILE_ROWS];
     // Padding rows are rows of zeros.
     for token in 0..m {
@@ -117,7 +134,7 @@ fn check_gemm(kernels: &dyn Kernels, (n, k, m): (usize, usize, usize), seed: u64
 }
 
 fn gemm_edges(kernels: &dyn Kernels) {
-    for k in [1, 63, 64, 65, 127, 128, 1000, 1024, 1088] {
+    for k in [1, 63, 64, 65, 127, 128, 256, 257, 320, 321, 1000, 1024, 1088] {
         for n in [1, 31, 32, 33, 65] {
             for m in 1..=14 {
                 check_gemm(kernels, (n, k, m), (k * 100 + n) as u64);
@@ -799,7 +816,7 @@ fn head_int8(kernels: &dyn Kernels) {
         // Codes of −127 and 127 against limbs of −128.
         weights[..k].iter_mut().for_each(|w| *w = w.signum());
         let shape = MatShape::new(n, k).unwrap();
-        let table = Table::new(shape, TableData::F32(weights.clone()));
+        let table = Table::new(shape, TableData::F32(weights.clone().into()));
         let words = Int8Rows::of(&table).unwrap().pack(0..n.div_ceil(TILE_ROWS)).unwrap();
         let inputs: Vec<Input> = (0..m)
             .map(|token| {

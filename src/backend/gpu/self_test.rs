@@ -609,7 +609,7 @@ pub fn check_head(gpu: &Gpu) -> Result<()> {
             *w = hidden[at] * norm[at] * 0.05 * (1.0 + step.min(6) as f32 * 1e-5);
         }
     }
-    let table = Table::new(shape, TableData::F32(w));
+    let table = Table::new(shape, TableData::F32(w.into()));
     let heads = Heads::new(gpu, &table, Some((&norm, 1e-5)))?;
     let negative: Vec<f32> = hidden.iter().map(|value| -value).collect();
     let none = vec![0; shape.n().div_ceil(32)];
@@ -671,7 +671,7 @@ fn check_head_bits(gpu: &Gpu, shape: MatShape, random: &mut Random) -> Result<()
     let mut last_bit = |w: &f32| f32::from_bits(w.to_bits() ^ random.bits() as u32 & 1);
     let w: Vec<f32> =
         (0..shape.n()).flat_map(|_| first.iter().map(&mut last_bit).collect::<Vec<_>>()).collect();
-    let heads = Heads::new(gpu, &Table::new(shape, TableData::F32(w.clone())), None)?;
+    let heads = Heads::new(gpu, &Table::new(shape, TableData::F32(w.clone().into())), None)?;
     let none = vec![0; shape.n().div_ceil(32)];
     for _ in 0..4 {
         let hidden = random.floats(shape.k(), 3.0);

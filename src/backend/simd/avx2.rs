@@ -24,6 +24,7 @@ use std::arch::x86_64::*;
 use cpu_ref::layout::{CHUNK_K, TILE_ROWS};
 
 use super::attention::widen_halves;
+use super::base3::{few_base3, unpack_base3};
 use super::head::{CODE_WORDS, LimbSums};
 use super::portable::widen_scales;
 use super::tables::{FieldTables, build_tables};

@@ -25,6 +25,7 @@ use cpu_ref::layout::{CHUNK_K, TILE_ROWS};
 
 use super::attention::PART;
 use super::avx2::{PREFETCH_CHUNKS, next_tile, prefetch};
+use super::base3::{few_base3, unpack_base3};
 use super::head::{CODE_WORDS, LimbSums};
 use super::tables::{NibbleTables, i2_column};
 use super::{Activations, CHUNK_WORDS, GroupLayout, GroupScales, Level, impl_kernels};
@@ -56,7 +57,7 @@ impl_kernels!(
 );
 
 /// Words of a quad: four rows × 16 bytes, one register.
-const QUAD_WORDS: usize = 16;
+pub(super) const QUAD_WORDS: usize = 16;
 /// Quads of a chunk.
 const QUADS: usize = CHUNK_WORDS / QUAD_WORDS;
 /// Quads that one pass of GEMM sums.
@@ -64,7 +65,11 @@ const PASS_QUADS: usize = 4;
 
 /// One tile: `acc[M][32]`.
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]
-fn gemm_tile(tile: &[[u32; CHUNK_WORDS]], x: Activations<'_>, acc: &mut [[i32; TILE_ROWS]]) {
+pub(super) fn gemm_tile(
+    tile: &[[u32; CHUNK_WORDS]],
+    x: Activations<'_>,
+    acc: &mut [[i32; TILE_ROWS]],
+) {
     if let [acc] = acc {
         return gemv_tile(tile, x.token(0), x.code_sum(0), acc);
     }
@@ -173,7 +178,11 @@ fn accumulate<const FIELD: usize, const SHIFT: u32, const T: usize>(
 
 /// One tile of [`GroupLayout::Signs`]: `acc[M][32]`.
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]
-fn signs_tile(tile: &[[u32; CHUNK_WORDS]], x: Activations<'_>, acc: &mut [[i32; TILE_ROWS]]) {
+pub(super) fn signs_tile(
+    tile: &[[u32; CHUNK_WORDS]],
+    x: Activations<'_>,
+    acc: &mut [[i32; TILE_ROWS]],
+) {
     for (group, acc) in acc.chunks_mut(4).enumerate() {
         let m = 4 * group;
         match acc.len() {
@@ -230,7 +239,7 @@ fn signs_tokens<const T: usize>(
 
 /// One tile of int8 rows: `Σ q·x = Σ (q + 128)·x − 128·Σ x`, for the two limbs of x.
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]
-fn limb_sums(chunks: &[[u32; CODE_WORDS]], hi: &[i8], lo: &[i8], sums: &mut LimbSums) {
+pub(super) fn limb_sums(chunks: &[[u32; CODE_WORDS]], hi: &[i8], lo: &[i8], sums: &mut LimbSums) {
     let bias = _mm512_set1_epi8(i8::MIN);
     let zero = _mm512_setzero_si512();
     let (mut high, mut low, mut of_x) = ([zero; QUADS], [zero; QUADS], [zero; 2]);
@@ -258,7 +267,7 @@ fn limb_sums(chunks: &[[u32; CODE_WORDS]], hi: &[i8], lo: &[i8], sums: &mut Limb
 /// The tables of one chunk of a token.
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]
-fn build_tables(layout: GroupLayout, x: &[f32], tables: &mut NibbleTables) {
+pub(super) fn build_tables(layout: GroupLayout, x: &[f32], tables: &mut NibbleTables) {
     // Bit i of an entry's index, as a sign.
     let sign = |lanes: __mmask16| _mm512_castsi512_ps(_mm512_maskz_set1_epi32(lanes, i32::MIN));
     match layout {
@@ -291,7 +300,7 @@ fn build_tables(layout: GroupLayout, x: &[f32], tables: &mut NibbleTables) {
 /// The scales of a tile's rows as f32.
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]
-fn widen_scales(scales: &GroupScales) -> [f32; TILE_ROWS] {
+pub(super) fn widen_scales(scales: &GroupScales) -> [f32; TILE_ROWS] {
     let mut wide = [0.0; TILE_ROWS];
     for (words, out) in scales.as_chunks::<8>().0.iter().zip(wide.as_chunks_mut().0) {
         // SAFETY: `words` has 32 bytes to read, and the load needs no alignment.
@@ -304,7 +313,7 @@ fn widen_scales(scales: &GroupScales) -> [f32; TILE_ROWS] {
 /// Halves as f32. The instruction also widens subnormal halves, which the cache does not have.
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]
-fn widen_halves(halves: &[u16; PART]) -> [f32; PART] {
+pub(super) fn widen_halves(halves: &[u16; PART]) -> [f32; PART] {
     let mut wide = [0.0; PART];
     // SAFETY: `halves` has 32 bytes to read, and the load needs no alignment.
     let halves = unsafe { _mm256_loadu_si256(halves.as_ptr().cast()) };
@@ -314,7 +323,7 @@ fn widen_halves(halves: &[u16; PART]) -> [f32; PART] {
 
 /// One chunk of [`super::tables`].
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]
-fn lookup_chunk(
+pub(super) fn lookup_chunk(
     chunk: &[u32; CHUNK_WORDS],
     tables: &[NibbleTables],
     sums: &mut [[f32; TILE_ROWS]],
@@ -368,7 +377,7 @@ fn lookup_tokens<const T: usize>(
 /// lane `l`, what register `q` held in its element `e`. Lane `l` of a quad is its row `l`.
 #[inline]
 #[target_feature(enable = "avx512f")]
-fn transpose([a, b, c, d]: [__m512i; PASS_QUADS]) -> [__m512i; 4] {
+pub(super) fn transpose([a, b, c, d]: [__m512i; PASS_QUADS]) -> [__m512i; 4] {
     let (ab_low, ab_high) = (_mm512_unpacklo_epi32(a, b), _mm512_unpackhi_epi32(a, b));
     let (cd_low, cd_high) = (_mm512_unpacklo_epi32(c, d), _mm512_unpackhi_epi32(c, d));
     [
@@ -382,7 +391,7 @@ fn transpose([a, b, c, d]: [__m512i; PASS_QUADS]) -> [__m512i; 4] {
 /// After [`transpose`], row `4q + l` is in element `4l + q`; this order undoes it.
 #[inline]
 #[target_feature(enable = "avx512f")]
-fn row_order() -> __m512i {
+pub(super) fn row_order() -> __m512i {
     _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15)
 }
 
@@ -398,7 +407,7 @@ fn sums_of_rows(quads: &[__m512i; PASS_QUADS]) -> __m512i {
 /// 16 rows' sums.
 #[inline]
 #[target_feature(enable = "avx512f")]
-fn store(rows: __m512i, out: &mut [i32; 16]) {
+pub(super) fn store(rows: __m512i, out: &mut [i32; 16]) {
     // SAFETY: `out` has 64 bytes to write, and the store needs no alignment.
     unsafe { _mm512_storeu_si512(out.as_mut_ptr().cast(), rows) };
 }
@@ -437,7 +446,7 @@ fn broadcast(codes: &[i8; 16]) -> __m512i {
 /// Four rows' pieces.
 #[inline]
 #[target_feature(enable = "avx512f")]
-fn load(quad: &[u32; QUAD_WORDS]) -> __m512i {
+pub(super) fn load(quad: &[u32; QUAD_WORDS]) -> __m512i {
     // SAFETY: `quad` has 64 bytes to read, and the load needs no alignment.
     unsafe { _mm512_loadu_si512(quad.as_ptr().cast()) }
 }

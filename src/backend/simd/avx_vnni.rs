@@ -14,6 +14,7 @@ use super::avx2::{
     BLOCK_CHUNKS, BLOCK_TOKENS, PAIR_WORDS, PAIRS, QUARTERS, add_rows, blocks, codes, field,
     fields, limb_sums, load, lookup_chunk, prefetch_next, row_sums, unpack,
 };
+use super::base3::{few_base3, unpack_base3};
 use super::portable::widen_scales;
 use super::tables::build_tables;
 use super::{Activations, CHUNK_WORDS, Level, impl_kernels};

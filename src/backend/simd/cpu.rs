@@ -6,13 +6,14 @@ use cpu_ref::layout::{CHUNK_K, TILE_ROWS};
 use cpu_ref::rope::Frequencies;
 
 use super::head::Int8Head;
+use super::load::{Layer, Weights};
 use super::matrix::{Head, Linears, Matrix, Scales};
 use super::pool::{Pool, Split};
-use super::{Activations, CHUNK_WORDS, Kernels, Level, TokenScale, attention};
+use super::{Activations, Kernels, Level, TokenScale, attention};
 use crate::backend::choices::Choices;
 use crate::backend::{
-    Backend, Batch, DeviceInfo, HeadChoice, HeadWork, LoadOptions, MAX_DRAFT, OnProgress, Output,
-    Progress, Tap, Tokens, Traffic, Want,
+    Backend, Batch, DeviceInfo, HeadWork, LoadOptions, OnProgress, Output, Tap, Tokens, Traffic,
+    Want,
 };
 use crate::config::{Activations as Precision, ModelConfig};
 use crate::error::{Error, Result};
@@ -45,25 +46,6 @@ pub struct SimdBackend {
     /// A row of logits of several, `[V]`.
     row: Vec<f32>,
     traffic: Traffic,
-}
-
-struct Layer {
-    input_layernorm: Vec<f32>,
-    qkv: Linears,
-    q_norm: Option<Vec<f32>>,
-    k_norm: Option<Vec<f32>>,
-    attn_sub_norm: Option<Vec<f32>>,
-    o: Linears,
-    post_attention_layernorm: Vec<f32>,
-    gate_up: Linears,
-    ffn_sub_norm: Option<Vec<f32>>,
-    down: Linears,
-}
-
-impl Layer {
-    fn linears(&self) -> [&Linears; 4] {
-        [&self.qkv, &self.o, &self.gate_up, &self.down]
-    }
 }
 
 /// The threads, the kernels, and the buffers between them, each for `max_batch` tokens of the
@@ -260,13 +242,16 @@ impl Work {
 
         let x = Activations::new(codes, scales, chunks);
         let acc = &mut acc[acc_start..][..run.tiles() * n_tokens * TILE_ROWS];
-        let tile_words = chunks * CHUNK_WORDS;
+        let tile_words = run.tile_words();
         let per_tile =
             Split { len: n_tokens * TILE_ROWS, cost: n_tokens * tile_words * size_of::<u32>() };
         pool.stripes(acc, per_tile, |first, acc| {
             let tiles = acc.len() / (n_tokens * TILE_ROWS);
             let words = &run.words()[first * tile_words..][..tiles * tile_words];
-            kernels.gemm(words, x, acc);
+            match run.is_base3() {
+                true => kernels.gemm_base3(words, x, acc),
+                false => kernels.gemm(words, x, acc),
+            }
         });
     }
 
@@ -414,44 +399,18 @@ impl SimdBackend {
         let precision = options.activations(&config)?;
         let max_batch = options.host_batch();
         let pool = Pool::new(threads(options))?;
-        // The largest tensors first, while there is little beside their pages.
-        let embedding = Head::pack(source.embedding()?)?;
-        let lm_head = source.lm_head()?.map(Head::pack).transpose()?;
-        let int8_head = match (options.head, lm_head.as_ref().unwrap_or(&embedding)) {
-            (HeadChoice::Int8, Head::Plain(table)) => {
-                Int8Head::pack(table, max_batch.min(MAX_DRAFT + 1))?
-            }
-            _ => None,
-        };
-        let total = config.num_hidden_layers;
-        let mut layers = Vec::with_capacity(total);
-        for index in 0..total {
-            progress(Progress { done: index, total });
-            let layer = source.layer(index)?;
-            layers.push(Layer {
-                input_layernorm: layer.input_layernorm,
-                qkv: Linears::pack(&[&layer.q_proj, &layer.k_proj, &layer.v_proj])?,
-                q_norm: layer.q_norm,
-                k_norm: layer.k_norm,
-                attn_sub_norm: layer.attn_sub_norm,
-                o: Linears::pack(&[&layer.o_proj])?,
-                post_attention_layernorm: layer.post_attention_layernorm,
-                gate_up: Linears::pack(&[&layer.gate_proj, &layer.up_proj])?,
-                ffn_sub_norm: layer.ffn_sub_norm,
-                down: Linears::pack(&[&layer.down_proj])?,
-            });
-        }
-        progress(Progress { done: total, total });
-
+        let Weights { embedding, lm_head, int8_head, layers, notes } =
+            super::load::load(level, source, options, progress)?;
+        let gemv = format!("{} {}", gemv_name(&layers), level.name());
         let (hidden, query) = (config.hidden_size, config.query_size());
         let intermediate = config.intermediate_size;
         Ok(Self {
             device: DeviceInfo {
                 name: "cpu".to_owned(),
                 description: describe(level, pool.threads()),
-                gemv: format!("{} {}", gemv_name(&layers), level.name()),
+                gemv,
                 head: if int8_head.is_some() { "head_int8" } else { "lm_head" }.to_owned(),
-                notes: Vec::new(),
+                notes,
             },
             max_batch,
             embedding,

@@ -12,6 +12,7 @@ use super::matrix::table_rows;
 use super::pool::{Pool, Split};
 use crate::backend::HeadWork;
 use crate::error::Result;
+use crate::format::{Bytes, Elements};
 use crate::sampler::Sampler;
 use crate::weights::{Int8Rows, Table};
 
@@ -25,7 +26,7 @@ pub(super) type LimbSums = [[i32; TILE_ROWS]; 2];
 pub(super) struct Int8Head {
     rows: usize,
     k: usize,
-    words: Vec<u32>,
+    words: Elements<u32>,
     inputs: Vec<Input>,
     /// `[tiles][M][2][32]`: lower and upper bounds of the exact logits; −∞ and ∞ where there are none.
     bounds: Vec<f32>,
@@ -40,23 +41,45 @@ impl Int8Head {
     /// None of a float table.
     pub(super) fn pack(table: &Table, max_tokens: usize) -> Result<Option<Self>> {
         let Some(int8) = Int8Rows::of(table) else { return Ok(None) };
+        let words = int8.pack(0..int8.tiles())?;
+        Ok(Some(Self::new(int8, table, words.into(), max_tokens)))
+    }
+
+    /// The same of words that have been packed before; `None` if they are not as many as the table needs.
+    pub(super) fn of_words(table: &Table, words: &Bytes, max_tokens: usize) -> Option<Self> {
+        let fits = words.len() == Self::len_bytes(table);
+        let words = Elements::in_place(words).filter(|_| fits)?;
+        Some(Self::new(Int8Rows::of(table)?, table, words, max_tokens))
+    }
+
+    /// Bytes of a table's packed words; 0 for one that is quantised already.
+    pub(super) fn len_bytes(table: &Table) -> usize {
+        Int8Rows::of(table).map_or(0, |int8| int8.tiles() * int8.tile_words() * size_of::<u32>())
+    }
+
+    /// The packed words.
+    pub(super) fn words(&self) -> &[u32] {
+        &self.words
+    }
+
+    fn new(int8: Int8Rows<'_>, table: &Table, words: Elements<u32>, max_tokens: usize) -> Self {
         let (rows, k) = (table.shape().n(), table.shape().k());
         let codes = int8_rows::chunks(k) * int8_rows::CHUNK_K;
         let input =
             Input { hi: vec![0; codes], lo: vec![0; codes], scale: 0.0, bound: 0.0, rest: 0.0 };
-        Ok(Some(Self {
+        Self {
             rows,
             k,
-            words: int8.pack(0..int8.tiles())?,
+            words,
             inputs: vec![input; max_tokens],
             bounds: vec![0.0; int8.tiles() * max_tokens * 2 * TILE_ROWS],
             work: HeadWork::default(),
-        }))
+        }
     }
 
     /// Bytes of the rows.
     pub(super) fn bytes(&self) -> u64 {
-        size_of_val(self.words.as_slice()) as u64
+        size_of_val(&*self.words) as u64
     }
 
     /// How it has chosen so far.
@@ -78,7 +101,7 @@ impl Int8Head {
         for (x, input) in x.chunks_exact(self.k).zip(inputs.iter_mut()) {
             kernels.head_input(x, input);
         }
-        let (inputs, words) = (&*inputs, &self.words);
+        let (inputs, words) = (&*inputs, &self.words[..]);
         let tile_words = int8_rows::tile_words(self.k);
         let tile_len = n_tokens * TILE_ROWS;
         let bounds = &mut self.bounds[..2 * logits.len()];
@@ -273,7 +296,7 @@ mod tests {
             let mut random = Random::new(seed);
             let rows = table(&mut random, n, k);
             let shape = MatShape::new(n, k).unwrap();
-            let table = Table::new(shape, TableData::F32(rows.clone()));
+            let table = Table::new(shape, TableData::F32(rows.clone().into()));
             let mut head = Int8Head::pack(&table, m).unwrap().unwrap();
             let x = random.floats(m * k, 2.0);
             let penalty = if seed % 2 == 0 { 1.0 } else { 1.3 };
@@ -296,8 +319,10 @@ mod tests {
         }
         // Without the exact rows the token would often be another.
         assert!(misled > 20, "{misled}");
-        let nan =
-            Table::new(MatShape::new(2, 2).unwrap(), TableData::F32(vec![1.0, f32::NAN, 1.0, 1.0]));
+        let nan = Table::new(
+            MatShape::new(2, 2).unwrap(),
+            TableData::F32(vec![1.0, f32::NAN, 1.0, 1.0].into()),
+        );
         let mut head = Int8Head::pack(&nan, 1).unwrap().unwrap();
         head.logits(&mut pool, kernels.as_ref(), &[1.0, 1.0], &mut [0.0; TILE_ROWS]);
         let token = head.greedy(kernels.as_ref(), &nan, (0, 1), &[1.0, 1.0], &Sampler::default());

@@ -4,7 +4,8 @@ use cpu_ref::layout::TILE_ROWS;
 
 use super::{CHUNK_WORDS, GroupLayout, GroupWeights, Kernels, TableRows};
 use crate::error::Result;
-use crate::layout::{Layout, Packed, Pieces, Signs};
+use crate::format::Bytes;
+use crate::layout::{Layout, Packed, PackedBase3, Pieces, Signs, base3_len_bytes};
 use crate::shape::MatShape;
 use crate::weights::{
     Input, PackedRun, RunScales, Table, TableData, TernaryMatrix, WeightScale, is_binary,
@@ -15,9 +16,54 @@ use crate::weights::{
 pub(super) struct Linears(Vec<Matrix>);
 
 impl Linears {
-    /// Packs the rows of `parts`.
-    pub(super) fn pack(parts: &[&TernaryMatrix]) -> Result<Self> {
-        runs_of_input(parts).into_iter().map(Matrix::pack).collect::<Result<_>>().map(Self)
+    /// Packs the rows of `parts`, with five weights a byte where `base3` says so and one number
+    /// scales the matrix.
+    pub(super) fn pack(parts: &[&TernaryMatrix], base3: bool) -> Result<Self> {
+        let pack = |run: &[&TernaryMatrix]| match Matrix::base3_scales(run).filter(|_| base3) {
+            Some(scales) => Matrix::pack_base3(run, scales),
+            None => Matrix::pack(run),
+        };
+        runs_of_input(parts).into_iter().map(pack).collect::<Result<_>>().map(Self)
+    }
+
+    /// The one matrix `[N, K]` of words and scales (f32 `[N]`) that were packed before; `None` if they are
+    /// not as many as it needs.
+    pub(super) fn of_words(
+        shape: MatShape,
+        base3: bool,
+        words: &Bytes,
+        scales: &Bytes,
+    ) -> Option<Self> {
+        let weights = match is_base3(shape, base3) {
+            true => Weights::Base3(PackedBase3::of_words(shape, words)?),
+            false => Weights::I2(Packed::of_words(Layout::I2, shape, words)?),
+        };
+        let scales: Vec<f32> = bytemuck::try_cast_slice(scales).ok()?.to_vec();
+        let scales = (scales.len() == shape.n()).then_some(Scales::Rows(scales))?;
+        Some(Self(vec![Matrix { shape, scales, input: Input::default(), weights }]))
+    }
+
+    /// Words and scales to make it again from; `None` if it is more than one matrix, or one that takes
+    /// more to make.
+    pub(super) fn sections(&self) -> Option<[&[u8]; 2]> {
+        match &self.0[..] {
+            [matrix] if !matrix.has_input() => match &matrix.scales {
+                Scales::Rows(scales) => {
+                    Some([bytemuck::cast_slice(matrix.words()), bytemuck::cast_slice(scales)])
+                }
+                Scales::Groups { .. } => None,
+            },
+            _ => None,
+        }
+    }
+
+    /// The lengths of [`Linears::sections`] of `[N, K]`, in bytes.
+    pub(super) fn section_lens(shape: MatShape, base3: bool) -> [usize; 2] {
+        let words = match is_base3(shape, base3) {
+            true => base3_len_bytes(shape),
+            false => size_of::<u32>() * cpu_ref::layout::len_words(shape.n(), shape.k()),
+        };
+        [words, size_of::<f32>() * shape.n()]
     }
 
     /// The matrices, each of which takes its input in one way.
@@ -51,7 +97,18 @@ pub(super) type Scales = RunScales;
 /// The trits in the layout that the kernels want.
 enum Weights {
     I2(Packed),
+    Base3(PackedBase3),
     Signs(Packed<Signs>),
+}
+
+/// Most columns of a matrix with five weights a byte: a sum of two digits in five, each at most 2, times
+/// 64 and an activation, fits an i32.
+const MAX_BASE3_K: usize = 1 << 18;
+const _: () = assert!((MAX_BASE3_K as u64 / 5 + 64) * 2 * 2 * 64 * 128 < 1 << 31);
+
+/// Whether a matrix that one number scales has five weights a byte where `base3` asks for it.
+fn is_base3(shape: MatShape, base3: bool) -> bool {
+    base3 && shape.k() <= MAX_BASE3_K
 }
 
 impl Matrix {
@@ -71,17 +128,48 @@ impl Matrix {
         })
     }
 
-    /// `[tiles][chunks][32][4]`.
+    /// The scale of each row of a run that can have five weights a byte.
+    fn base3_scales(run: &[&TernaryMatrix]) -> Option<Vec<f32>> {
+        let mut scales = Vec::new();
+        for part in run {
+            match part.scale() {
+                WeightScale::Tensor(scale) if is_base3(part.shape(), true) => {
+                    scales.resize(scales.len() + part.shape().n(), scale);
+                }
+                WeightScale::Tensor(_) | WeightScale::Groups { .. } => return None,
+            }
+        }
+        Some(scales)
+    }
+
+    /// Packs a run with five weights a byte.
+    fn pack_base3(run: &[&TernaryMatrix], scales: Vec<f32>) -> Result<Self> {
+        let shape = MatShape::new(scales.len(), run[0].shape().k())?;
+        let packed = PackedBase3::try_of_blocks(shape, |rows| {
+            let (first, len) = (rows.start, rows.len());
+            PackedRun::pack_rows(run, Layout::I2, len, |n| Some(first + n)).map(|run| run.packed)
+        })?;
+        let (scales, weights) = (Scales::Rows(scales), Weights::Base3(packed));
+        Ok(Self { shape, scales, input: run[0].input().clone(), weights })
+    }
+
+    /// Whether it has five weights a byte.
+    pub(super) fn is_base3(&self) -> bool {
+        matches!(self.weights, Weights::Base3(_))
+    }
+
+    /// Whole tiles: `[tiles][chunks][32][4]`, or as `cpu_ref::layout::base3` has them.
     pub(super) fn words(&self) -> &[u32] {
         match &self.weights {
             Weights::I2(packed) => packed.words(),
+            Weights::Base3(packed) => packed.words(),
             Weights::Signs(packed) => packed.words(),
         }
     }
 
     pub(crate) fn layout(&self) -> GroupLayout {
         match self.weights {
-            Weights::I2(_) => GroupLayout::I2,
+            Weights::I2(_) | Weights::Base3(_) => GroupLayout::I2,
             Weights::Signs(_) => GroupLayout::Signs,
         }
     }
@@ -103,7 +191,10 @@ impl Matrix {
 
     /// Words of a tile of 32 rows.
     pub(super) fn tile_words(&self) -> usize {
-        self.chunks() * CHUNK_WORDS
+        match self.weights {
+            Weights::Base3(_) => cpu_ref::layout::base3::tile_words(self.chunks()),
+            Weights::I2(_) | Weights::Signs(_) => self.chunks() * CHUNK_WORDS,
+        }
     }
 
     pub(super) fn tiles(&self) -> usize {
@@ -134,6 +225,7 @@ impl Matrix {
     /// The name of the kernel that multiplies it.
     pub(super) fn kernel(&self) -> &'static str {
         match (&self.scales, &self.weights) {
+            (_, Weights::Base3(_)) => "gemv_base3",
             (Scales::Rows(_), _) => "gemv_i2",
             (_, Weights::I2(_)) => "group_gemv_i2",
             (_, Weights::Signs(_)) => "group_gemv_signs",
@@ -145,6 +237,7 @@ impl Matrix {
         match &self.weights {
             Weights::I2(packed) => self.row_of(packed, n, out),
             Weights::Signs(packed) => self.row_of(packed, n, out),
+            Weights::Base3(_) => unreachable!("one number scales it"),
         }
     }
 
@@ -194,6 +287,13 @@ impl Head {
         match self {
             Self::Plain(table) => table.bytes(),
             Self::Packed { matrix, .. } => matrix.bytes(),
+        }
+    }
+
+    /// Copies a table out of a mapped file.
+    pub(super) fn take_into_memory(&mut self) {
+        if let Self::Plain(table) = self {
+            table.take_into_memory();
         }
     }
 

@@ -7,6 +7,9 @@
 //! `Σ w·x = Σ (w + 1)·x − Σ x`. Field `j` of the 16 bytes stands for 16 consecutive `k`, so a load
 //! of 16 activations meets a masked, shifted load of weights with nothing to rearrange.
 //!
+//! Where a level has instructions for it, they may be in the layout `cpu_ref::layout::base3` instead:
+//! fewer bytes, for the same activations (`base3.rs`).
+//!
 //! Matrices with scales of groups of inputs have float activations, and then a product is a table
 //! lookup (`tables.rs`); binary ones are in the layout `cpu_ref::layout::signs`.
 //!
@@ -20,9 +23,13 @@ mod avx2;
 #[cfg(target_arch = "x86_64")]
 mod avx512;
 #[cfg(target_arch = "x86_64")]
+mod avx512_vbmi;
+#[cfg(target_arch = "x86_64")]
 mod avx_vnni;
+mod base3;
 mod cpu;
 mod head;
+mod load;
 mod matrix;
 #[cfg(all(target_arch = "aarch64", target_endian = "little"))]
 mod neon;
@@ -30,6 +37,7 @@ mod neon;
 mod neon_dotprod;
 #[cfg(all(target_arch = "aarch64", target_endian = "little"))]
 mod neon_i8mm;
+mod packed_file;
 mod pool;
 mod portable;
 mod scalar;
@@ -65,6 +73,8 @@ const LEVEL_VARIABLE: &str = "STERNA_CPU";
 /// The instruction sets there are kernels for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Level {
+    /// x86-64 with AVX-512 F, BW, DQ, VL, VNNI and VBMI.
+    Avx512Vbmi,
     /// x86-64 with AVX-512 F, BW, DQ, VL and VNNI.
     Avx512Vnni,
     /// x86-64 with AVX2 and AVX-VNNI.
@@ -83,7 +93,8 @@ pub enum Level {
 
 impl Level {
     /// All levels, best first.
-    pub const ALL: [Self; 7] = [
+    pub const ALL: [Self; 8] = [
+        Self::Avx512Vbmi,
         Self::Avx512Vnni,
         Self::AvxVnni,
         Self::Avx2,
@@ -96,6 +107,7 @@ impl Level {
     /// As the environment variable `STERNA_CPU` takes it.
     pub fn name(self) -> &'static str {
         match self {
+            Self::Avx512Vbmi => "avx512vbmi",
             Self::Avx512Vnni => "avx512vnni",
             Self::AvxVnni => "avxvnni",
             Self::Avx2 => "avx2",
@@ -109,6 +121,7 @@ impl Level {
     /// For people.
     pub fn title(self) -> &'static str {
         match self {
+            Self::Avx512Vbmi => "AVX-512 VNNI and VBMI",
             Self::Avx512Vnni => "AVX-512 VNNI",
             Self::AvxVnni => "AVX-VNNI",
             Self::Avx2 => "AVX2",
@@ -147,6 +160,11 @@ impl Level {
         Error::CpuLevel { expected: names.join(", "), found: found.to_owned() }
     }
 
+    /// Whether five trits a byte are multiplied as they are, at the speed of memory.
+    pub fn has_base3(self) -> bool {
+        self == Self::Avx512Vbmi
+    }
+
     /// The level's kernels, or an error that names the levels of this machine.
     fn require(self) -> Result<Box<dyn Kernels>> {
         self.kernels().ok_or_else(|| Self::unavailable(self.name()))
@@ -155,6 +173,8 @@ impl Level {
     /// The level's kernels; `None` if this machine does not run them.
     pub fn kernels(self) -> Option<Box<dyn Kernels>> {
         match self {
+            #[cfg(target_arch = "x86_64")]
+            Self::Avx512Vbmi => Some(Box::new(avx512_vbmi::Avx512Vbmi::new()?)),
             #[cfg(target_arch = "x86_64")]
             Self::Avx512Vnni => Some(Box::new(avx512::Avx512Vnni::new()?)),
             #[cfg(target_arch = "x86_64")]
@@ -224,15 +244,22 @@ impl<'a> Activations<'a> {
     /// Tokens `first..first + n`, and of those group `group` alone.
     fn part(self, first: usize, n: usize, group: usize) -> Self {
         let chunks = self.stride / self.groups;
+        Self { chunks, first_chunk: group * chunks, group, ..self.tokens(first, n) }
+    }
+
+    /// Tokens `first..first + n`.
+    fn tokens(self, first: usize, n: usize) -> Self {
         Self {
             codes: &self.codes[first * self.stride * CHUNK_K..],
             scales: &self.scales[first * self.groups..],
             n_tokens: n,
-            chunks,
-            first_chunk: group * chunks,
-            group,
             ..self
         }
+    }
+
+    /// Chunks `first..first + n` of these; the sums and scales stay those of all.
+    fn columns(self, first: usize, n: usize) -> Self {
+        Self { first_chunk: self.first_chunk + first, chunks: n, ..self }
     }
 
     /// The tokens, as many at a time as stay in the second-level cache while tiles pass; with the
@@ -445,6 +472,10 @@ pub trait Kernels: Send + Sync {
     /// `words[tiles][chunks][32][4]`, into `acc[tiles][M][32]`. GEMV for M = 1.
     fn gemm(&self, words: &[u32], x: Activations<'_>, acc: &mut [i32]);
 
+    /// [`Kernels::gemm`] for five weights a byte, `words[tiles][pieces][4][32]`
+    /// (`cpu_ref::layout::base3`).
+    fn gemm_base3(&self, words: &[u32], x: Activations<'_>, acc: &mut [i32]);
+
     /// `y[n,m] = Σ_g d[n,g]·Σ_{k∈g} w[n,k]·x[m,k]` for M tokens `x[M,K]`, into `y[tiles][M][32]`:
     /// `cpu_ref::group_gemv::group_dot` within its bound.
     fn group_gemm(&self, weights: GroupWeights<'_>, x: &[f32], y: &mut [f32]);
@@ -544,6 +575,13 @@ fn check_gemm(words: &[u32], x: &Activations<'_>, acc: &[i32]) -> usize {
     tiles
 }
 
+/// Whether the shapes of [`Kernels::gemm_base3`] agree.
+fn base3_fits(words: &[u32], x: &Activations<'_>, acc: &[i32]) -> bool {
+    let tile_words = cpu_ref::layout::base3::tile_words(x.chunks);
+    words.len().is_multiple_of(tile_words)
+        && acc.len() == words.len() / tile_words * x.n_tokens() * TILE_ROWS
+}
+
 /// Whether the shapes of [`Kernels::head_int8`] agree.
 fn head_fits(words: &[u32], inputs: &[Input], logits: &[f32], bounds: &[f32]) -> bool {
     let Some(first) = inputs.first() else { return false };
@@ -589,6 +627,16 @@ macro_rules! impl_kernels {
             }
 
             impl_kernels!(@portable $(#[$features])?
+                fn gemm_base3(words: &[u32], x: super::Activations<'_>, acc: &mut [i32]) -> ()
+                    where super::base3_fits(words, &x, acc)
+                    => super::base3::gemm(
+                        words,
+                        x,
+                        acc,
+                        |tile, x, acc| few_base3(tile, x, acc),
+                        |pieces, chunks| unpack_base3(pieces, chunks),
+                        |chunks, x, acc| gemm_tile(chunks, x, acc),
+                    );
                 fn group_gemm(weights: super::GroupWeights<'_>, x: &[f32], y: &mut [f32]) -> ()
                     where x.len().is_multiple_of(weights.k)
                         && y.len() == weights.tiles() * cpu_ref::layout::TILE_ROWS
