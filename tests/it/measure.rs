@@ -456,7 +456,7 @@ fn reports_that_are_none_are_refused_by_file_and_key() {
         ),
         (
             changed("/power/0/points", json!([[1.0, 1e300]])),
-            &["power[0].points[0][1]", "1e18", "1e300"],
+            &["power[0].points[0][1]", "1e18", "1e+300"],
         ),
         (
             changed("/windows", json!(vec![&report["windows"][0]; 5000])),
