@@ -35,7 +35,7 @@ pub(super) fn page(reports: &[Report]) -> Result<String> {
     )?;
     writeln!(out, "<header><p class=\"program\">sterna compare</p><h1>{}</h1>", escape(&title))?;
     for (index, report) in reports.iter().enumerate() {
-        writeln!(out, "<p class=\"where\">{}</p>", escape(&place(reports, index, report)))?;
+        writeln!(out, "<p class=\"where\">{}</p>", escape(place(reports, index, report)))?;
     }
     writeln!(out, "</header>")?;
     write_verdicts(out, reports)?;
@@ -222,7 +222,9 @@ fn write_table(out: &mut String, all: &[Series<'_>]) -> Result<()> {
 
 fn figure(out: &mut String, svg: &str, caption: &str) -> Result<()> {
     // The library gives its drawings a size; the page gives them a width.
-    let svg = svg.replacen("<svg width=\"440\" height=\"300\"", "<svg role=\"img\"", 1);
+    let label = caption.split(" <").next().unwrap_or_default();
+    let drawing = format!("<svg role=\"img\" aria-label=\"{label}\"");
+    let svg = svg.replacen("<svg width=\"440\" height=\"300\"", &drawing, 1);
     writeln!(out, "<figure>{svg}<figcaption>{caption}</figcaption></figure>")?;
     Ok(())
 }

@@ -7,6 +7,7 @@ use std::io::Read;
 use std::path::Path;
 
 use serde::{Deserialize, Serialize};
+use serde_json::Value;
 
 use super::bandwidth::Bandwidth;
 use super::machine::Machine;
@@ -17,6 +18,14 @@ use crate::error::{Error, Result};
 pub const FORMAT: u32 = 1;
 /// A longer file is no report.
 pub const MAX_REPORT_BYTES: u64 = 64 << 20;
+/// A report of more is none that was measured.
+const MAX_DEVICES: usize = 64;
+const MAX_METERS: usize = 256;
+const MAX_WINDOWS: usize = 4096;
+/// Of one meter: five hours of ten a second.
+const MAX_POINTS: usize = 180_000;
+/// Nothing that is measured is larger, in any unit.
+const MAX_NUMBER: f64 = 1e18;
 
 /// What a comparison of devices found.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -309,6 +318,19 @@ impl Report {
         if self.devices.is_empty() {
             return Err(problem(file, "devices", "one or more", "none".to_owned()));
         }
+        let points = self.power.iter().map(|trace| trace.points.len()).max().unwrap_or_default();
+        for (key, found, max) in [
+            ("devices", self.devices.len(), MAX_DEVICES),
+            ("meters", self.meters.len(), MAX_METERS),
+            ("windows", self.windows.len(), MAX_WINDOWS),
+            ("power", self.power.len(), MAX_METERS),
+            ("power.points", points, MAX_POINTS),
+        ] {
+            if found > max {
+                return Err(problem(file, key, &format!("at most {max}"), found.to_string()));
+            }
+        }
+        check_numbers(file, &mut String::new(), &serde_json::json!(self))?;
         for (at, window) in self.windows.iter().enumerate() {
             if let Some(device) = window.device {
                 below(format!("windows[{at}].device"), device, self.devices.len())?;
@@ -361,6 +383,33 @@ impl DeviceReport {
         let depths = self.depths.iter().map(|depth| ("depths", &depth.tokens_per_second));
         fixed.into_iter().chain(depths)
     }
+}
+
+/// Fails at the first number that is larger than any that is measured.
+fn check_numbers(file: &str, key: &mut String, value: &Value) -> Result<()> {
+    let len = key.len();
+    match value {
+        Value::Number(number) if number.as_f64().is_none_or(|n| n.abs() > MAX_NUMBER) => {
+            return Err(problem(file, key, &format!("at most {MAX_NUMBER:e}"), number.to_string()));
+        }
+        Value::Array(values) => {
+            for (at, value) in values.iter().enumerate() {
+                *key += &format!("[{at}]");
+                check_numbers(file, key, value)?;
+                key.truncate(len);
+            }
+        }
+        Value::Object(values) => {
+            for (name, value) in values {
+                *key += if len == 0 { "" } else { "." };
+                *key += name;
+                check_numbers(file, key, value)?;
+                key.truncate(len);
+            }
+        }
+        _ => {}
+    }
+    Ok(())
 }
 
 fn problem(file: &str, key: &str, expected: &str, found: String) -> Error {

@@ -454,6 +454,14 @@ fn reports_that_are_none_are_refused_by_file_and_key() {
             changed("/devices/0/tokens_per_second/min", json!(-1)),
             &["tokens_per_second", "0 < min", "-1"],
         ),
+        (
+            changed("/power/0/points", json!([[1.0, 1e300]])),
+            &["power[0].points[0][1]", "1e18", "1e+300"],
+        ),
+        (
+            changed("/windows", json!(vec![&report["windows"][0]; 5000])),
+            &["windows", "at most 4096", "5000"],
+        ),
         (changed("/devices/0/first_token_ms/max", json!(0)), &["first_token_ms", "max"]),
     ] {
         fs::write(&bad, text).unwrap();

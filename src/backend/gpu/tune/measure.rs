@@ -473,6 +473,7 @@ fn step_bytes(gpu: &Gpu, step: &StepShape) -> u64 {
 ///
 /// # Errors
 /// [`Error::Gpu`] if the driver fails, or has no memory for it.
+#[cfg(feature = "measure")]
 pub(crate) fn copy_gb_s(gpu: &Gpu, len_bytes: u64, passes: usize) -> Result<f64> {
     let scope = gpu.device.push_error_scope(wgpu::ErrorFilter::OutOfMemory);
     let len_words = usize::try_from(len_bytes / 4).unwrap_or(usize::MAX);
