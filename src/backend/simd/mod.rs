@@ -33,6 +33,8 @@ mod neon_i8mm;
 mod pool;
 mod portable;
 mod scalar;
+#[cfg(all(target_arch = "wasm32", target_feature = "simd128"))]
+mod simd128;
 mod tables;
 
 use std::ffi::OsStr;
@@ -77,19 +79,22 @@ pub enum Level {
     NeonDotprod,
     /// AArch64 without it.
     Neon,
+    /// WebAssembly with 128-bit SIMD.
+    Simd128,
     /// Whatever the compiler makes of plain loops.
     Scalar,
 }
 
 impl Level {
     /// All levels, best first.
-    pub const ALL: [Self; 7] = [
+    pub const ALL: [Self; 8] = [
         Self::Avx512Vnni,
         Self::AvxVnni,
         Self::Avx2,
         Self::NeonI8mm,
         Self::NeonDotprod,
         Self::Neon,
+        Self::Simd128,
         Self::Scalar,
     ];
 
@@ -102,6 +107,7 @@ impl Level {
             Self::NeonI8mm => "neon-i8mm",
             Self::NeonDotprod => "neon-dotprod",
             Self::Neon => "neon",
+            Self::Simd128 => "simd128",
             Self::Scalar => "scalar",
         }
     }
@@ -115,6 +121,7 @@ impl Level {
             Self::NeonI8mm => "NEON int8 matrix product",
             Self::NeonDotprod => "NEON dot product",
             Self::Neon => "NEON",
+            Self::Simd128 => "WebAssembly SIMD",
             Self::Scalar => "scalar",
         }
     }
@@ -167,6 +174,8 @@ impl Level {
             Self::NeonDotprod => Some(Box::new(neon_dotprod::NeonDotprod::new()?)),
             #[cfg(all(target_arch = "aarch64", target_endian = "little"))]
             Self::Neon => Some(Box::new(neon::Neon::new()?)),
+            #[cfg(all(target_arch = "wasm32", target_feature = "simd128"))]
+            Self::Simd128 => Some(Box::new(simd128::Simd128::new()?)),
             Self::Scalar => Some(Box::new(scalar::Scalar::new()?)),
             _ => None,
         }
