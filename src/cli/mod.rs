@@ -10,6 +10,7 @@ mod pull;
 mod run;
 mod tune;
 mod verify;
+mod web;
 
 use std::io::{self, Write};
 use std::path::{Path, PathBuf};
@@ -49,6 +50,7 @@ enum Command {
     Logits(logits::Arguments),
     Tune(tune::Arguments),
     Verify(verify::Arguments),
+    Web(web::Arguments),
 }
 
 /// Runs the command.
@@ -63,6 +65,7 @@ pub(crate) fn run(arguments: Arguments) -> Result<()> {
         Command::Logits(arguments) => logits::run(&arguments),
         Command::Tune(arguments) => tune::run(&arguments),
         Command::Verify(arguments) => verify::run(&arguments),
+        Command::Web(arguments) => web::run(&arguments),
     }
 }
 

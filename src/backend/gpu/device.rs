@@ -54,7 +54,10 @@ impl std::fmt::Display for AdapterKind {
 
 impl std::fmt::Display for AdapterDescription {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        write!(f, "{} ({}, {}, {})", self.name, self.kind, self.api, self.driver)
+        write!(f, "{} ({}, {}", self.name, self.kind, self.api)?;
+        // A browser has drivers, and keeps them to itself.
+        let driver = if self.driver.is_empty() { "" } else { ", " };
+        write!(f, "{driver}{})", self.driver)
     }
 }
 
