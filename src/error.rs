@@ -296,6 +296,9 @@ pub enum Error {
     /// The caller has ended a prompt before it was through.
     #[error("cancelled")]
     Cancelled,
+    /// Something would have to wait for a device where nothing may: in a browser.
+    #[error("a browser does not allow to wait for the GPU; await the call's `async` form")]
+    WouldBlock,
     /// A file is no session, or not all of one.
     #[error("{}: not a valid session file: {problem}", path.display())]
     Snapshot {

@@ -3,7 +3,7 @@
 use std::fmt;
 use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
-use std::time::{Duration, Instant};
+use web_time::{Duration, Instant};
 
 use crate::backend::{Device, HeadWork, LoadOptions, OnProgress};
 use crate::checkpoint::Checkpoint;
@@ -17,6 +17,7 @@ use crate::speculate::{Speculate, Speculation, SpeculationWork};
 use crate::tokenizer::{
     ChatTemplate, DecodeStream, GgufVocabulary, Message, Source, Tokenizer, stop_ids,
 };
+use crate::wait::block_on;
 use crate::weights::WeightSource;
 
 /// A model that speaks: transformer, tokenizer, chat template and stop tokens.
@@ -152,8 +153,21 @@ impl Model {
         options: &LoadOptions,
         progress: OnProgress<'_>,
     ) -> Result<Self> {
+        block_on(Self::from_checkpoint_async(checkpoint, device, options, progress))
+    }
+
+    /// [`Model::from_checkpoint`] where nothing may block.
+    ///
+    /// # Errors
+    /// As for [`Model::from_checkpoint`].
+    pub async fn from_checkpoint_async(
+        checkpoint: &Checkpoint,
+        device: Device,
+        options: &LoadOptions,
+        progress: OnProgress<'_>,
+    ) -> Result<Self> {
         let language = Language::of(checkpoint)?;
-        let transformer = Transformer::load(checkpoint, device, options, progress)?;
+        let transformer = Transformer::load_async(checkpoint, device, options, progress).await?;
         let label = checkpoint.files().label().to_owned();
         let mut identity = IdentityHash::new(checkpoint.config());
         identity.add(&checkpoint.identity()?.0);
@@ -209,6 +223,11 @@ impl Model {
     /// The model's tokenizer.
     pub fn tokenizer(&self) -> &Tokenizer {
         &self.tokenizer
+    }
+
+    /// Whether it has a chat template, for [`Model::generate_chat`].
+    pub fn has_chat(&self) -> bool {
+        self.chat.is_some()
     }
 
     /// The tokens that end a text, ascending.
@@ -458,10 +477,21 @@ impl Generation<'_> {
         }
     }
 
-    fn advance(&mut self) -> Result<Piece> {
-        self.prefill(&mut |_, _| ControlFlow::Continue(()))?;
+    /// [`Iterator::next`] where nothing may block. When the future is dropped, the piece is the next one
+    /// all the same, or its prompt runs again.
+    pub async fn next_async(&mut self) -> Option<Result<Piece>> {
+        if self.failed || self.finish_reason.is_some() {
+            return None;
+        }
+        let piece = self.advance().await;
+        self.failed = piece.is_err();
+        Some(piece)
+    }
+
+    async fn advance(&mut self) -> Result<Piece> {
+        self.prefill_async(&mut |_, _| ControlFlow::Continue(())).await?;
         let start = Instant::now();
-        let token = self.next_token()?;
+        let token = self.next_token().await?;
         let elapsed = start.elapsed();
         *if self.tokens.is_empty() { &mut self.prompt_time } else { &mut self.decode_time } +=
             elapsed;
@@ -491,28 +521,37 @@ impl Generation<'_> {
     /// # Errors
     /// As for [`Transformer::prompt_with`].
     pub fn prefill(&mut self, progress: OnPrompt<'_>) -> Result<()> {
+        block_on(self.prefill_async(progress))
+    }
+
+    /// [`Generation::prefill`] where nothing may block.
+    ///
+    /// # Errors
+    /// As for [`Generation::prefill`].
+    pub async fn prefill_async(&mut self, progress: OnPrompt<'_>) -> Result<()> {
         if self.is_prompted || self.max_tokens == 0 {
             return Ok(());
         }
         let start = Instant::now();
-        self.transformer.prompt_with(&self.prompt[self.cached..], progress)?;
+        self.transformer.prompt_async(&self.prompt[self.cached..], progress).await?;
         self.prompt_time += start.elapsed();
         self.is_prompted = true;
         Ok(())
     }
 
     /// Takes the next token, after the prompt has run and there is room.
-    fn next_token(&mut self) -> Result<u32> {
+    async fn next_token(&mut self) -> Result<u32> {
         if !self.tokens.is_empty() && self.is_full() {
             let text = self.transformer.session().tokens();
             let kept = Overflow::shifted(text, self.transformer.capacity());
             let cached = self.transformer.resume(&kept);
-            self.transformer.prompt(&kept[cached..])?;
+            let mut progress = |_, _| ControlFlow::Continue(());
+            self.transformer.prompt_async(&kept[cached..], &mut progress).await?;
         }
         let (last, left) = (self.tokens.last().copied(), self.max_tokens - self.tokens.len());
         let stop_ids = self.stop_ids;
         match &mut self.speculation {
-            None => self.transformer.next_token(left),
+            None => self.transformer.next_token_async(left).await,
             Some(speculation) => {
                 let ends = |token| stop_ids.binary_search(&token).is_ok();
                 speculation.next_token(self.transformer, last, left, ends)
@@ -530,11 +569,6 @@ impl Iterator for Generation<'_> {
     type Item = Result<Piece>;
 
     fn next(&mut self) -> Option<Result<Piece>> {
-        if self.failed || self.finish_reason.is_some() {
-            return None;
-        }
-        let piece = self.advance();
-        self.failed = piece.is_err();
-        Some(piece)
+        block_on(async { self.next_async().await.transpose() }).transpose()
     }
 }

@@ -41,6 +41,7 @@ pub mod synthetic;
 pub mod tensor_names;
 pub mod tokenizer;
 pub mod verify;
+mod wait;
 pub mod weights;
 
 pub use backend::{Device, LoadOptions};

@@ -1,6 +1,7 @@
 //! The transformer, written once over the `Backend` steps: prefill and decode.
 
 use std::collections::VecDeque;
+use std::future::poll_fn;
 use std::ops::ControlFlow;
 use std::path::Path;
 use std::time::Instant;
@@ -14,6 +15,7 @@ use crate::error::{Error, Result};
 use crate::kv_cache::{KvFormat, KvShape};
 use crate::sampler::Sampler;
 use crate::session::{Identity, Owner, Session, snapshot};
+use crate::wait::block_on;
 use crate::weights::WeightSource;
 
 /// A model on a device, with the sessions in its KV cache, one of which is current.
@@ -51,7 +53,20 @@ impl Transformer {
         options: &LoadOptions,
         progress: OnProgress<'_>,
     ) -> Result<Self> {
-        let backend = backend::load(source, device, options, progress)?;
+        block_on(Self::load_async(source, device, options, progress))
+    }
+
+    /// [`Transformer::load`] where nothing may block.
+    ///
+    /// # Errors
+    /// As for [`Transformer::load`].
+    pub async fn load_async(
+        source: &dyn WeightSource,
+        device: Device,
+        options: &LoadOptions,
+        progress: OnProgress<'_>,
+    ) -> Result<Self> {
+        let backend = backend::load_async(source, device, options, progress).await?;
         Ok(Self::new(source.config().clone(), backend))
     }
 
@@ -282,7 +297,15 @@ impl Transformer {
     /// As for [`Transformer::feed`]; [`Error::Cancelled`] if `progress` says so. Either way the
     /// position is where it was.
     pub fn prompt_with(&mut self, tokens: &[u32], progress: OnPrompt<'_>) -> Result<()> {
-        self.feed_chunks(tokens, Want::Token, &mut None, progress)?;
+        block_on(self.prompt_async(tokens, progress))
+    }
+
+    /// [`Transformer::prompt_with`] where nothing may block.
+    ///
+    /// # Errors
+    /// As for [`Transformer::prompt_with`].
+    pub async fn prompt_async(&mut self, tokens: &[u32], progress: OnPrompt<'_>) -> Result<()> {
+        self.feed_chunks(tokens, Want::Token, &mut None, progress).await?;
         self.untaken = 1;
         Ok(())
     }
@@ -293,6 +316,15 @@ impl Transformer {
     /// # Errors
     /// If the device fails, the logits are NaN, the context is full, or the session is empty.
     pub fn next_token(&mut self, limit: usize) -> Result<u32> {
+        block_on(self.next_token_async(limit))
+    }
+
+    /// [`Transformer::next_token`] where nothing may block. When the future is dropped, the token is the
+    /// next one all the same.
+    ///
+    /// # Errors
+    /// As for [`Transformer::next_token`].
+    pub async fn next_token_async(&mut self, limit: usize) -> Result<u32> {
         if let Some(token) = self.checked.pop_front() {
             self.session.take(token, self.session.position + 1);
             return Ok(token);
@@ -320,7 +352,8 @@ impl Transformer {
             self.fed += 1;
             self.untaken += 1;
         }
-        let token = self.backend.take().inspect_err(|_| self.forget())?;
+        let taken = self.ready().await.and_then(|()| self.backend.take());
+        let token = taken.inspect_err(|_| self.forget())?;
         self.untaken -= 1;
         self.is_chosen = true;
         self.session.take(token, self.fed - self.untaken);
@@ -405,6 +438,11 @@ impl Transformer {
         self.feed_and_take(tokens, want, &mut Some(tap))
     }
 
+    /// Returns when the backend can go on without waiting, where nothing may block.
+    async fn ready(&mut self) -> Result<()> {
+        poll_fn(|context| self.backend.poll_ready(context)).await
+    }
+
     fn feed_and_take(
         &mut self,
         tokens: &[u32],
@@ -412,7 +450,8 @@ impl Transformer {
         tap: &mut Option<OnTap<'_>>,
     ) -> Result<Output> {
         let before = self.session.position;
-        let output = self.feed_chunks(tokens, want, tap, &mut |_, _| ControlFlow::Continue(()))?;
+        let mut progress = |_, _| ControlFlow::Continue(());
+        let output = block_on(self.feed_chunks(tokens, want, tap, &mut progress))?;
         if want != Want::Token {
             return Ok(output);
         }
@@ -422,7 +461,7 @@ impl Transformer {
         })
     }
 
-    fn feed_chunks(
+    async fn feed_chunks(
         &mut self,
         tokens: &[u32],
         want: Want,
@@ -444,6 +483,7 @@ impl Transformer {
             if progress(start - first, tokens.len()).is_break() {
                 return Err(Error::Cancelled);
             }
+            self.ready().await?;
             let most = match want {
                 Want::AllLogits => self.backend.chunk().min(self.backend.max_logit_rows()),
                 Want::Tokens => self.backend.max_logit_rows(),

@@ -14,5 +14,5 @@ fn half_k(word: u32) -> u32 {
 // What a code of this pair adds to the token's sum, in codes: 1 for w = (w+1) − 1, and 4, 16 or 64 for
 // the 1 of a weight's 1 + (w+1)/4, /16 or /64.
 fn half_weight(word: u32) -> i32 {
-    return 1 + (4 << ((0x4924u >> (2u * (word % 8u))) & 3u) * 2u);
+    return 1 + (4 << (((0x4924u >> (2u * (word % 8u))) & 3u) * 2u));
 }

@@ -5,12 +5,14 @@ pub mod gpu;
 pub mod reference;
 pub mod simd;
 
+use std::task::{Context, Poll};
 use std::time::Duration;
 
 use crate::config::{Activations, ModelConfig};
 use crate::error::{Error, Result};
 use crate::kv_cache::{Blocks, KvFormat, SequenceId};
 use crate::sampler::Sampler;
+use crate::wait::block_on;
 use crate::weights::WeightSource;
 
 use reference::Reference;
@@ -277,6 +279,15 @@ pub trait Backend: Send {
     /// # Errors
     /// If the device fails.
     fn finish(&mut self) -> Result<Output>;
+    /// Whether the next pass, or the next token where there is one to come, can be had without waiting;
+    /// else has the context woken when it can. Who may block need not ask.
+    ///
+    /// # Errors
+    /// If the device fails.
+    fn poll_ready(&mut self, _context: &mut Context<'_>) -> Poll<Result<()>> {
+        Poll::Ready(Ok(()))
+    }
+
     /// The oldest chosen token that was not taken; waits for it.
     ///
     /// # Errors
@@ -585,6 +596,7 @@ pub struct AvailableDevice {
 ///
 /// # Errors
 /// If the CPU level that `STERNA_CPU` asks for is not available.
+#[cfg(not(target_family = "wasm"))]
 pub fn devices() -> Result<Vec<AvailableDevice>> {
     let adapters = gpu::adapters();
     let chosen = auto_adapter(&adapters);
@@ -626,8 +638,14 @@ pub fn devices() -> Result<Vec<AvailableDevice>> {
 }
 
 /// The device that [`Device::Auto`] stands for on this machine.
+#[cfg(not(target_family = "wasm"))]
 pub fn resolve_auto() -> Device {
-    match auto_adapter(&gpu::adapters()) {
+    pollster::block_on(resolve_auto_async())
+}
+
+/// The device that [`Device::Auto`] stands for on this machine, or in this browser.
+pub async fn resolve_auto_async() -> Device {
+    match auto_adapter(&gpu::adapters_async().await) {
         Some(index) => Device::Gpu(Some(index)),
         None => Device::Cpu,
     }
@@ -635,9 +653,11 @@ pub fn resolve_auto() -> Device {
 
 /// The adapter that `auto` takes: the first discrete, else the first integrated GPU.
 fn auto_adapter(adapters: &[gpu::AdapterDescription]) -> Option<usize> {
+    // Browsers do not tell what kind of GPU they have, only that it is none.
+    let browsers = cfg!(target_family = "wasm").then_some(gpu::AdapterKind::Other);
     let hardware = |adapter: &&gpu::AdapterDescription| {
         let kinds = [gpu::AdapterKind::Discrete, gpu::AdapterKind::Integrated];
-        adapter.api != "gl" && kinds.contains(&adapter.kind)
+        adapter.api != "gl" && kinds.into_iter().chain(browsers).any(|kind| kind == adapter.kind)
     };
     adapters.iter().filter(hardware).min_by_key(|a| (a.kind, a.index)).map(|a| a.index)
 }
@@ -652,15 +672,31 @@ pub fn load(
     options: &LoadOptions,
     progress: OnProgress<'_>,
 ) -> Result<Box<dyn Backend>> {
-    let open = |index| gpu::Gpu::open(index, gpu::Capabilities::Adapter);
-    match device {
-        Device::Reference => Ok(Box::new(Reference::load(source, options, progress)?)),
+    block_on(load_async(source, device, options, progress))
+}
+
+/// [`load`] where nothing may block.
+///
+/// # Errors
+/// As for [`load`].
+pub async fn load_async(
+    source: &dyn WeightSource,
+    device: Device,
+    options: &LoadOptions,
+    progress: OnProgress<'_>,
+) -> Result<Box<dyn Backend>> {
+    let device = match device {
+        Device::Auto => resolve_auto_async().await,
+        device => device,
+    };
+    Ok(match device {
+        Device::Reference => Box::new(Reference::load(source, options, progress)?),
         Device::Gpu(index) => {
-            Ok(Box::new(gpu::GpuBackend::load(source, open(index)?, None, options, progress)?))
+            let gpu = gpu::Gpu::open_async(index, gpu::Capabilities::Adapter).await?;
+            Box::new(gpu::GpuBackend::load_async(source, gpu, None, options, progress).await?)
         }
-        Device::Auto => load(source, resolve_auto(), options, progress),
-        Device::Cpu => Ok(Box::new(SimdBackend::load(source, options, progress)?)),
-    }
+        Device::Auto | Device::Cpu => Box::new(SimdBackend::load(source, options, progress)?),
+    })
 }
 
 #[cfg(test)]

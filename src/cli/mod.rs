@@ -15,6 +15,7 @@ mod run;
 mod subject;
 mod tune;
 mod verify;
+mod web;
 
 use std::io::{self, Write};
 use std::path::{Path, PathBuf};
@@ -55,6 +56,7 @@ enum Command {
     Logits(logits::Arguments),
     Tune(tune::Arguments),
     Verify(verify::Arguments),
+    Web(web::Arguments),
 }
 
 /// Runs the command.
@@ -70,6 +72,7 @@ pub(crate) fn run(arguments: Arguments) -> Result<()> {
         Command::Logits(arguments) => logits::run(&arguments),
         Command::Tune(arguments) => tune::run(&arguments),
         Command::Verify(arguments) => verify::run(&arguments),
+        Command::Web(arguments) => web::run(&arguments),
     }
 }
 

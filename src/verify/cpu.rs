@@ -15,7 +15,7 @@ use crate::weights::TernaryMatrix;
 pub(super) struct OnCpu<'a>(pub(super) &'a dyn simd::Kernels);
 
 impl super::Kernels for OnCpu<'_> {
-    fn multiply(&self, w: &[i8], shape: MatShape, codes: &[i8]) -> Result<Vec<i32>> {
+    async fn multiply(&self, w: &[i8], shape: MatShape, codes: &[i8]) -> Result<Vec<i32>> {
         let chunks = k_chunks(shape.k());
         let tokens = codes.chunks_exact(shape.k());
         let scales: Vec<_> = tokens
@@ -45,24 +45,24 @@ impl super::Kernels for OnCpu<'_> {
         Ok((0..m).flat_map(|token| (0..n).map(move |row| at(token, row))).collect())
     }
 
-    fn quantize_absmax(&self, x: &[f32]) -> Result<Quantized> {
+    async fn quantize_absmax(&self, x: &[f32]) -> Result<Quantized> {
         let mut codes = vec![0; x.len().next_multiple_of(CHUNK_K)];
         let scale = self.0.quantize_absmax(x, &mut codes);
         codes.truncate(x.len());
         Ok(Quantized { codes, act_scale: scale.act_scale })
     }
 
-    fn argmax(&self, logits: &[f32]) -> Result<Option<usize>> {
+    async fn argmax(&self, logits: &[f32]) -> Result<Option<usize>> {
         Ok(self.0.argmax(logits))
     }
 
-    fn rmsnorm(&self, x: &[f32], weight: &[f32], eps: f32) -> Result<Vec<f32>> {
+    async fn rmsnorm(&self, x: &[f32], weight: &[f32], eps: f32) -> Result<Vec<f32>> {
         let mut y = vec![0.0; x.len()];
         self.0.rmsnorm(x, weight, eps, &mut y);
         Ok(y)
     }
 
-    fn rope(&self, head: &[f32], position: usize, theta: f32) -> Result<Vec<f32>> {
+    async fn rope(&self, head: &[f32], position: usize, theta: f32) -> Result<Vec<f32>> {
         let frequencies =
             cpu_ref::rope::frequencies(theta, head.len(), cpu_ref::rope::Scaling::None);
         let (cos, sin) = cpu_ref::rope::angles(position, &frequencies);
@@ -71,28 +71,33 @@ impl super::Kernels for OnCpu<'_> {
         Ok(head)
     }
 
-    fn attention(&self, q: &[f32], k: &[f32], v: &[f32], heads: Heads) -> Result<Vec<f32>> {
+    async fn attention(&self, q: &[f32], k: &[f32], v: &[f32], heads: Heads) -> Result<Vec<f32>> {
         simd::attention(self.0, q, (k, v), heads, KvFormat::F32)
     }
 
-    fn gated_activation(&self, gate: &[f32], up: &[f32], act: Activation) -> Result<Vec<f32>> {
+    async fn gated_activation(
+        &self,
+        gate: &[f32],
+        up: &[f32],
+        act: Activation,
+    ) -> Result<Vec<f32>> {
         let mut z = vec![0.0; gate.len()];
         self.0.gated_activation(gate, up, act, &mut z);
         Ok(z)
     }
 
-    fn residual_add(&self, hidden: &[f32], y: &[f32]) -> Result<Vec<f32>> {
+    async fn residual_add(&self, hidden: &[f32], y: &[f32]) -> Result<Vec<f32>> {
         let mut hidden = hidden.to_vec();
         self.0.residual_add(&mut hidden, y);
         Ok(hidden)
     }
 
     /// The backend copies rows; there is no kernel.
-    fn embedding(&self, table: &[f32], k: usize, token: usize) -> Result<Vec<f32>> {
+    async fn embedding(&self, table: &[f32], k: usize, token: usize) -> Result<Vec<f32>> {
         Ok(table[token * k..][..k].to_vec())
     }
 
-    fn lm_head(&self, table: &[f32], x: &[f32]) -> Result<Vec<f32>> {
+    async fn lm_head(&self, table: &[f32], x: &[f32]) -> Result<Vec<f32>> {
         let rows = table.len() / x.len();
         let mut logits = vec![0.0; rows.next_multiple_of(TILE_ROWS)];
         self.0.lm_head(TableRows::F32(table), x, x.len(), &mut logits);
@@ -100,7 +105,7 @@ impl super::Kernels for OnCpu<'_> {
         Ok(logits)
     }
 
-    fn group_gemv(&self, matrix: &TernaryMatrix, x: &[f32]) -> Result<Option<Vec<f32>>> {
+    async fn group_gemv(&self, matrix: &TernaryMatrix, x: &[f32]) -> Result<Option<Vec<f32>>> {
         let packed = Matrix::pack(&[matrix])?;
         let (shape, weights) = (packed.shape, packed.group_weights());
         let m = x.len() / shape.k();
@@ -109,7 +114,7 @@ impl super::Kernels for OnCpu<'_> {
         Ok(Some(self.untile(&tiled, shape.n(), m)))
     }
 
-    fn group_gemv_int8(
+    async fn group_gemv_int8(
         &self,
         matrix: &TernaryMatrix,
         codes: &[i8],
@@ -137,7 +142,7 @@ impl super::Kernels for OnCpu<'_> {
         Ok(Some(self.untile(&tiled, shape.n(), m)))
     }
 
-    fn quantize_absmax_groups(
+    async fn quantize_absmax_groups(
         &self,
         x: &[f32],
         group: usize,
@@ -150,20 +155,24 @@ impl super::Kernels for OnCpu<'_> {
         Ok(Some((codes, scales.iter().map(|scale| scale.act_scale).collect())))
     }
 
-    fn group_embedding(&self, table: &TernaryMatrix, token: usize) -> Result<Option<Vec<f32>>> {
+    async fn group_embedding(
+        &self,
+        table: &TernaryMatrix,
+        token: usize,
+    ) -> Result<Option<Vec<f32>>> {
         let packed = Matrix::pack(&[table])?;
         let mut row = vec![0.0; packed.shape.k()];
         packed.row(token, &mut row);
         Ok(Some(row))
     }
 
-    fn hadamard(&self, x: &[f32], signs: &[f32], block: usize) -> Result<Option<Vec<f32>>> {
+    async fn hadamard(&self, x: &[f32], signs: &[f32], block: usize) -> Result<Option<Vec<f32>>> {
         let mut y = x.to_vec();
         self.0.rotate(&mut y, signs, block);
         Ok(Some(y))
     }
 
-    fn head_norm(&self, head: &[f32], weight: &[f32], eps: f32) -> Result<Option<Vec<f32>>> {
+    async fn head_norm(&self, head: &[f32], weight: &[f32], eps: f32) -> Result<Option<Vec<f32>>> {
         let mut head = head.to_vec();
         self.0.rmsnorm_heads(&mut head, weight, eps);
         Ok(Some(head))

@@ -8,8 +8,8 @@ use crate::backend::gpu::kernels::{
     self, DenseFormat, DenseShard, KvLayout, LinearRows, Rotate, padded_rows,
 };
 use crate::backend::gpu::self_test::{
-    Attend, GroupInput, TestCache, attend, decode_codes, embed_groups, multiply, multiply_groups,
-    quantize, run,
+    Attend, GroupInput, TestCache, attend_async, decode_codes, embed_groups_async, multiply_async,
+    multiply_groups_async, quantize_async, run,
 };
 use crate::backend::gpu::{Call, Encoding, Gpu, PassParams, Slice, Variant};
 use crate::error::Result;
@@ -34,7 +34,7 @@ impl OnGpu<'_> {
     }
 
     /// Runs a kernel with inputs and one output of `len` words.
-    fn run(
+    async fn run(
         &self,
         call: &Call,
         params: PassParams,
@@ -43,17 +43,17 @@ impl OnGpu<'_> {
     ) -> Result<Vec<u32>> {
         let out = self.gpu.storage("output", len)?;
         run(self.gpu, call, params, &[inputs, &[&out]].concat())?;
-        self.gpu.read(&out, len)
+        self.gpu.read_async(&out, len).await
     }
 
-    fn run_f32(
+    async fn run_f32(
         &self,
         call: &Call,
         params: PassParams,
         inputs: &[&Slice],
         len: usize,
     ) -> Result<Vec<f32>> {
-        Ok(bytemuck::cast_vec(self.run(call, params, inputs, len)?))
+        Ok(bytemuck::cast_vec(self.run(call, params, inputs, len).await?))
     }
 
     /// Values as the accumulator and scales of a matrix result: multiples of 1/4096.
@@ -79,30 +79,30 @@ impl OnGpu<'_> {
 }
 
 impl super::Kernels for OnGpu<'_> {
-    fn multiply(&self, w: &[i8], shape: MatShape, codes: &[i8]) -> Result<Vec<i32>> {
+    async fn multiply(&self, w: &[i8], shape: MatShape, codes: &[i8]) -> Result<Vec<i32>> {
         let packed = Packed::pack(self.variant.layout(), shape, w);
-        multiply(self.gpu, self.variant.into(), &packed, codes, codes.len() / shape.k())
+        multiply_async(self.gpu, self.variant.into(), &packed, codes, codes.len() / shape.k()).await
     }
 
-    fn quantize_absmax(&self, x: &[f32]) -> Result<Quantized> {
+    async fn quantize_absmax(&self, x: &[f32]) -> Result<Quantized> {
         let encoding = self.variant.gemv_encoding();
-        let found = quantize(self.gpu, encoding, x, 1)?;
+        let found = quantize_async(self.gpu, encoding, x, 1).await?;
         let codes = decode_codes(encoding, &found.codes, x.len());
         Ok(Quantized { codes, act_scale: found.act_scale[0] })
     }
 
-    fn argmax(&self, logits: &[f32]) -> Result<Option<usize>> {
+    async fn argmax(&self, logits: &[f32]) -> Result<Option<usize>> {
         let call = kernels::argmax(logits.len());
-        let token = self.run(&call, one(), &[&self.upload(logits)?], 1)?[0];
+        let token = self.run(&call, one(), &[&self.upload(logits)?], 1).await?[0];
         Ok((token != u32::MAX).then_some(token as usize))
     }
 
-    fn rmsnorm(&self, x: &[f32], weight: &[f32], eps: f32) -> Result<Vec<f32>> {
+    async fn rmsnorm(&self, x: &[f32], weight: &[f32], eps: f32) -> Result<Vec<f32>> {
         let call = kernels::rmsnorm(x.len(), eps, false);
-        self.run_f32(&call, one(), &[&self.upload(x)?, &self.upload(weight)?], x.len())
+        self.run_f32(&call, one(), &[&self.upload(x)?, &self.upload(weight)?], x.len()).await
     }
 
-    fn rope(&self, head: &[f32], position: usize, theta: f32) -> Result<Vec<f32>> {
+    async fn rope(&self, head: &[f32], position: usize, theta: f32) -> Result<Vec<f32>> {
         let dim = head.len();
         let heads = Heads { query: 1, kv: 1, dim };
         // The head as query, key and value.
@@ -121,36 +121,41 @@ impl super::Kernels for OnGpu<'_> {
         let params = PassParams { start: position as u32, ..one() };
         let rows = LinearRows::sums(3 * dim);
         run(self.gpu, &kernels::rope(heads, &rows), params, &buffers)?;
-        Ok(bytemuck::cast_vec(self.gpu.read(&query, dim)?))
+        Ok(bytemuck::cast_vec(self.gpu.read_async(&query, dim).await?))
     }
 
-    fn attention(&self, q: &[f32], k: &[f32], v: &[f32], heads: Heads) -> Result<Vec<f32>> {
+    async fn attention(&self, q: &[f32], k: &[f32], v: &[f32], heads: Heads) -> Result<Vec<f32>> {
         let start = k.len() / (heads.kv * heads.dim) - 1;
         let layout = KvLayout { heads, format: KvFormat::F32 };
         let table: Vec<u32> = (0..=(start / BLOCK) as u32).collect();
         let cache = TestCache::upload(self.gpu, layout, [k, v], &table, table.len())?;
-        attend(self.gpu, &cache, Attend::Whole, q, start)
+        attend_async(self.gpu, &cache, Attend::Whole, q, start).await
     }
 
-    fn gated_activation(&self, gate: &[f32], up: &[f32], act: Activation) -> Result<Vec<f32>> {
+    async fn gated_activation(
+        &self,
+        gate: &[f32],
+        up: &[f32],
+        act: Activation,
+    ) -> Result<Vec<f32>> {
         let sums = self.as_sums(&[gate, up].concat())?;
         let call = kernels::gated_activation(gate.len(), act, &LinearRows::sums(2 * gate.len()));
-        self.run_f32(&call, one(), &sums.each_ref(), gate.len())
+        self.run_f32(&call, one(), &sums.each_ref(), gate.len()).await
     }
 
-    fn residual_add(&self, hidden: &[f32], y: &[f32]) -> Result<Vec<f32>> {
+    async fn residual_add(&self, hidden: &[f32], y: &[f32]) -> Result<Vec<f32>> {
         let [acc, weight_scale, act_scale] = self.as_sums(y)?;
         let inputs = [&self.upload(hidden)?, &acc, &weight_scale, &act_scale];
         let call = kernels::residual_add(y.len(), &LinearRows::sums(y.len()));
-        self.run_f32(&call, one(), &inputs, y.len())
+        self.run_f32(&call, one(), &inputs, y.len()).await
     }
 
-    fn group_gemv(&self, matrix: &TernaryMatrix, x: &[f32]) -> Result<Option<Vec<f32>>> {
+    async fn group_gemv(&self, matrix: &TernaryMatrix, x: &[f32]) -> Result<Option<Vec<f32>>> {
         let n_tokens = x.len() / matrix.shape().k();
-        multiply_groups(self.gpu, matrix, GroupInput::Float(x), n_tokens).map(Some)
+        multiply_groups_async(self.gpu, matrix, GroupInput::Float(x), n_tokens).await.map(Some)
     }
 
-    fn group_gemv_int8(
+    async fn group_gemv_int8(
         &self,
         matrix: &TernaryMatrix,
         codes: &[i8],
@@ -158,10 +163,10 @@ impl super::Kernels for OnGpu<'_> {
     ) -> Result<Option<Vec<f32>>> {
         let n_tokens = codes.len() / matrix.shape().k();
         let input = GroupInput::Int8 { codes, act_scales };
-        multiply_groups(self.gpu, matrix, input, n_tokens).map(Some)
+        multiply_groups_async(self.gpu, matrix, input, n_tokens).await.map(Some)
     }
 
-    fn quantize_absmax_groups(
+    async fn quantize_absmax_groups(
         &self,
         x: &[f32],
         group: usize,
@@ -170,22 +175,28 @@ impl super::Kernels for OnGpu<'_> {
             (self.gpu.storage("codes", x.len() / 4)?, self.gpu.storage("scales", x.len() / group)?);
         let call = kernels::quantize_absmax_groups(x.len(), group);
         run(self.gpu, &call, one(), &[&self.upload(x)?, &codes, &act_scales])?;
-        let codes = self.gpu.read(&codes, x.len() / 4)?;
+        let codes = self.gpu.read_async(&codes, x.len() / 4).await?;
         let codes = decode_codes(Encoding::Planes, &codes, x.len());
-        let act_scales = self.gpu.read(&act_scales, x.len() / group)?;
+        let act_scales = self.gpu.read_async(&act_scales, x.len() / group).await?;
         Ok(Some((codes, bytemuck::cast_vec(act_scales))))
     }
 
-    fn group_embedding(&self, table: &TernaryMatrix, token: usize) -> Result<Option<Vec<f32>>> {
-        embed_groups(self.gpu, table, token as u32).map(Some)
+    async fn group_embedding(
+        &self,
+        table: &TernaryMatrix,
+        token: usize,
+    ) -> Result<Option<Vec<f32>>> {
+        embed_groups_async(self.gpu, table, token as u32).await.map(Some)
     }
 
-    fn hadamard(&self, x: &[f32], signs: &[f32], block: usize) -> Result<Option<Vec<f32>>> {
+    async fn hadamard(&self, x: &[f32], signs: &[f32], block: usize) -> Result<Option<Vec<f32>>> {
         let call = kernels::hadamard(x.len(), block, Rotate::Input);
-        self.run_f32(&call, one(), &[&self.upload(x)?, &self.upload(signs)?], x.len()).map(Some)
+        self.run_f32(&call, one(), &[&self.upload(x)?, &self.upload(signs)?], x.len())
+            .await
+            .map(Some)
     }
 
-    fn head_norm(&self, head: &[f32], weight: &[f32], eps: f32) -> Result<Option<Vec<f32>>> {
+    async fn head_norm(&self, head: &[f32], weight: &[f32], eps: f32) -> Result<Option<Vec<f32>>> {
         let dim = head.len();
         // The head as query, key and value.
         let [acc, weight_scale, act_scale] = self.as_sums(&[head, head, head].concat())?;
@@ -193,21 +204,21 @@ impl super::Kernels for OnGpu<'_> {
         let heads = Heads { query: 1, kv: 1, dim };
         let call = kernels::head_norm(heads, eps, &LinearRows::sums(3 * dim));
         let inputs = [&acc, &weight_scale, &act_scale, &weight, &weight];
-        let mut rows = self.run_f32(&call, one(), &inputs, padded_rows(3 * dim))?;
+        let mut rows = self.run_f32(&call, one(), &inputs, padded_rows(3 * dim)).await?;
         rows.truncate(dim);
         Ok(Some(rows))
     }
 
-    fn embedding(&self, table: &[f32], k: usize, token: usize) -> Result<Vec<f32>> {
+    async fn embedding(&self, table: &[f32], k: usize, token: usize) -> Result<Vec<f32>> {
         let (rows, shard) = self.table(table, k)?;
         let (tokens, none) = (self.upload(&[token as u32])?, self.upload(&[0u32])?);
-        self.run_f32(&kernels::embedding(shard), one(), &[&tokens, &rows, &none, &none], k)
+        self.run_f32(&kernels::embedding(shard), one(), &[&tokens, &rows, &none, &none], k).await
     }
 
-    fn lm_head(&self, table: &[f32], x: &[f32]) -> Result<Vec<f32>> {
+    async fn lm_head(&self, table: &[f32], x: &[f32]) -> Result<Vec<f32>> {
         let (rows, shard) = self.table(table, x.len())?;
         let call = kernels::lm_head(shard, shard.rows, kernels::LogitTile::One);
         let (x, none) = (self.upload(x)?, self.upload(&[0u32])?);
-        self.run_f32(&call, one(), &[&x, &rows, &none, &none], shard.rows)
+        self.run_f32(&call, one(), &[&x, &rows, &none, &none], shard.rows).await
     }
 }

@@ -12,13 +12,16 @@ use cpu_ref::group_gemv::{group_dot, group_dot_int8, quantize_absmax_groups};
 use cpu_ref::mlp::Activation;
 use cpu_ref::quantize_absmax::Quantized;
 
-use crate::backend::gpu::{Capabilities, Gpu, Variant, adapters};
+#[cfg(not(target_family = "wasm"))]
+use crate::backend::gpu::adapters;
+use crate::backend::gpu::{Capabilities, Gpu, Variant};
 use crate::backend::simd::Level;
 use crate::backend::{self, Device};
 use crate::error::Result;
 use crate::format::float::f16_to_f32;
 use crate::random::Random;
 use crate::shape::MatShape;
+use crate::wait::block_on;
 use crate::weights::{Alphabet, TernaryMatrix};
 
 /// The kernels of one backend and variant, on plain slices.
@@ -26,28 +29,29 @@ use crate::weights::{Alphabet, TernaryMatrix};
 /// Shapes are those of the `cpu_ref` function of the same name.
 trait Kernels {
     /// `acc[M, N]` of `w[N, K]` and codes `[M, K]`; M = 1 is the GEMV.
-    fn multiply(&self, w: &[i8], shape: MatShape, codes: &[i8]) -> Result<Vec<i32>>;
-    fn quantize_absmax(&self, x: &[f32]) -> Result<Quantized>;
-    fn argmax(&self, logits: &[f32]) -> Result<Option<usize>>;
-    fn rmsnorm(&self, x: &[f32], weight: &[f32], eps: f32) -> Result<Vec<f32>>;
+    async fn multiply(&self, w: &[i8], shape: MatShape, codes: &[i8]) -> Result<Vec<i32>>;
+    async fn quantize_absmax(&self, x: &[f32]) -> Result<Quantized>;
+    async fn argmax(&self, logits: &[f32]) -> Result<Option<usize>>;
+    async fn rmsnorm(&self, x: &[f32], weight: &[f32], eps: f32) -> Result<Vec<f32>>;
     /// One head at a position.
-    fn rope(&self, head: &[f32], position: usize, theta: f32) -> Result<Vec<f32>>;
-    fn attention(&self, q: &[f32], k: &[f32], v: &[f32], heads: Heads) -> Result<Vec<f32>>;
-    fn gated_activation(&self, gate: &[f32], up: &[f32], act: Activation) -> Result<Vec<f32>>;
-    fn residual_add(&self, hidden: &[f32], y: &[f32]) -> Result<Vec<f32>>;
+    async fn rope(&self, head: &[f32], position: usize, theta: f32) -> Result<Vec<f32>>;
+    async fn attention(&self, q: &[f32], k: &[f32], v: &[f32], heads: Heads) -> Result<Vec<f32>>;
+    async fn gated_activation(&self, gate: &[f32], up: &[f32], act: Activation)
+    -> Result<Vec<f32>>;
+    async fn residual_add(&self, hidden: &[f32], y: &[f32]) -> Result<Vec<f32>>;
     /// Row `token` of the table `[V, K]`.
-    fn embedding(&self, table: &[f32], k: usize, token: usize) -> Result<Vec<f32>>;
-    fn lm_head(&self, table: &[f32], x: &[f32]) -> Result<Vec<f32>>;
+    async fn embedding(&self, table: &[f32], k: usize, token: usize) -> Result<Vec<f32>>;
+    async fn lm_head(&self, table: &[f32], x: &[f32]) -> Result<Vec<f32>>;
 
     // Kernels that a backend may not have by themselves: it answers `None`, and the list of its
     // checks does not name them.
 
     /// `y[M, N]` of a matrix with scales of groups and `x[M, K]`.
-    fn group_gemv(&self, _matrix: &TernaryMatrix, _x: &[f32]) -> Result<Option<Vec<f32>>> {
+    async fn group_gemv(&self, _matrix: &TernaryMatrix, _x: &[f32]) -> Result<Option<Vec<f32>>> {
         Ok(None)
     }
     /// `y[M, N]` of a matrix with scales of groups and codes `[M, K]`.
-    fn group_gemv_int8(
+    async fn group_gemv_int8(
         &self,
         _matrix: &TernaryMatrix,
         _codes: &[i8],
@@ -55,7 +59,7 @@ trait Kernels {
     ) -> Result<Option<Vec<f32>>> {
         Ok(None)
     }
-    fn quantize_absmax_groups(
+    async fn quantize_absmax_groups(
         &self,
         _x: &[f32],
         _group: usize,
@@ -63,14 +67,28 @@ trait Kernels {
         Ok(None)
     }
     /// Row `token` of a table with scales of groups.
-    fn group_embedding(&self, _table: &TernaryMatrix, _token: usize) -> Result<Option<Vec<f32>>> {
+    async fn group_embedding(
+        &self,
+        _table: &TernaryMatrix,
+        _token: usize,
+    ) -> Result<Option<Vec<f32>>> {
         Ok(None)
     }
-    fn hadamard(&self, _x: &[f32], _signs: &[f32], _block: usize) -> Result<Option<Vec<f32>>> {
+    async fn hadamard(
+        &self,
+        _x: &[f32],
+        _signs: &[f32],
+        _block: usize,
+    ) -> Result<Option<Vec<f32>>> {
         Ok(None)
     }
     /// RMSNorm of one head.
-    fn head_norm(&self, _head: &[f32], _weight: &[f32], _eps: f32) -> Result<Option<Vec<f32>>> {
+    async fn head_norm(
+        &self,
+        _head: &[f32],
+        _weight: &[f32],
+        _eps: f32,
+    ) -> Result<Option<Vec<f32>>> {
         Ok(None)
     }
 }
@@ -122,6 +140,7 @@ pub fn integer_hash() -> String {
 ///
 /// # Errors
 /// If the device is not there.
+#[cfg(not(target_family = "wasm"))]
 pub fn devices(device: Option<Device>) -> Result<Vec<Device>> {
     let gpu = |index| Gpu::open(index, Capabilities::Adapter).map(|gpu| gpu.adapter.index);
     Ok(match device {
@@ -142,9 +161,20 @@ pub fn devices(device: Option<Device>) -> Result<Vec<Device>> {
 /// # Errors
 /// If the device is not there or fails; a wrong result is no error but a [`Check`] with a problem.
 pub fn verify(device: Device) -> Result<Vec<Verification>> {
+    block_on(verify_async(device))
+}
+
+/// [`verify`] where nothing may block.
+///
+/// # Errors
+/// As for [`verify`].
+pub async fn verify_async(device: Device) -> Result<Vec<Verification>> {
     let mut results = Vec::new();
+    let device = match device {
+        Device::Auto => backend::resolve_auto_async().await,
+        device => device,
+    };
     match device {
-        Device::Auto => return verify(backend::resolve_auto()),
         Device::Reference => results.push(Verification {
             device: "ref".to_owned(),
             description: "scalar reference".to_owned(),
@@ -152,10 +182,10 @@ pub fn verify(device: Device) -> Result<Vec<Verification>> {
             checks: Vec::new(),
             integer_hash: integer_hash(),
         }),
-        Device::Cpu => {
+        Device::Auto | Device::Cpu => {
             for level in Level::available() {
                 let Some(kernels) = level.kernels() else { continue };
-                let (checks, integer_hash) = judge(&cpu::OnCpu(kernels.as_ref()))?;
+                let (checks, integer_hash) = judge(&cpu::OnCpu(kernels.as_ref())).await?;
                 results.push(Verification {
                     device: "cpu".to_owned(),
                     description: level.title().to_owned(),
@@ -166,13 +196,16 @@ pub fn verify(device: Device) -> Result<Vec<Verification>> {
             }
         }
         Device::Gpu(index) => {
-            for (limits, capabilities) in [
+            let limits = [
                 ("WebGPU default limits", Capabilities::WebGpuDefault),
                 ("adapter limits", Capabilities::Adapter),
-            ] {
-                let gpu = Gpu::open(index, capabilities)?;
+            ];
+            // A browser's adapter is hardly more than the defaults, and the visitor waits.
+            let skipped = usize::from(cfg!(target_family = "wasm"));
+            for (limits, capabilities) in limits.into_iter().skip(skipped) {
+                let gpu = Gpu::open_async(index, capabilities).await?;
                 for variant in Variant::ALL {
-                    let (checks, integer_hash) = judge(&gpu::OnGpu { gpu: &gpu, variant })?;
+                    let (checks, integer_hash) = judge(&gpu::OnGpu { gpu: &gpu, variant }).await?;
                     results.push(Verification {
                         device: format!("gpu:{}", gpu.adapter.index),
                         description: gpu.adapter.to_string(),
@@ -299,11 +332,11 @@ impl IntegerCase {
         }
     }
 
-    fn found(&self, kernels: &dyn Kernels) -> Result<Vec<i32>> {
+    async fn found(&self, kernels: &impl Kernels) -> Result<Vec<i32>> {
         Ok(match self {
-            Self::Multiply { shape, w, codes } => kernels.multiply(w, *shape, codes)?,
-            Self::Quantize { x } => widen(&kernels.quantize_absmax(x)?.codes),
-            Self::Argmax { logits } => vec![index(kernels.argmax(logits)?)],
+            Self::Multiply { shape, w, codes } => kernels.multiply(w, *shape, codes).await?,
+            Self::Quantize { x } => widen(&kernels.quantize_absmax(x).await?.codes),
+            Self::Argmax { logits } => vec![index(kernels.argmax(logits).await?)],
         })
     }
 }
@@ -330,7 +363,7 @@ struct FloatCase {
 /// A few roundings of f32: what an inexact division or a fused product may change.
 const FEW_ULP: f32 = 16.0 * f32::EPSILON;
 
-fn float_cases(kernels: &dyn Kernels) -> Result<Vec<FloatCase>> {
+async fn float_cases(kernels: &impl Kernels) -> Result<Vec<FloatCase>> {
     let mut random = Random::new(0x57E2_7A01);
     let mut cases = Vec::new();
     for k in [64, 2560] {
@@ -338,7 +371,7 @@ fn float_cases(kernels: &dyn Kernels) -> Result<Vec<FloatCase>> {
         cases.push(FloatCase {
             kernel: "rmsnorm",
             shape: format!("K {k}"),
-            found: kernels.rmsnorm(&x, &w, 1e-5)?,
+            found: kernels.rmsnorm(&x, &w, 1e-5).await?,
             expected: cpu_ref::rmsnorm::rmsnorm(&x, &w, 1e-5),
             bound: FEW_ULP,
         });
@@ -346,7 +379,7 @@ fn float_cases(kernels: &dyn Kernels) -> Result<Vec<FloatCase>> {
         cases.push(FloatCase {
             kernel: "residual_add",
             shape: format!("N {k}"),
-            found: kernels.residual_add(&x, &y)?,
+            found: kernels.residual_add(&x, &y).await?,
             expected: cpu_ref::residual::residual_add(&x, &y),
             bound: FEW_ULP,
         });
@@ -354,7 +387,7 @@ fn float_cases(kernels: &dyn Kernels) -> Result<Vec<FloatCase>> {
             cases.push(FloatCase {
                 kernel: "gated_activation",
                 shape: format!("{activation:?}, F {k}"),
-                found: kernels.gated_activation(&y, &x, activation)?,
+                found: kernels.gated_activation(&y, &x, activation).await?,
                 expected: cpu_ref::mlp::gated_activation(&y, &x, activation),
                 bound: FEW_ULP,
             });
@@ -371,7 +404,7 @@ fn float_cases(kernels: &dyn Kernels) -> Result<Vec<FloatCase>> {
         cases.push(FloatCase {
             kernel: "rope",
             shape: format!("D {dim}, position {position}"),
-            found: kernels.rope(&head, position, 500_000.0)?,
+            found: kernels.rope(&head, position, 500_000.0).await?,
             expected,
             bound: FEW_ULP,
         });
@@ -385,7 +418,7 @@ fn float_cases(kernels: &dyn Kernels) -> Result<Vec<FloatCase>> {
         cases.push(FloatCase {
             kernel: "attention",
             shape: format!("{heads:?}, {positions} positions"),
-            found: kernels.attention(&q, &keys, &values, heads)?,
+            found: kernels.attention(&q, &keys, &values, heads).await?,
             expected: ref_attention(&q, &keys, &values, heads),
             // A score's error is the relative error of its weight.
             bound: 16.0 * FEW_ULP,
@@ -395,7 +428,7 @@ fn float_cases(kernels: &dyn Kernels) -> Result<Vec<FloatCase>> {
     cases.push(FloatCase {
         kernel: "quantize_absmax",
         shape: "act_scale".to_owned(),
-        found: vec![kernels.quantize_absmax(&x)?.act_scale],
+        found: vec![kernels.quantize_absmax(&x).await?.act_scale],
         expected: vec![cpu_ref::quantize_absmax::quantize_absmax(&x).act_scale],
         bound: FEW_ULP,
     });
@@ -404,14 +437,14 @@ fn float_cases(kernels: &dyn Kernels) -> Result<Vec<FloatCase>> {
     cases.push(FloatCase {
         kernel: "embedding",
         shape: format!("V {v}, K {k}"),
-        found: kernels.embedding(&table, k, 33)?,
+        found: kernels.embedding(&table, k, 33).await?,
         expected: cpu_ref::embedding::embedding(&table, k, 33),
         bound: 0.0,
     });
     cases.push(FloatCase {
         kernel: "lm_head",
         shape: format!("V {v}, K {k}"),
-        found: kernels.lm_head(&table, &x)?,
+        found: kernels.lm_head(&table, &x).await?,
         expected: cpu_ref::lm_head::lm_head(&table, &x),
         // Sums of 120 products in another order, against the largest logit.
         bound: 4.0 * FEW_ULP,
@@ -449,7 +482,7 @@ fn group_rows(matrix: &TernaryMatrix) -> Result<Vec<(Vec<i8>, Vec<f32>)>> {
 
 /// The kernels of models whose scales are those of groups, which a backend may not have by
 /// themselves.
-fn group_cases(kernels: &dyn Kernels) -> Result<Vec<FloatCase>> {
+async fn group_cases(kernels: &impl Kernels) -> Result<Vec<FloatCase>> {
     let mut random = Random::new(0x57E2_7A02);
     let mut cases = Vec::new();
     let mut add = |kernel, shape: String, found, expected, bound| {
@@ -476,7 +509,7 @@ fn group_cases(kernels: &dyn Kernels) -> Result<Vec<FloatCase>> {
         let expected = x.chunks_exact(k).flat_map(float).collect();
         // Sums of K terms in another order.
         let bound = 8.0 * FEW_ULP;
-        add("group_gemv", what.clone(), kernels.group_gemv(&matrix, &x)?, expected, bound);
+        add("group_gemv", what.clone(), kernels.group_gemv(&matrix, &x).await?, expected, bound);
         let codes = random.codes(n_tokens * k);
         let act_scales = fractions(&mut random, n_tokens * k / group, 1);
         let int8 = |(codes, act): (&[i8], &[f32])| {
@@ -485,16 +518,16 @@ fn group_cases(kernels: &dyn Kernels) -> Result<Vec<FloatCase>> {
         };
         let tokens = codes.chunks_exact(k).zip(act_scales.chunks_exact(k / group));
         let expected = tokens.flat_map(int8).collect();
-        let found = kernels.group_gemv_int8(&matrix, &codes, &act_scales)?;
+        let found = kernels.group_gemv_int8(&matrix, &codes, &act_scales).await?;
         add("group_gemv_int8", what.clone(), found, expected, FEW_ULP);
         let (row, scales) = &rows[65];
         let weights = row.iter().enumerate();
         let expected = weights.map(|(k, &trit)| scales[k / group] * f32::from(trit)).collect();
-        add("group_embedding", what, kernels.group_embedding(&matrix, 65)?, expected, 0.0);
+        add("group_embedding", what, kernels.group_embedding(&matrix, 65).await?, expected, 0.0);
     }
     let x = fractions(&mut random, 2560, 5);
     let (_, scales) = quantize_absmax_groups(&x, 128);
-    let found = kernels.quantize_absmax_groups(&x, 128)?;
+    let found = kernels.quantize_absmax_groups(&x, 128).await?;
     let values = |codes: &[i8], scales: &[f32]| -> Vec<f32> {
         codes.iter().enumerate().map(|(k, &code)| f32::from(code) * scales[k / 128]).collect()
     };
@@ -505,13 +538,13 @@ fn group_cases(kernels: &dyn Kernels) -> Result<Vec<FloatCase>> {
     add("quantize_absmax_groups", "act_scale".to_owned(), found, scales, FEW_ULP);
     for block in [64, 512] {
         let signs: Vec<f32> = (0..x.len()).map(|_| [-1.0, 1.0][random.below(2)]).collect();
-        let found = kernels.hadamard(&x, &signs, block)?;
+        let found = kernels.hadamard(&x, &signs, block).await?;
         let expected = cpu_ref::hadamard::rotate(&x, &signs, block);
         add("hadamard", format!("blocks of {block}"), found, expected, FEW_ULP);
     }
     for dim in [96, 128] {
         let (head, weight) = (fractions(&mut random, dim, 3), fractions(&mut random, dim, 2));
-        let found = kernels.head_norm(&head, &weight, 1e-6)?;
+        let found = kernels.head_norm(&head, &weight, 1e-6).await?;
         let expected = cpu_ref::rmsnorm::rmsnorm(&head, &weight, 1e-6);
         add("head_norm", format!("D {dim}"), found, expected, FEW_ULP);
     }
@@ -519,7 +552,7 @@ fn group_cases(kernels: &dyn Kernels) -> Result<Vec<FloatCase>> {
 }
 
 /// Runs all cases on a backend: the checks, and the hash of its integer results.
-fn judge(kernels: &dyn Kernels) -> Result<(Vec<Check>, String)> {
+async fn judge(kernels: &impl Kernels) -> Result<(Vec<Check>, String)> {
     let mut checks: Vec<Check> = Vec::new();
     let mut add = |kernel, problem: Option<String>| {
         let known = checks.iter_mut().find(|check| check.kernel == kernel);
@@ -535,11 +568,11 @@ fn judge(kernels: &dyn Kernels) -> Result<(Vec<Check>, String)> {
     };
     let mut hash = Hash::default();
     for case in integer_cases() {
-        let found = case.found(kernels)?;
+        let found = case.found(kernels).await?;
         hash.add(&found);
         add(case.kernel(), first_difference(&case.shape(), &case.expected(), &found));
     }
-    let floats = float_cases(kernels)?.into_iter().chain(group_cases(kernels)?);
+    let floats = float_cases(kernels).await?.into_iter().chain(group_cases(kernels).await?);
     for FloatCase { kernel, shape, found, expected, bound } in floats {
         add(kernel, first_distance(&shape, &expected, &found, bound));
     }
@@ -581,23 +614,23 @@ mod tests {
     }
 
     impl Kernels for Wrong {
-        fn multiply(&self, w: &[i8], shape: MatShape, codes: &[i8]) -> Result<Vec<i32>> {
+        async fn multiply(&self, w: &[i8], shape: MatShape, codes: &[i8]) -> Result<Vec<i32>> {
             let mut acc = cpu_ref::gemm::gemm(w, codes, shape.k());
             acc[0] += self.sum;
             Ok(acc)
         }
-        fn quantize_absmax(&self, x: &[f32]) -> Result<Quantized> {
+        async fn quantize_absmax(&self, x: &[f32]) -> Result<Quantized> {
             Ok(cpu_ref::quantize_absmax::quantize_absmax(x))
         }
-        fn argmax(&self, logits: &[f32]) -> Result<Option<usize>> {
+        async fn argmax(&self, logits: &[f32]) -> Result<Option<usize>> {
             Ok(cpu_ref::argmax::argmax(logits))
         }
-        fn rmsnorm(&self, x: &[f32], weight: &[f32], eps: f32) -> Result<Vec<f32>> {
+        async fn rmsnorm(&self, x: &[f32], weight: &[f32], eps: f32) -> Result<Vec<f32>> {
             let mut y = cpu_ref::rmsnorm::rmsnorm(x, weight, eps);
             y[5] += self.rms;
             Ok(y)
         }
-        fn rope(&self, head: &[f32], position: usize, theta: f32) -> Result<Vec<f32>> {
+        async fn rope(&self, head: &[f32], position: usize, theta: f32) -> Result<Vec<f32>> {
             let frequencies =
                 cpu_ref::rope::frequencies(theta, head.len(), cpu_ref::rope::Scaling::None);
             let (cos, sin) = cpu_ref::rope::angles(position, &frequencies);
@@ -605,25 +638,36 @@ mod tests {
             cpu_ref::rope::rotate(&mut head, &cos, &sin);
             Ok(head)
         }
-        fn attention(&self, q: &[f32], k: &[f32], v: &[f32], heads: Heads) -> Result<Vec<f32>> {
+        async fn attention(
+            &self,
+            q: &[f32],
+            k: &[f32],
+            v: &[f32],
+            heads: Heads,
+        ) -> Result<Vec<f32>> {
             Ok(ref_attention(q, k, v, heads))
         }
-        fn gated_activation(&self, gate: &[f32], up: &[f32], act: Activation) -> Result<Vec<f32>> {
+        async fn gated_activation(
+            &self,
+            gate: &[f32],
+            up: &[f32],
+            act: Activation,
+        ) -> Result<Vec<f32>> {
             Ok(cpu_ref::mlp::gated_activation(gate, up, act))
         }
-        fn residual_add(&self, hidden: &[f32], y: &[f32]) -> Result<Vec<f32>> {
+        async fn residual_add(&self, hidden: &[f32], y: &[f32]) -> Result<Vec<f32>> {
             Ok(cpu_ref::residual::residual_add(hidden, y))
         }
-        fn embedding(&self, table: &[f32], k: usize, token: usize) -> Result<Vec<f32>> {
+        async fn embedding(&self, table: &[f32], k: usize, token: usize) -> Result<Vec<f32>> {
             Ok(cpu_ref::embedding::embedding(table, k, token))
         }
-        fn lm_head(&self, table: &[f32], x: &[f32]) -> Result<Vec<f32>> {
+        async fn lm_head(&self, table: &[f32], x: &[f32]) -> Result<Vec<f32>> {
             Ok(cpu_ref::lm_head::lm_head(table, x))
         }
     }
 
     fn verdict(wrong: &Wrong) -> (bool, Vec<&'static str>) {
-        let (checks, integer_hash) = judge(wrong).unwrap();
+        let (checks, integer_hash) = block_on(judge(wrong)).unwrap();
         let failed = checks.iter().filter(|check| check.problem.is_some());
         let failed = failed.map(|check| check.kernel).collect();
         let (device, description, variant) = (String::new(), String::new(), String::new());

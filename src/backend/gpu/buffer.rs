@@ -43,6 +43,7 @@ impl Slice {
 }
 
 /// Bytes of the buffer that stands in for weights on a dry device.
+#[cfg(not(target_family = "wasm"))]
 const STAND_IN_BYTES: u64 = 256;
 
 const STORAGE: wgpu::BufferUsages = wgpu::BufferUsages::STORAGE
@@ -147,6 +148,7 @@ impl Gpu {
     }
 
     /// What stands in for weights on a dry device.
+    #[cfg(not(target_family = "wasm"))]
     pub(super) fn make_stand_in(device: &wgpu::Device) -> wgpu::Buffer {
         device.create_buffer(&wgpu::BufferDescriptor {
             label: Some("stand-in"),

@@ -7,6 +7,7 @@ use std::time::Duration;
 use super::profile::Profile;
 use super::record::{Pipelines, Specialised, Work};
 use crate::error::{Error, Result};
+use crate::wait::block_on;
 
 /// An adapter as wgpu reports it.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -56,7 +57,10 @@ impl std::fmt::Display for AdapterKind {
 
 impl std::fmt::Display for AdapterDescription {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        write!(f, "{} ({}, {}, {})", self.name, self.kind, self.api, self.driver)
+        write!(f, "{} ({}, {}", self.name, self.kind, self.api)?;
+        // A browser has drivers, and keeps them to itself.
+        let driver = if self.driver.is_empty() { "" } else { ", " };
+        write!(f, "{driver}{})", self.driver)
     }
 }
 
@@ -88,8 +92,8 @@ fn dx12_compiler() -> wgpu::Dx12Compiler {
     }
 }
 
-fn adapters_of(instance: &wgpu::Instance) -> Vec<wgpu::Adapter> {
-    pollster::block_on(instance.enumerate_adapters(wgpu::Backends::all()))
+async fn adapters_of(instance: &wgpu::Instance) -> Vec<wgpu::Adapter> {
+    instance.enumerate_adapters(wgpu::Backends::all()).await
 }
 
 fn describe(index: usize, info: &wgpu::AdapterInfo) -> AdapterDescription {
@@ -101,9 +105,11 @@ fn describe(index: usize, info: &wgpu::AdapterInfo) -> AdapterDescription {
         wgpu::DeviceType::Other => AdapterKind::Other,
     };
     let driver = format!("{} {}", info.driver, info.driver_info).trim().to_owned();
+    // Browsers often do not tell.
+    let name = if info.name.is_empty() { "a GPU without a name" } else { &info.name };
     AdapterDescription {
         index,
-        name: info.name.clone(),
+        name: name.to_owned(),
         kind,
         api: info.backend.to_string(),
         driver,
@@ -113,9 +119,14 @@ fn describe(index: usize, info: &wgpu::AdapterInfo) -> AdapterDescription {
 }
 
 /// Every adapter, in the order that `gpu:N` counts.
+#[cfg(not(target_family = "wasm"))]
 pub fn adapters() -> Vec<AdapterDescription> {
-    let instance = instance();
-    let adapters = adapters_of(&instance);
+    pollster::block_on(adapters_async())
+}
+
+/// Every adapter, in the order that `gpu:N` counts. A browser has one, or none.
+pub async fn adapters_async() -> Vec<AdapterDescription> {
+    let adapters = adapters_of(&instance()).await;
     adapters.iter().enumerate().map(|(i, adapter)| describe(i, &adapter.get_info())).collect()
 }
 
@@ -156,6 +167,9 @@ pub struct Gpu {
     pub(super) compiled: Mutex<Vec<Specialised>>,
     /// The first error that no call returned: validation outside a scope, or a lost device.
     failure: Arc<Mutex<Option<String>>>,
+    /// What the browser has not said yet of objects that were made.
+    #[cfg(target_family = "wasm")]
+    pub(super) verdicts: super::record::Verdicts,
 }
 
 impl Gpu {
@@ -164,8 +178,16 @@ impl Gpu {
     /// # Errors
     /// [`Error::NoAdapter`] if it is not there, [`Error::Gpu`] if the driver refuses.
     pub fn open(index: Option<usize>, capabilities: Capabilities) -> Result<Self> {
+        block_on(Self::open_async(index, capabilities))
+    }
+
+    /// [`Gpu::open`] where nothing may block.
+    ///
+    /// # Errors
+    /// As for [`Gpu::open`].
+    pub async fn open_async(index: Option<usize>, capabilities: Capabilities) -> Result<Self> {
         let instance = instance();
-        let mut all = adapters_of(&instance);
+        let mut all = adapters_of(&instance).await;
         let descriptions: Vec<_> =
             all.iter().enumerate().map(|(i, adapter)| describe(i, &adapter.get_info())).collect();
         let best = || {
@@ -181,7 +203,8 @@ impl Gpu {
             };
             return Err(Error::NoAdapter { wanted, found });
         };
-        Self::from_adapter(&all.swap_remove(chosen), descriptions[chosen].clone(), capabilities)
+        let description = descriptions[chosen].clone();
+        Self::from_adapter(&all.swap_remove(chosen), description, capabilities).await
     }
 
     /// Another device on the same adapter, asked for the same.
@@ -200,6 +223,7 @@ impl Gpu {
     ///
     /// # Errors
     /// [`Error::Gpu`] if wgpu refuses.
+    #[cfg(not(target_family = "wasm"))]
     pub fn dry(capabilities: Capabilities) -> Result<Self> {
         let largest = i32::MAX as u64 & !3;
         let limits = match capabilities {
@@ -217,7 +241,8 @@ impl Gpu {
             ..wgpu::NoopBackendOptions::enabled()
         };
         let instance = wgpu::Instance::new(descriptor);
-        let adapter = adapters_of(&instance).pop().expect("wgpu is built with its noop backend");
+        let adapter = pollster::block_on(adapters_of(&instance)).pop();
+        let adapter = adapter.expect("wgpu is built with its noop backend");
         let description = AdapterDescription {
             index: 0,
             name: "dry".to_owned(),
@@ -227,7 +252,7 @@ impl Gpu {
             api: "noop".to_owned(),
             driver: "computes nothing".to_owned(),
         };
-        let mut gpu = Self::from_adapter(&adapter, description, capabilities)?;
+        let mut gpu = block_on(Self::from_adapter(&adapter, description, capabilities))?;
         gpu.stand_in = Some(Self::make_stand_in(&gpu.device));
         Ok(gpu)
     }
@@ -237,7 +262,7 @@ impl Gpu {
         self.stand_in.is_some()
     }
 
-    fn from_adapter(
+    async fn from_adapter(
         adapter: &wgpu::Adapter,
         description: AdapterDescription,
         capabilities: Capabilities,
@@ -257,12 +282,10 @@ impl Gpu {
             ..Default::default()
         };
         let (device, queue) =
-            pollster::block_on(adapter.request_device(&descriptor)).map_err(|source| {
-                Error::Gpu {
-                    adapter: description.name.clone(),
-                    operation: "open the device",
-                    problem: one_line(&source.to_string()),
-                }
+            adapter.request_device(&descriptor).await.map_err(|source| Error::Gpu {
+                adapter: description.name.clone(),
+                operation: "open the device",
+                problem: one_line(&source.to_string()),
             })?;
         let failure = Arc::new(Mutex::new(None));
         let slot = Arc::clone(&failure);
@@ -295,6 +318,8 @@ impl Gpu {
             pipelines: Pipelines::default(),
             compiled: Mutex::default(),
             failure,
+            #[cfg(target_family = "wasm")]
+            verdicts: Default::default(),
         })
     }
 
@@ -340,7 +365,8 @@ impl Gpu {
         failure.map_or(Ok(()), |problem| Err(self.error(operation, problem)))
     }
 
-    /// Waits until everything submitted has run.
+    /// Waits until everything submitted has run. In a browser it does not wait, and what runs next
+    /// follows all the same.
     ///
     /// # Errors
     /// [`Error::Gpu`] if the driver reports an error, or one submission takes longer than
@@ -354,6 +380,35 @@ impl Gpu {
             self.wait_for(Some(index), operation)?;
         }
         self.wait_for(None, operation)
+    }
+
+    /// [`Gpu::wait`] where nothing may block.
+    ///
+    /// # Errors
+    /// As for [`Gpu::wait`].
+    #[cfg(not(target_family = "wasm"))]
+    pub(crate) async fn done(&self, operation: &'static str) -> Result<()> {
+        self.wait(operation)
+    }
+
+    /// Waits until everything submitted has run, and what was made is known to be sound. A browser loses
+    /// a device that does not answer.
+    ///
+    /// # Errors
+    /// [`Error::Gpu`] if the driver reports an error.
+    #[cfg(target_family = "wasm")]
+    pub(crate) async fn done(&self, operation: &'static str) -> Result<()> {
+        self.settle().await?;
+        self.submitted_work().arrived().await;
+        self.check_reported(operation)
+    }
+
+    /// Arrives when everything submitted so far has run.
+    #[cfg(target_family = "wasm")]
+    pub(super) fn submitted_work(&self) -> super::readback::Arrival<()> {
+        let (sender, arrival) = super::readback::arrival();
+        self.queue.on_submitted_work_done(move || sender.send(()));
+        arrival
     }
 
     /// Notes what [`Gpu::wait`] waits for, piece by piece.

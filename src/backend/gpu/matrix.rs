@@ -233,13 +233,12 @@ impl HostLinear {
     /// Packs matrices that read the same vector; `method` says how a run is multiplied.
     ///
     /// # Errors
-    /// If a row is malformed, a method is refused, or a rotation or group is too long for its
-    /// kernel.
+    /// If a row is malformed, or a rotation or group is too long for its kernel.
     pub fn pack(
         parts: &[&TernaryMatrix],
         act_stride: usize,
         order: RowOrder,
-        mut method: impl FnMut(WeightScale) -> Result<Method>,
+        method: impl Fn(WeightScale) -> Method,
     ) -> Result<Self> {
         let mut runs = Vec::new();
         let split = runs_of_input(parts);
@@ -251,7 +250,7 @@ impl HostLinear {
         for run in split {
             let input = run[0].input().clone();
             check_rotation(input.rotation.as_deref())?;
-            let method = method(run[0].scale())?;
+            let method = method(run[0].scale());
             let matrix = HostMatrix::pack(method, run, order)?;
             rows.runs.push((matrix.kind.shape().n(), matches!(method, Method::Groups { .. })));
             weight_scale.extend_from_slice(&matrix.weight_scale);

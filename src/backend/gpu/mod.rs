@@ -5,6 +5,7 @@
 //! submitted together, and more of them while they run; token ids alone are read back. Hidden states
 //! ping-pong between two buffers, and no kernel reads a buffer it writes.
 
+#[cfg(not(target_family = "wasm"))]
 pub mod account;
 mod buffer;
 mod cache;
@@ -21,7 +22,11 @@ pub mod shader;
 pub mod tune;
 
 pub use buffer::Slice;
-pub use device::{AdapterDescription, AdapterKind, Capabilities, Gpu, ResourceCounts, adapters};
+#[cfg(not(target_family = "wasm"))]
+pub use device::adapters;
+pub use device::{
+    AdapterDescription, AdapterKind, Capabilities, Gpu, ResourceCounts, adapters_async,
+};
 pub use head::{HeadInput, HeadOps, HeadStep, Int8Head, LOGIT_ROWS};
 pub use kernels::{Encoding, GemmPlan, GemvPlan, SumPlans, Variant};
 pub use matrix::row_offsets;
@@ -29,9 +34,13 @@ pub use record::{Call, Op, PassParams, Pipelines, Rows, Specialised, WeightsRead
 
 use cpu_ref::layout::TILE_ROWS;
 
+use std::collections::VecDeque;
 use std::ops::Range;
 use std::slice::from_ref;
-use std::time::Instant;
+#[cfg(target_family = "wasm")]
+use std::task::{Context, Poll, ready};
+
+use web_time::Instant;
 
 use super::{
     Backend, Batch, DeviceInfo, HeadChoice, HeadWork, LoadOptions, OnProgress, Output, PartTime,
@@ -42,6 +51,7 @@ use crate::error::{Error, Result};
 use crate::kv_cache::{BLOCK, Blocks, KvFormat};
 use crate::sampler::{Mark, Sampler, Sampling};
 use crate::shape::MatShape;
+use crate::wait::block_on;
 use crate::weights::{Input, LayerWeights, Table, TernaryMatrix, WeightScale, WeightSource};
 use cache::Cache;
 use kernels::{
@@ -94,8 +104,8 @@ pub struct GpuBackend {
     pace: Pace,
     chosen: Chosen,
     ring: TokenRing,
-    /// A prompt chunk on its way: its submission, when, and of how many tokens.
-    chunk: Option<(wgpu::SubmissionIndex, Instant, usize)>,
+    /// Prompt chunks on their way.
+    chunks: VecDeque<Chunk>,
     /// Tokens of the prompt chunk whose last choice is on its way; 0: of a draft.
     prompt_tokens: usize,
     /// When the last submit was complete that was waited for.
@@ -274,6 +284,20 @@ impl GpuBackend {
         options: &LoadOptions,
         progress: OnProgress<'_>,
     ) -> Result<Self> {
+        block_on(Self::load_async(source, gpu, plan, options, progress))
+    }
+
+    /// [`GpuBackend::load`] where nothing may block.
+    ///
+    /// # Errors
+    /// As for [`GpuBackend::load`].
+    pub async fn load_async(
+        source: &dyn WeightSource,
+        gpu: Gpu,
+        plan: Option<GemvPlan>,
+        options: &LoadOptions,
+        progress: OnProgress<'_>,
+    ) -> Result<Self> {
         let config = source.config().clone();
         let capacity = options.capacity(&config)?;
         if config.head_dim > kernels::MAX_HEAD_DIM {
@@ -304,7 +328,7 @@ impl GpuBackend {
         let layout = KvLayout { heads: config.heads(), format: options.kv_format(&config)? };
         let n_layers = config.num_hidden_layers;
         if !gpu.is_dry() {
-            self_test::check_attention(&gpu, layout)?;
+            self_test::check_attention_async(&gpu, layout).await?;
         }
         let cache =
             Cache::new(&gpu, layout, n_layers, (capacity, max_batch), source.frequencies()?)?;
@@ -318,15 +342,17 @@ impl GpuBackend {
                 continue;
             }
             let weights = source.layer(index)?;
-            layers.push(builder.layer(&weights, index, &cache)?);
+            layers.push(builder.layer(&weights, index, &cache).await?);
         }
         progress(Progress { done: total, total });
         let gemv = builder.methods.names();
         notes.extend(builder.methods.refusals());
         let (embedding_rows, head_rows) = (source.embedding()?, source.lm_head()?);
-        let embedding = builder.table("embedding", &embedding_rows)?;
-        let lm_head = head_rows.as_ref().map(|table| builder.table("lm_head", table));
-        let lm_head = lm_head.transpose()?;
+        let embedding = builder.table("embedding", &embedding_rows).await?;
+        let lm_head = match &head_rows {
+            Some(table) => Some(builder.table("lm_head", table).await?),
+            None => None,
+        };
         let final_norm = gpu.upload_weights("final norm", &source.final_norm()?)?;
         let embed = builder.embed(&embedding)?;
         let exact = lm_head.as_ref().unwrap_or(&embedding);
@@ -334,15 +360,15 @@ impl GpuBackend {
         let rows = head_rows.as_ref().unwrap_or(&embedding_rows);
         let (int8_head, head_name) = match options.head {
             HeadChoice::Exact => (None, shader::LM_HEAD.name.to_owned()),
-            HeadChoice::Int8 => builder.int8_head(rows, exact, &final_norm)?,
+            HeadChoice::Int8 => builder.int8_head(rows, exact, &final_norm).await?,
         };
         let b = &buffers;
         let argmax = builder.op(&kernels::argmax(config.vocab_size), &[&b.logits, &b.tokens])?;
-        let sample = builder.sample()?;
+        let sample = builder.sample().await?;
         let (weight_bytes, pipelines) = (builder.weight_bytes, builder.pipelines);
         // Frees the staging memory of what was uploaded last.
         gpu.queue.submit([]);
-        gpu.wait("load the model")?;
+        gpu.done("load the model").await?;
         let adapter = &gpu.adapter;
         let device = DeviceInfo {
             name: format!("gpu:{}", adapter.index),
@@ -379,7 +405,7 @@ impl GpuBackend {
             pace: Pace::new(total, weight_bytes, gpu.adapter.kind == AdapterKind::Software),
             chosen: Chosen::default(),
             ring: TokenRing::new(&gpu, SUBMITS, MAX_STEPS),
-            chunk: None,
+            chunks: VecDeque::with_capacity(2),
             prompt_tokens: 1,
             done: Instant::now(),
             gpu,
@@ -546,9 +572,11 @@ impl GpuBackend {
 
     /// Waits for the tokens of the oldest submit, and learns from how long it took.
     fn land(&mut self) -> Result<bool> {
-        let Some(Landing { count, submitted }) = self.ring.land(&self.gpu)? else {
-            return Ok(false);
-        };
+        let landing = self.ring.land(&self.gpu)?;
+        Ok(landing.map(|landing| self.learn(landing)).is_some())
+    }
+
+    fn learn(&mut self, Landing { count, submitted }: Landing) {
         let time = run_time(submitted, &mut self.done);
         match std::mem::replace(&mut self.prompt_tokens, 1) {
             // Neither a step nor a prompt.
@@ -556,7 +584,6 @@ impl GpuBackend {
             1 => self.pace.measured_steps(count, time),
             n_tokens => self.pace.measured_prompt(n_tokens, time),
         }
-        Ok(true)
     }
 
     /// Drops what was chosen and not taken, and all of a draft of which nothing was kept.
@@ -643,14 +670,21 @@ impl GpuBackend {
         Ok(())
     }
 
-    /// Waits for the prompt chunk before the last, so that no more than two are on their way.
+    /// Waits for the prompt chunk before the last, so that no more than two are on their way. In a
+    /// browser [`Backend::poll_ready`] does.
     fn land_chunk(&mut self) -> Result<()> {
-        if let Some((submission, submitted, n_tokens)) = self.chunk.take() {
-            self.gpu.wait_for(Some(submission), "run a prompt chunk")?;
-            let time = run_time(submitted, &mut self.done);
-            self.pace.measured_prompt(n_tokens, time);
+        if cfg!(not(target_family = "wasm"))
+            && let Some(chunk) = self.chunks.pop_front()
+        {
+            self.gpu.wait_for(Some(chunk.submission), "run a prompt chunk")?;
+            self.learn_chunk(chunk.submitted, chunk.n_tokens);
         }
         Ok(())
+    }
+
+    fn learn_chunk(&mut self, submitted: Instant, n_tokens: usize) {
+        let time = run_time(submitted, &mut self.done);
+        self.pace.measured_prompt(n_tokens, time);
     }
 }
 
@@ -658,6 +692,15 @@ fn collect<const N: usize>(values: impl Iterator<Item = usize>) -> [usize; N] {
     let mut array = [0; N];
     array.iter_mut().zip(values).for_each(|(slot, value)| *slot = value);
     array
+}
+
+/// A prompt chunk on its way.
+struct Chunk {
+    submission: wgpu::SubmissionIndex,
+    submitted: Instant,
+    n_tokens: usize,
+    #[cfg(target_family = "wasm")]
+    done: readback::Arrival<()>,
 }
 
 /// The operations on a layer's cache as it is now.
@@ -858,10 +901,10 @@ impl Builder<'_> {
     }
 
     /// Uploads a table.
-    fn table(&mut self, what: &str, table: &Table) -> Result<GpuTable> {
+    async fn table(&mut self, what: &str, table: &Table) -> Result<GpuTable> {
         let table = GpuTable::upload(self.gpu, what, table)?;
         if let GpuTableData::Groups(..) = table.data {
-            self.methods.groups(false)?;
+            self.methods.groups(false).await?;
         }
         Ok(table)
     }
@@ -939,14 +982,14 @@ impl Builder<'_> {
     }
 
     /// The kernels that sample a token.
-    fn sample(&self) -> Result<Vec<Op>> {
+    async fn sample(&self) -> Result<Vec<Op>> {
         let (b, vocab_size) = (self.buffers, self.config.vocab_size);
         if vocab_size > MAX_SAMPLE_VOCAB {
             let (name, max) = ("tokens of the vocabulary on a GPU", MAX_SAMPLE_VOCAB);
             return Err(Error::Dimension { name, found: vocab_size, max });
         }
         if !self.gpu.is_dry() {
-            self_test::check_sample(self.gpu)?;
+            self_test::check_sample_async(self.gpu).await?;
         }
         let blocks = [&b.logits, &b.seen, &b.bits, &b.block_max];
         let weights = [&b.bits, &b.block_max, &b.weights, &b.levels];
@@ -962,7 +1005,7 @@ impl Builder<'_> {
 
     /// The int8 head with its name; none where the table is quantised already, or its kernels are
     /// wrong on this adapter.
-    fn int8_head(
+    async fn int8_head(
         &self,
         rows: &Table,
         exact: &GpuTable,
@@ -970,7 +1013,10 @@ impl Builder<'_> {
     ) -> Result<(Option<HeadOps>, String)> {
         let exact_name = shader::LM_HEAD.name;
         // A dry device computes nothing that could be checked.
-        let checked = if self.gpu.is_dry() { Ok(()) } else { self_test::check_head(self.gpu) };
+        let checked = match self.gpu.is_dry() {
+            true => Ok(()),
+            false => self_test::check_head_async(self.gpu).await,
+        };
         match checked {
             Ok(()) => {}
             Err(problem @ Error::SelfTest { .. }) => {
@@ -1220,7 +1266,7 @@ impl Builder<'_> {
         shards.map(shard).collect()
     }
 
-    fn linear(
+    async fn linear(
         &mut self,
         step: MatrixStep,
         parts: &[&TernaryMatrix],
@@ -1232,13 +1278,27 @@ impl Builder<'_> {
         let is_paired = step != MatrixStep::Qkv || order != RowOrder::Natural;
         let k = parts[0].shape().k();
         let can_fuse = |plan: GemvPlan| is_plain && is_paired && k <= plan.max_fused_k();
+        let is_sums = |part: &&TernaryMatrix| matches!(part.scale(), WeightScale::Tensor(_));
+        let sums = match parts.iter().any(is_sums) {
+            true => Some(methods.sums(step, can_fuse).await?),
+            false => None,
+        };
+        let groups = match parts.iter().all(is_sums) {
+            true => None,
+            false => Some(methods.groups(int8).await?),
+        };
         HostLinear::pack(parts, act_stride(self.max_batch), order, |scale| match scale {
-            WeightScale::Tensor(_) => methods.sums(step, can_fuse),
-            WeightScale::Groups { .. } => methods.groups(int8),
+            WeightScale::Tensor(_) => sums.expect("a part has it"),
+            WeightScale::Groups { .. } => groups.expect("a part has it"),
         })
     }
 
-    fn layer(&mut self, weights: &LayerWeights, index: usize, cache: &Cache) -> Result<LayerOps> {
+    async fn layer(
+        &mut self,
+        weights: &LayerWeights,
+        index: usize,
+        cache: &Cache,
+    ) -> Result<LayerOps> {
         if weights.q_norm.is_some() != weights.k_norm.is_some() {
             let (device, what) = ("the GPU backend", "a norm on only one of query and key heads");
             return Err(Error::UnsupportedOnDevice { device, what });
@@ -1255,10 +1315,12 @@ impl Builder<'_> {
                 MatrixStep::Qkv,
                 &[&weights.q_proj, &weights.k_proj, &weights.v_proj],
                 pairs,
-            )?,
-            self.linear(MatrixStep::O, &[&weights.o_proj], RowOrder::Natural)?,
-            self.linear(MatrixStep::GateUp, &[&weights.gate_proj, &weights.up_proj], gate_up)?,
-            self.linear(MatrixStep::Down, &[&weights.down_proj], RowOrder::Natural)?,
+            )
+            .await?,
+            self.linear(MatrixStep::O, &[&weights.o_proj], RowOrder::Natural).await?,
+            self.linear(MatrixStep::GateUp, &[&weights.gate_proj, &weights.up_proj], gate_up)
+                .await?,
+            self.linear(MatrixStep::Down, &[&weights.down_proj], RowOrder::Natural).await?,
         ];
         let norms = [
             Some(&weights.input_layernorm),
@@ -1569,8 +1631,13 @@ impl Backend for GpuBackend {
                 let submission = self.submit(|_, _| {});
                 self.gpu.check("run a prompt chunk")?;
                 self.land_chunk()?;
-                let n_tokens = self.batch.values.n_tokens as usize;
-                self.chunk = Some((submission, Instant::now(), n_tokens));
+                self.chunks.push_back(Chunk {
+                    submission,
+                    submitted: Instant::now(),
+                    n_tokens: self.batch.values.n_tokens as usize,
+                    #[cfg(target_family = "wasm")]
+                    done: self.gpu.submitted_work(),
+                });
                 Ok(Output::Nothing)
             }
             Want::Tokens => {
@@ -1601,6 +1668,25 @@ impl Backend for GpuBackend {
                 Ok(Output::Logits(bytemuck::cast_vec(words)))
             }
         }
+    }
+
+    /// Two prompt chunks may be on their way, and a token has to be here before it is taken.
+    #[cfg(target_family = "wasm")]
+    fn poll_ready(&mut self, context: &mut Context<'_>) -> Poll<Result<()>> {
+        while self.chunks.len() > 1 {
+            let Chunk { submitted, n_tokens, done, .. } = &self.chunks[0];
+            let (submitted, n_tokens) = (*submitted, *n_tokens);
+            ready!(done.poll(context));
+            self.chunks.pop_front();
+            self.learn_chunk(submitted, n_tokens);
+        }
+        if self.ring.is_empty() && self.chosen.recorded > 0 {
+            self.launch()?;
+        }
+        if let Some(landing) = ready!(self.ring.poll_land(&self.gpu, context))? {
+            self.learn(landing);
+        }
+        Poll::Ready(self.gpu.check("run kernels"))
     }
 
     fn take(&mut self) -> Result<u32> {

@@ -1,13 +1,18 @@
 //! Reading results back.
 
 use std::collections::VecDeque;
-use std::sync::mpsc::{Receiver, sync_channel};
-use std::time::{Duration, Instant};
+
+use web_time::{Duration, Instant};
 
 use super::buffer::Slice;
 use super::device::Gpu;
 use super::record::WorkDone;
-use crate::error::Result;
+use crate::error::{Error, Result};
+use crate::wait::block_on;
+
+mod arrival;
+
+pub(super) use arrival::{Arrival, arrival};
 
 /// A buffer that the host can map, made at load for what every step reads back.
 pub struct Staging {
@@ -17,7 +22,8 @@ pub struct Staging {
 const READ_BACK: &str = "read a result back";
 
 /// Whether a buffer has been mapped.
-type Mapped = Receiver<std::result::Result<(), wgpu::BufferAsyncError>>;
+type Mapped = Arrival<MapResult>;
+type MapResult = std::result::Result<(), wgpu::BufferAsyncError>;
 
 impl Gpu {
     /// A staging buffer of `len_words` u32.
@@ -41,36 +47,68 @@ impl Gpu {
         len_words: usize,
         use_words: impl FnOnce(&[u32]) -> T,
     ) -> Result<T> {
+        block_on(self.read_staging_async(staging, len_words, use_words))
+    }
+
+    /// [`Gpu::read_staging`] where nothing may block.
+    ///
+    /// # Errors
+    /// As for [`Gpu::read_staging`].
+    pub async fn read_staging_async<T>(
+        &self,
+        staging: &Staging,
+        len_words: usize,
+        use_words: impl FnOnce(&[u32]) -> T,
+    ) -> Result<T> {
         let mapped = self.map(staging, len_words);
-        self.wait(READ_BACK)?;
-        self.use_mapped(staging, &mapped, len_words, use_words)
+        self.done(READ_BACK).await?;
+        let mapped = self.arrived(mapped).await?;
+        self.use_mapped(staging, mapped, len_words, use_words)
+    }
+
+    #[cfg(target_family = "wasm")]
+    async fn arrived(&self, mapped: Mapped) -> Result<MapResult> {
+        Ok(mapped.arrived().await)
+    }
+
+    #[cfg(not(target_family = "wasm"))]
+    async fn arrived(&self, mapped: Mapped) -> Result<MapResult> {
+        self.wait_mapped(&mapped)
+    }
+
+    /// What came of a mapping, after a wait for everything submitted.
+    fn wait_mapped(&self, mapped: &Mapped) -> Result<MapResult> {
+        // Another thread's poll may still be on its way to the callback.
+        mapped.wait(self.patience()).ok_or_else(|| match cfg!(target_family = "wasm") {
+            true => Error::WouldBlock,
+            false => self.silent(READ_BACK),
+        })
     }
 
     /// Asks for the first `len_words` of `staging` once everything submitted has run.
     fn map(&self, staging: &Staging, len_words: usize) -> Mapped {
-        let (sender, receiver) = sync_channel(1);
+        let (sender, mapped) = arrival();
         let range = 0..len_words as u64 * 4;
         self.work.add(WorkDone { readback_bytes: range.end, ..WorkDone::default() });
         staging.buffer.map_async(wgpu::MapMode::Read, range, move |result| {
-            // Nobody receives what was forgotten.
-            let _ = sender.send(result);
+            sender.send(result);
         });
-        receiver
+        mapped
     }
 
     /// Hands the words to `use_words` after a wait for them.
     fn use_mapped<T>(
         &self,
         staging: &Staging,
-        mapped: &Mapped,
+        mapped: MapResult,
         len_words: usize,
         use_words: impl FnOnce(&[u32]) -> T,
     ) -> Result<T> {
-        // Another thread's poll may still be on its way to the callback.
-        mapped
-            .recv_timeout(self.patience())
-            .map_err(|_| self.silent(READ_BACK))?
-            .map_err(|source| self.error(READ_BACK, source.to_string()))?;
+        if let Err(source) = mapped {
+            // Why the device is gone says more than that there was nothing to read.
+            self.check(READ_BACK)?;
+            return Err(self.error(READ_BACK, source.to_string()));
+        }
         let result = {
             let bytes = staging
                 .buffer
@@ -88,10 +126,18 @@ impl Gpu {
     /// # Errors
     /// [`crate::Error::Gpu`] if the device was lost or reported an error.
     pub fn read(&self, slice: &Slice, len_words: usize) -> Result<Vec<u32>> {
+        block_on(self.read_async(slice, len_words))
+    }
+
+    /// [`Gpu::read`] where nothing may block.
+    ///
+    /// # Errors
+    /// As for [`Gpu::read`].
+    pub async fn read_async(&self, slice: &Slice, len_words: usize) -> Result<Vec<u32>> {
         let staging = self.staging(len_words);
         let copy = self.begin_recording();
         copy.submit(self, |encoder| staging.copy_from(encoder, slice, 0, len_words));
-        self.read_staging(&staging, len_words, <[u32]>::to_vec)
+        self.read_staging_async(&staging, len_words, <[u32]>::to_vec).await
     }
 }
 
@@ -187,10 +233,47 @@ impl TokenRing {
     /// Waits for the oldest submit; `None` if there is none.
     pub(super) fn land(&mut self, gpu: &Gpu) -> Result<Option<Landing>> {
         let Some(flight) = self.flights.pop_front() else { return Ok(None) };
-        let Flight { staging, mapped, submission, submitted, first_position, count } = flight;
+        let submission = flight.submission.clone();
+        let mapped = gpu.wait_for(Some(submission), READ_BACK);
+        let mapped = mapped.and_then(|()| gpu.wait_mapped(&flight.mapped));
+        self.touch_down(gpu, flight, mapped).map(Some)
+    }
+
+    /// Whether there is a token to take; else takes in the oldest submit that has run, or has `context`
+    /// woken when it has.
+    #[cfg(target_family = "wasm")]
+    pub(super) fn poll_land(
+        &mut self,
+        gpu: &Gpu,
+        context: &mut std::task::Context<'_>,
+    ) -> std::task::Poll<Result<Option<Landing>>> {
+        use std::task::{Poll, ready};
+
+        let Some(flight) = self.flights.front().filter(|_| self.ready.is_empty()) else {
+            return Poll::Ready(Ok(None));
+        };
+        let mapped = ready!(flight.mapped.poll(context));
+        let flight = self.flights.pop_front().expect("it is the front one");
+        Poll::Ready(self.touch_down(gpu, flight, Ok(mapped)).map(Some))
+    }
+
+    /// Whether no token is here or on its way.
+    #[cfg(target_family = "wasm")]
+    pub(super) fn is_empty(&self) -> bool {
+        self.ready.is_empty() && self.flights.is_empty()
+    }
+
+    /// Takes the tokens of a submit that has run out of its staging buffer.
+    fn touch_down(
+        &mut self,
+        gpu: &Gpu,
+        flight: Flight,
+        mapped: Result<MapResult>,
+    ) -> Result<Landing> {
+        let Flight { staging, submitted, first_position, count, .. } = flight;
         let ready = &mut self.ready;
-        let landed = gpu.wait_for(Some(submission), READ_BACK).and_then(|()| {
-            gpu.use_mapped(&staging, &mapped, 2 * count, |words| {
+        let landed = mapped.and_then(|mapped| {
+            gpu.use_mapped(&staging, mapped, 2 * count, |words| {
                 let tokens = words.chunks_exact(2).zip(first_position..);
                 ready.extend(tokens.map(|(words, position)| ChosenToken {
                     token: words[0],
@@ -205,7 +288,7 @@ impl TokenRing {
         // Also after an error: without buffers, the next caller would wait for nothing.
         self.free.push(staging);
         landed?;
-        Ok(Some(Landing { count, submitted }))
+        Ok(Landing { count, submitted })
     }
 
     /// The oldest token that has arrived.

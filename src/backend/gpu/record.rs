@@ -346,6 +346,11 @@ fn source_of(kernel: Kernel) -> wgpu::ShaderModuleDescriptor<'static> {
     wgpu::ShaderModuleDescriptor { label: Some(kernel.name), source }
 }
 
+/// Kernels, and whether the browser refuses what was made of them.
+#[cfg(target_family = "wasm")]
+pub(super) type Verdicts =
+    Mutex<Vec<(&'static str, std::pin::Pin<Box<dyn Future<Output = Option<wgpu::Error>> + Send>>)>>;
+
 /// Counts what a device was given to do.
 #[derive(Debug, Default)]
 pub(super) struct Work(Mutex<WorkDone>);
@@ -475,8 +480,35 @@ impl Gpu {
         Ok(Op { kernel: call.kernel.name, pipeline, bind_group, x: call.x, y: call.y, traffic })
     }
 
-    fn pop(&self, scope: wgpu::ErrorScopeGuard, kernel: &str) -> Result<()> {
-        match pollster::block_on(scope.pop()) {
+    /// Fails if the driver refuses what was made in the scope.
+    #[cfg(not(target_family = "wasm"))]
+    fn pop(&self, scope: wgpu::ErrorScopeGuard, kernel: &'static str) -> Result<()> {
+        self.accept(pollster::block_on(scope.pop()), kernel)
+    }
+
+    /// Notes the scope for [`Gpu::settle`]: a browser says later what it refuses.
+    #[cfg(target_family = "wasm")]
+    fn pop(&self, scope: wgpu::ErrorScopeGuard, kernel: &'static str) -> Result<()> {
+        let mut verdicts = self.verdicts.lock().unwrap_or_else(PoisonError::into_inner);
+        verdicts.push((kernel, Box::pin(scope.pop())));
+        Ok(())
+    }
+
+    /// Fails if the browser refuses something that was made.
+    #[cfg(target_family = "wasm")]
+    pub(super) async fn settle(&self) -> Result<()> {
+        let verdicts = {
+            let mut verdicts = self.verdicts.lock().unwrap_or_else(PoisonError::into_inner);
+            std::mem::take(&mut *verdicts)
+        };
+        for (kernel, verdict) in verdicts {
+            self.accept(verdict.await, kernel)?;
+        }
+        Ok(())
+    }
+
+    fn accept(&self, refusal: Option<wgpu::Error>, kernel: &str) -> Result<()> {
+        match refusal {
             None => Ok(()),
             Some(error) => {
                 let words = error.to_string();

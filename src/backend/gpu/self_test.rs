@@ -1,5 +1,9 @@
 //! The exactness check that a variant must pass on an adapter before it may run a model there.
 
+mod blocking;
+
+pub use blocking::*;
+
 use std::ops::Range;
 
 use cpu_ref::attention::Cached;
@@ -57,26 +61,26 @@ impl Sums {
     }
 
     /// The plan of a step's matrix that is exact here, as `check` says.
-    fn plan(
+    async fn plan(
         &mut self,
         step: Step,
         can_fuse: impl Fn(GemvPlan) -> bool,
-        check: impl FnMut(GemvPlan) -> Result<()>,
+        check: impl AsyncFnMut(GemvPlan) -> Result<()>,
     ) -> Result<GemvPlan> {
         let at = step as usize;
         let plan = match self.chosen[at] {
             Some(plan) => plan,
-            None => self.choose(at, check)?,
+            None => self.choose(at, check).await?,
         };
         self.chosen[at] = Some(plan);
         let plan = GemvPlan { fused: plan.fused && can_fuse(plan), ..plan };
         Ok(*self.used[at].insert(plan))
     }
 
-    fn choose(
+    async fn choose(
         &mut self,
         at: usize,
-        mut check: impl FnMut(GemvPlan) -> Result<()>,
+        mut check: impl AsyncFnMut(GemvPlan) -> Result<()>,
     ) -> Result<GemvPlan> {
         let plans = match &self.plans {
             Plans::Asked(plan) => vec![*plan],
@@ -94,7 +98,7 @@ impl Sums {
             if self.refused.iter().any(|(refused, _)| *refused == plan) {
                 continue;
             }
-            match check(plan) {
+            match check(plan).await {
                 Ok(()) => {
                     self.passed.push(plan);
                     return Ok(plan);
@@ -143,10 +147,10 @@ impl Gemms {
 
     /// The plan of a layout that is exact here, as `check` says: the preferred one, else the kernels
     /// of a few tokens for any number of them.
-    fn plan(
+    async fn plan(
         &mut self,
         layout: Layout,
-        mut check: impl FnMut(GemmPlan) -> Result<()>,
+        mut check: impl AsyncFnMut(GemmPlan) -> Result<()>,
     ) -> Result<GemmPlan> {
         for plan in [self.plans.of(layout), GemmPlan::FEW] {
             if self.passed.contains(&(layout, plan)) {
@@ -155,7 +159,7 @@ impl Gemms {
             if self.refused.iter().any(|(l, p, _)| (*l, *p) == (layout, plan)) {
                 continue;
             }
-            match check(plan) {
+            match check(plan).await {
                 Ok(()) => {
                     self.passed.push((layout, plan));
                     return Ok(plan);
@@ -182,18 +186,24 @@ impl<'a> Methods<'a> {
     ///
     /// # Errors
     /// [`Error::SelfTest`] if the plan, or every one of them, is wrong on this adapter.
-    pub fn sums(&mut self, step: Step, can_fuse: impl Fn(GemvPlan) -> bool) -> Result<Method> {
+    pub async fn sums(
+        &mut self,
+        step: Step,
+        can_fuse: impl Fn(GemvPlan) -> bool,
+    ) -> Result<Method> {
         let gpu = self.gpu;
         // A dry device computes nothing that could be checked.
-        let gemv = self.sums.plan(step, can_fuse, |plan| match gpu.is_dry() {
+        let check = async |plan| match gpu.is_dry() {
             true => Ok(()),
-            false => check(gpu, plan),
-        })?;
+            false => check_async(gpu, plan).await,
+        };
+        let gemv = self.sums.plan(step, can_fuse, check).await?;
         let layout = gemv.variant.layout();
-        let gemm = self.gemms.plan(layout, |plan| match gpu.is_dry() {
+        let check = async |plan| match gpu.is_dry() {
             true => Ok(()),
-            false => check_gemm(gpu, layout, plan),
-        })?;
+            false => check_gemm_async(gpu, layout, plan).await,
+        };
+        let gemm = self.gemms.plan(layout, check).await?;
         Ok(Method::Sums(SumPlans { gemv, gemm }))
     }
 
@@ -201,10 +211,10 @@ impl<'a> Methods<'a> {
     ///
     /// # Errors
     /// [`Error::SelfTest`] if its kernels are wrong on this adapter.
-    pub fn groups(&mut self, int8: bool) -> Result<Method> {
+    pub async fn groups(&mut self, int8: bool) -> Result<Method> {
         let passed = &mut self.groups[usize::from(int8)];
         if !*passed && !self.gpu.is_dry() {
-            check_groups(self.gpu, int8)?;
+            check_groups_async(self.gpu, int8).await?;
         }
         *passed = true;
         Ok(Method::Groups { int8 })
@@ -237,17 +247,17 @@ const TOKENS: usize = 5;
 ///
 /// # Errors
 /// [`Error::SelfTest`] on the first difference.
-pub fn check(gpu: &Gpu, plan: GemvPlan) -> Result<()> {
+pub async fn check_async(gpu: &Gpu, plan: GemvPlan) -> Result<()> {
     let variant = plan.variant;
     let shape = MatShape::new(SHAPE.0, SHAPE.1)?;
     plan.validate(gpu, shape.k())?;
     let mut random = Random::new(0x5EED);
     let (trits, codes) = (random.trits(shape.len()), random.codes(shape.k()));
     let packed = Packed::pack(variant.layout(), shape, &trits);
-    let found = multiply(gpu, plan.into(), &packed, &codes, 1)?;
+    let found = multiply_async(gpu, plan.into(), &packed, &codes, 1).await?;
     compare(gpu, variant.gemv().name, &found, &cpu_ref::gemv::gemv(&trits, &codes))?;
-    check_quantize(gpu, variant.gemv_encoding(), &mut random)?;
-    if plan.fused { check_fused(gpu, plan) } else { Ok(()) }
+    check_quantize(gpu, variant.gemv_encoding(), &mut random).await?;
+    if plan.fused { check_fused(gpu, plan).await } else { Ok(()) }
 }
 
 /// Runs the kernels for many tokens of a layout and plan in the same way: each with a partial tile of
@@ -255,7 +265,7 @@ pub fn check(gpu: &Gpu, plan: GemvPlan) -> Result<()> {
 ///
 /// # Errors
 /// [`Error::SelfTest`] on the first difference.
-pub fn check_gemm(gpu: &Gpu, layout: Layout, plan: GemmPlan) -> Result<()> {
+pub async fn check_gemm_async(gpu: &Gpu, layout: Layout, plan: GemmPlan) -> Result<()> {
     let shape = MatShape::new(GEMM_SHAPE.0, GEMM_SHAPE.1)?;
     plan.validate(gpu)?;
     let mut random = Random::new(0x5EEC);
@@ -264,27 +274,27 @@ pub fn check_gemm(gpu: &Gpu, layout: Layout, plan: GemmPlan) -> Result<()> {
     for n_tokens in [3, 5, plan.tokens + 1] {
         let codes = random.codes(n_tokens * shape.k());
         let call = |gemm: Gemm| gemm.call_for(plan, n_tokens);
-        let (kernel, found) = multiply_many(gpu, &packed, &codes, call)?;
+        let (kernel, found) = multiply_many_async(gpu, &packed, &codes, call).await?;
         compare(gpu, kernel, &found, &cpu_ref::gemm::gemm(&trits, &codes, shape.k()))?;
     }
-    check_quantize(gpu, gemm_encoding(layout), &mut random)
+    check_quantize(gpu, gemm_encoding(layout), &mut random).await
 }
 
 /// Quantises with scale 1, and no value near a tie: a division that is off in the last bit is allowed.
-fn check_quantize(gpu: &Gpu, encoding: Encoding, random: &mut Random) -> Result<()> {
+async fn check_quantize(gpu: &Gpu, encoding: Encoding, random: &mut Random) -> Result<()> {
     let kernel = "quantize_absmax";
     let k = SHAPE.1;
     let value = |at| if at == 7 { -127.0 } else { random.below(253) as f32 - 125.75 };
     let x: Vec<f32> = (0..k).map(value).collect();
     let expected = cpu_ref::quantize_absmax::quantize_absmax(&x).codes;
-    let found = quantize(gpu, encoding, &x, 1)?;
+    let found = quantize_async(gpu, encoding, &x, 1).await?;
     compare(gpu, kernel, &found.codes, &encode_codes(encoding, &expected, k))?;
     compare(gpu, kernel, &found.code_sum, &[code_sum(encoding, &expected)])
 }
 
 /// Runs a fused step on a fixed pseudo-random matrix. A root or division that is off in the last bit
 /// may move a code by a step; what is wrong is off by many.
-fn check_fused(gpu: &Gpu, plan: GemvPlan) -> Result<()> {
+async fn check_fused(gpu: &Gpu, plan: GemvPlan) -> Result<()> {
     let shape = MatShape::new(SHAPE.0, SHAPE.1)?;
     let mut random = Random::new(0x5EEF);
     let (trits, scale, eps) = (random.trits(shape.len()), 0.5, 1e-5);
@@ -300,7 +310,7 @@ fn check_fused(gpu: &Gpu, plan: GemvPlan) -> Result<()> {
         let buffers = [&words, inputs[0], inputs[1], &rows, &hidden_in, &out];
         run(gpu, &fused(tiles).residual(shape.n()), params, &buffers)?;
     }
-    let found: Vec<f32> = bytemuck::cast_vec(gpu.read(&out, shape.n())?);
+    let found: Vec<f32> = bytemuck::cast_vec(gpu.read_async(&out, shape.n()).await?);
     let x = cpu_ref::quantize_absmax::quantize_absmax(&cpu_ref::rmsnorm::rmsnorm(&x, &norm, eps));
     let acc = cpu_ref::gemv::gemv(&trits, &x.codes);
     let y = cpu_ref::gemv::dequantize(&acc, &vec![scale; shape.n()], x.act_scale);
@@ -334,7 +344,7 @@ pub fn fused_matrix(
     parts: &[&TernaryMatrix],
     order: RowOrder,
 ) -> Result<Vec<FusedShard>> {
-    let host = HostLinear::pack(parts, 64, order, |_| Ok(Method::Sums(plan.into())))?;
+    let host = HostLinear::pack(parts, 64, order, |_| Method::Sums(plan.into()))?;
     let slices = gpu.upload_together("fused", &host.parts(gpu))?;
     let linear = GpuLinear::from_slices(gpu, &host, &mut slices.into_iter());
     let shards = linear.runs[0].matrix.shards.iter().zip(&linear.fused_rows);
@@ -349,7 +359,7 @@ pub fn fused_matrix(
 ///
 /// # Errors
 /// [`Error::SelfTest`] on the first difference.
-pub fn check_groups(gpu: &Gpu, int8: bool) -> Result<()> {
+pub async fn check_groups_async(gpu: &Gpu, int8: bool) -> Result<()> {
     let mut random = Random::new(0x5EEE);
     let kernel = Method::Groups { int8 }.gemv().name;
     for (alphabet, k, group) in [
@@ -397,7 +407,7 @@ pub fn check_groups(gpu: &Gpu, int8: bool) -> Result<()> {
                     act_scales: &act_scales[..n_tokens * k / group],
                 },
             };
-            let found = multiply_groups(gpu, &matrix, input, n_tokens)?;
+            let found = multiply_groups_async(gpu, &matrix, input, n_tokens).await?;
             compare(gpu, kernel, &found, &expected[..found.len()])?;
         }
     }
@@ -535,18 +545,18 @@ impl<'a> Heads<'a> {
     ///
     /// # Errors
     /// [`Error::Gpu`] if the driver fails.
-    pub fn find_exact(&self, hidden: &[f32]) -> Result<HeadFound> {
-        Ok(self.find_exact_rows(hidden)?.swap_remove(0))
+    pub async fn find_exact_async(&self, hidden: &[f32]) -> Result<HeadFound> {
+        Ok(self.find_exact_rows_async(hidden).await?.swap_remove(0))
     }
 
     /// The same for up to [`LOGIT_ROWS`] tokens `[M, K]` at once.
     ///
     /// # Errors
     /// [`Error::Gpu`] if the driver fails.
-    pub fn find_exact_rows(&self, hidden: &[f32]) -> Result<Vec<HeadFound>> {
+    pub async fn find_exact_rows_async(&self, hidden: &[f32]) -> Result<Vec<HeadFound>> {
         let rows = self.rows_of(hidden);
         self.run(hidden, 1.0, self.exact(rows).chain([&self.argmax]))?;
-        self.found(0, rows as usize)
+        self.found(0, rows as usize).await
     }
 
     /// What the int8 head finds for one token with a penalty of the tokens in `seen`, and how many
@@ -554,13 +564,13 @@ impl<'a> Heads<'a> {
     ///
     /// # Errors
     /// [`Error::Gpu`] if the driver fails.
-    pub fn find_int8(
+    pub async fn find_int8_async(
         &self,
         hidden: &[f32],
         seen: &[u32],
         penalty: f32,
     ) -> Result<(HeadFound, usize)> {
-        Ok(self.find_int8_rows(hidden, seen, penalty)?.swap_remove(0))
+        Ok(self.find_int8_rows_async(hidden, seen, penalty).await?.swap_remove(0))
     }
 
     /// The same for up to [`LOGIT_ROWS`] tokens `[M, K]` at once, with bits of `seen` for each:
@@ -568,7 +578,7 @@ impl<'a> Heads<'a> {
     ///
     /// # Errors
     /// [`Error::Gpu`] if the driver fails.
-    pub fn find_int8_rows(
+    pub async fn find_int8_rows_async(
         &self,
         hidden: &[f32],
         seen: &[u32],
@@ -577,15 +587,15 @@ impl<'a> Heads<'a> {
         let rows = self.rows_of(hidden);
         self.gpu.queue.write_buffer(&self.seen.buffer, 0, bytemuck::cast_slice(seen));
         self.run(hidden, penalty, self.int8.logits(rows).chain(&self.int8.greedy))?;
-        let candidates = self.gpu.read(&self.counts, rows as usize)?;
-        let found = self.found(1, rows as usize)?.into_iter();
+        let candidates = self.gpu.read_async(&self.counts, rows as usize).await?;
+        let found = self.found(1, rows as usize).await?.into_iter();
         Ok(found.zip(candidates).map(|(found, count)| (found, count as usize)).collect())
     }
 
-    fn found(&self, which: usize, rows: usize) -> Result<Vec<HeadFound>> {
+    async fn found(&self, which: usize, rows: usize) -> Result<Vec<HeadFound>> {
         let logits: Vec<f32> =
-            bytemuck::cast_vec(self.gpu.read(&self.logits[which], rows * self.v)?);
-        let tokens = self.gpu.read(&self.tokens[which], rows)?;
+            bytemuck::cast_vec(self.gpu.read_async(&self.logits[which], rows * self.v).await?);
+        let tokens = self.gpu.read_async(&self.tokens[which], rows).await?;
         let rows = logits.chunks_exact(self.v).zip(tokens);
         Ok(rows.map(|(logits, token)| HeadFound { logits: logits.to_vec(), token }).collect())
     }
@@ -596,7 +606,7 @@ impl<'a> Heads<'a> {
 ///
 /// # Errors
 /// [`Error::SelfTest`] on the first difference.
-pub fn check_head(gpu: &Gpu) -> Result<()> {
+pub async fn check_head_async(gpu: &Gpu) -> Result<()> {
     let kernel = "head_int8";
     let mut random = Random::new(0x5EF0);
     let shape = MatShape::new(HEAD_SHAPE.0, HEAD_SHAPE.1)?;
@@ -614,8 +624,8 @@ pub fn check_head(gpu: &Gpu) -> Result<()> {
     let negative: Vec<f32> = hidden.iter().map(|value| -value).collect();
     let none = vec![0; shape.n().div_ceil(32)];
     for hidden in [&hidden, &negative] {
-        let exact = heads.find_exact(hidden)?;
-        let (found, candidates) = heads.find_int8(hidden, &none, 1.0)?;
+        let exact = heads.find_exact_async(hidden).await?;
+        let (found, candidates) = heads.find_int8_async(hidden, &none, 1.0).await?;
         compare(gpu, kernel, &[found.token], &[exact.token])?;
         if candidates < HEAD_NEAR.len() && exact.token as usize == HEAD_NEAR[6] {
             let problem = format!("{candidates} candidates, expected {}", HEAD_NEAR.len());
@@ -623,21 +633,21 @@ pub fn check_head(gpu: &Gpu) -> Result<()> {
         }
     }
     // Whoever leads is seen, and falls behind.
-    let exact = heads.find_exact(&hidden)?;
+    let exact = heads.find_exact_async(&hidden).await?;
     let mut seen = none;
     seen[exact.token as usize / 32] |= 1 << (exact.token % 32);
-    let (found, _) = heads.find_int8(&hidden, &seen, 2.0)?;
+    let (found, _) = heads.find_int8_async(&hidden, &seen, 2.0).await?;
     let rest = |n: usize| if n == exact.token as usize { f32::MIN } else { exact.logits[n] };
     let logits: Vec<f32> = (0..shape.n()).map(rest).collect();
     let second = cpu_ref::argmax::argmax(&logits).map_or(u32::MAX, |token| token as u32);
     compare(gpu, kernel, &[found.token], &[second])?;
-    check_head_rows(gpu, &heads, [&hidden, &negative], &seen, [exact.token, second])?;
-    check_head_bits(gpu, shape, &mut random)
+    check_head_rows(gpu, &heads, [&hidden, &negative], &seen, [exact.token, second]).await?;
+    check_head_bits(gpu, shape, &mut random).await
 }
 
 /// Several rows of logits at once, every second one of `hidden` and the others of its negative; the
 /// first has a penalty of `seen`, and then `second` for its token instead of `first`.
-fn check_head_rows(
+async fn check_head_rows(
     gpu: &Gpu,
     heads: &Heads<'_>,
     hidden: [&[f32]; 2],
@@ -645,17 +655,17 @@ fn check_head_rows(
     [first, second]: [u32; 2],
 ) -> Result<()> {
     let kernel = "head_int8";
-    let other = heads.find_exact(hidden[1])?.token;
+    let other = heads.find_exact_async(hidden[1]).await?.token;
     let none = vec![0; seen.len()];
     for rows in [3, LOGIT_ROWS] {
         let x: Vec<f32> = (0..rows).flat_map(|row| hidden[row % 2]).copied().collect();
         let expected: Vec<u32> = (0..rows).map(|row| [first, other][row % 2]).collect();
-        let found = heads.find_exact_rows(&x)?;
+        let found = heads.find_exact_rows_async(&x).await?;
         let found: Vec<u32> = found.iter().map(|found| found.token).collect();
         compare(gpu, shader::LM_HEAD.name, &found, &expected)?;
         let bits = |row| if row == 0 { seen } else { &none[..] };
         let all_seen: Vec<u32> = (0..rows).flat_map(bits).copied().collect();
-        let found = heads.find_int8_rows(&x, &all_seen, 2.0)?;
+        let found = heads.find_int8_rows_async(&x, &all_seen, 2.0).await?;
         let found: Vec<u32> = found.iter().map(|(found, _)| found.token).collect();
         let expected = [&[second], &expected[1..]].concat();
         compare(gpu, kernel, &found, &expected)?;
@@ -665,7 +675,7 @@ fn check_head_rows(
 
 /// Rows that differ in the last bits alone, so that rounding decides which is the best; and their
 /// approximate logits, which are integers times two scales.
-fn check_head_bits(gpu: &Gpu, shape: MatShape, random: &mut Random) -> Result<()> {
+async fn check_head_bits(gpu: &Gpu, shape: MatShape, random: &mut Random) -> Result<()> {
     let kernel = "head_int8";
     let first = random.floats(shape.k(), 0.1);
     let mut last_bit = |w: &f32| f32::from_bits(w.to_bits() ^ random.bits() as u32 & 1);
@@ -675,8 +685,8 @@ fn check_head_bits(gpu: &Gpu, shape: MatShape, random: &mut Random) -> Result<()
     let none = vec![0; shape.n().div_ceil(32)];
     for _ in 0..4 {
         let hidden = random.floats(shape.k(), 3.0);
-        let exact = heads.find_exact(&hidden)?;
-        let (found, _) = heads.find_int8(&hidden, &none, 1.0)?;
+        let exact = heads.find_exact_async(&hidden).await?;
+        let (found, _) = heads.find_int8_async(&hidden, &none, 1.0).await?;
         compare(gpu, kernel, &[found.token], &[exact.token])?;
         let x = head_int8::quantize_input(&hidden);
         let mut codes = vec![0; shape.k()];
@@ -707,7 +717,7 @@ const DRAWS: usize = 8;
 ///
 /// # Errors
 /// [`Error::SelfTest`] on the first difference.
-pub fn check_sample(gpu: &Gpu) -> Result<()> {
+pub async fn check_sample_async(gpu: &Gpu) -> Result<()> {
     let mut random = Random::new(0x5EED);
     let pipelines = gpu.pipelines();
     let mut logits = random.floats(1500, 6.0);
@@ -743,12 +753,12 @@ pub fn check_sample(gpu: &Gpu) -> Result<()> {
             min_p: how.min_p as f32,
             ..PassParams::default()
         };
-        let found = draw_tokens(gpu, &pipelines, &logits, &seen, params, &uniforms)?;
+        let found = draw_tokens_async(gpu, &pipelines, &logits, &seen, params, &uniforms).await?;
         compare(gpu, "sample", &found.tokens, &expected)?;
     }
     logits[700] = f32::NAN;
     let params = PassParams { n_logit_rows: 1, temperature: 1.0, ..PassParams::default() };
-    let found = draw_tokens(gpu, &pipelines, &logits, &seen, params, &[0.5])?;
+    let found = draw_tokens_async(gpu, &pipelines, &logits, &seen, params, &[0.5]).await?;
     compare(gpu, "sample", &found.tokens, &[u32::MAX])
 }
 
@@ -848,7 +858,7 @@ pub struct Drawn {
 ///
 /// # Errors
 /// [`Error::Gpu`] if the driver refuses or fails.
-pub fn draw_tokens(
+pub async fn draw_tokens_async(
     gpu: &Gpu,
     pipelines: &Pipelines,
     logits: &[f32],
@@ -879,7 +889,10 @@ pub fn draw_tokens(
     let ops = ops.into_iter().collect::<Result<Vec<_>>>()?;
     let params = PassParams { n_tokens: draws as u32, uniform: uniforms[0], ..params };
     gpu.run_all(&uniform, params, &ops)?;
-    Ok(Drawn { tokens: gpu.read(&tokens, draws)?, seen: gpu.read(&seen, lens.seen)? })
+    Ok(Drawn {
+        tokens: gpu.read_async(&tokens, draws).await?,
+        seen: gpu.read_async(&seen, lens.seen).await?,
+    })
 }
 
 /// What `quantize_absmax.wgsl` makes the sum of a token's codes: what the encoding's kernel subtracts.
@@ -931,7 +944,7 @@ pub fn run(gpu: &Gpu, call: &Call, params: PassParams, buffers: &[&Slice]) -> Re
 ///
 /// # Errors
 /// [`Error::Gpu`] if the driver refuses or fails.
-pub fn multiply(
+pub async fn multiply_async(
     gpu: &Gpu,
     plans: SumPlans,
     packed: &Packed,
@@ -943,19 +956,19 @@ pub fn multiply(
     gemm.validate(gpu)?;
     if n_tokens > 1 {
         let call = |shard: Gemm| shard.call_for(gemm, n_tokens);
-        return Ok(multiply_many(gpu, packed, codes, call)?.1);
+        return Ok(multiply_many_async(gpu, packed, codes, call).await?.1);
     }
     let variant = gemv.variant;
     let product = Product::upload(gpu, variant.gemv_encoding(), packed, codes)?;
     let call = kernels::gemv(gemv, packed.shape(), 0, product.tiles());
-    product.run(gpu, &call, variant.gemv_inputs(product.inputs()))
+    product.run(gpu, &call, variant.gemv_inputs(product.inputs())).await
 }
 
 /// The same with one of the kernels of many tokens, and its name.
 ///
 /// # Errors
 /// [`Error::Gpu`] if the driver refuses or fails.
-pub fn multiply_many(
+pub async fn multiply_many_async(
     gpu: &Gpu,
     packed: &Packed,
     codes: &[i8],
@@ -965,7 +978,7 @@ pub fn multiply_many(
     let product = Product::upload(gpu, gemm_encoding(layout), packed, codes)?;
     let (tiles, max_tokens) = (product.tiles(), product.n_tokens);
     let call = call(Gemm { layout, shape, tile_base: 0, tiles, max_tokens });
-    let found = product.run(gpu, &call, gemm_inputs(layout, product.inputs()))?;
+    let found = product.run(gpu, &call, gemm_inputs(layout, product.inputs())).await?;
     Ok((call.kernel.name, found))
 }
 
@@ -1006,12 +1019,17 @@ impl Product {
         SumInputs { words, codes, offset, code_sum }
     }
 
-    fn run<'a>(&'a self, gpu: &Gpu, call: &Call, mut buffers: Vec<&'a Slice>) -> Result<Vec<i32>> {
+    async fn run<'a>(
+        &'a self,
+        gpu: &Gpu,
+        call: &Call,
+        mut buffers: Vec<&'a Slice>,
+    ) -> Result<Vec<i32>> {
         buffers.push(&self.acc);
         let params = PassParams { n_tokens: self.n_tokens as u32, ..PassParams::default() };
         run(gpu, call, params, &buffers)?;
         let n_pad = kernels::padded_rows(self.shape.n());
-        let words = gpu.read(&self.acc, self.n_tokens * n_pad)?;
+        let words = gpu.read_async(&self.acc, self.n_tokens * n_pad).await?;
         let rows = words.chunks_exact(n_pad).flat_map(|row| &row[..self.shape.n()]);
         Ok(rows.map(|&word| word as i32).collect())
     }
@@ -1035,7 +1053,7 @@ pub enum GroupInput<'a> {
 ///
 /// # Errors
 /// [`Error::Gpu`] if the driver refuses or fails.
-pub fn multiply_groups(
+pub async fn multiply_groups_async(
     gpu: &Gpu,
     matrix: &TernaryMatrix,
     input: GroupInput<'_>,
@@ -1064,14 +1082,14 @@ pub fn multiply_groups(
             }
         }
     }
-    Ok(bytemuck::cast_vec(gpu.read(&y, n_tokens * n)?))
+    Ok(bytemuck::cast_vec(gpu.read_async(&y, n_tokens * n).await?))
 }
 
 /// Row `token` of a table with scales of groups.
 ///
 /// # Errors
 /// [`Error::Gpu`] if the driver refuses or fails.
-pub fn embed_groups(gpu: &Gpu, table: &TernaryMatrix, token: u32) -> Result<Vec<f32>> {
+pub async fn embed_groups_async(gpu: &Gpu, table: &TernaryMatrix, token: u32) -> Result<Vec<f32>> {
     let host = HostMatrix::pack(Method::Groups { int8: false }, &[table], RowOrder::Natural)?;
     let on_gpu = GpuMatrix::upload(gpu, "table", &host)?;
     let Kind::Groups(shape, _) = on_gpu.kind else { panic!("a matrix with scales of groups") };
@@ -1083,7 +1101,7 @@ pub fn embed_groups(gpu: &Gpu, table: &TernaryMatrix, token: u32) -> Result<Vec<
         let call = kernels::group_embedding(shape, rows.base, rows.rows);
         run(gpu, &call, params, &[&tokens, words, scales, &out])?;
     }
-    Ok(bytemuck::cast_vec(gpu.read(&out, shape.shape.k())?))
+    Ok(bytemuck::cast_vec(gpu.read_async(&out, shape.shape.k()).await?))
 }
 
 /// Positions of the check of attention: two blocks, the second in part; and tokens at their end.
@@ -1094,7 +1112,7 @@ const ROWS: usize = 3;
 ///
 /// # Errors
 /// [`Error::SelfTest`] on the first difference.
-pub fn check_attention(gpu: &Gpu, layout: KvLayout) -> Result<()> {
+pub async fn check_attention_async(gpu: &Gpu, layout: KvLayout) -> Result<()> {
     let KvLayout { mut heads, format } = layout;
     if 4 * (2 * BLOCK * heads.kv * heads.dim) as u64 > gpu.max_binding() {
         // One key head stands for all where a binding does not hold two blocks of all.
@@ -1105,7 +1123,7 @@ pub fn check_attention(gpu: &Gpu, layout: KvLayout) -> Result<()> {
     let (kv_size, query_size) = (heads.kv * heads.dim, heads.query * heads.dim);
     let rows = [2.0, 5.0].map(|range| random.floats(POSITIONS * kv_size, range));
     let cache = TestCache::upload(gpu, layout, [&rows[0], &rows[1]], &[1, 0], 2)?;
-    check_store(gpu, &cache, &rows)?;
+    check_store(gpu, &cache, &rows).await?;
     let (mut stored, mut scales) = ([Vec::new(), Vec::new()], [Vec::new(), Vec::new()]);
     for (part, rows) in rows.iter().enumerate() {
         for head in rows.chunks_exact(heads.dim) {
@@ -1130,7 +1148,7 @@ pub fn check_attention(gpu: &Gpu, layout: KvLayout) -> Result<()> {
     let tile = Attend::Tile(TileFor::adapter(gpu.adapter.kind));
     for (how, tokens) in [(tile, ROWS), (Attend::Whole, 1), (Attend::Blocks, 1)] {
         let last = (ROWS - tokens) * query_size;
-        let found = attend(gpu, &cache, how, &query[last..], POSITIONS - tokens)?;
+        let found = attend_async(gpu, &cache, how, &query[last..], POSITIONS - tokens).await?;
         for (at, (&found, &expected)) in found.iter().zip(&expected[last..]).enumerate() {
             let is_close = (found - expected).abs() <= bound;
             if !is_close {
@@ -1144,7 +1162,7 @@ pub fn check_attention(gpu: &Gpu, layout: KvLayout) -> Result<()> {
 
 /// Stores what a cache was packed with on the host, and compares: codes may differ by a step, as a
 /// division that is not exact allows, and scales in their last bits.
-fn check_store(gpu: &Gpu, cache: &TestCache, rows: &[Vec<f32>; 2]) -> Result<()> {
+async fn check_store(gpu: &Gpu, cache: &TestCache, rows: &[Vec<f32>; 2]) -> Result<()> {
     let layout = cache.layout;
     let new = [gpu.upload("keys", &rows[0])?, gpu.upload("values", &rows[1])?];
     let lens = layout.block_words().map(|words| 2 * words);
@@ -1156,8 +1174,9 @@ fn check_store(gpu: &Gpu, cache: &TestCache, rows: &[Vec<f32>; 2]) -> Result<()>
     // Of the second block only what was stored: the host packs zeros, with their scale.
     let is_int8 = layout.format == KvFormat::Int8;
     for (part, len) in lens.into_iter().enumerate().filter(|&(_, len)| len > 0) {
-        let [found, expected] = [&out[part], &cache.parts[part]].map(|slice| gpu.read(slice, len));
-        for (at, (found, expected)) in found?.into_iter().zip(expected?).enumerate() {
+        let [found, expected] =
+            [&out[part], &cache.parts[part]].map(|slice| gpu.read_async(slice, len));
+        for (at, (found, expected)) in found.await?.into_iter().zip(expected.await?).enumerate() {
             let is_close = match part {
                 2 => {
                     let [found, expected] = [found, expected].map(f32::from_bits);
@@ -1242,7 +1261,7 @@ impl TestCache {
 ///
 /// # Errors
 /// [`Error::Gpu`] if the driver refuses or fails.
-pub fn attend(
+pub async fn attend_async(
     gpu: &Gpu,
     cache: &TestCache,
     how: Attend,
@@ -1274,7 +1293,7 @@ pub fn attend(
             run(gpu, &kernels::attention_merge(heads), params, &[&partials, &out])?;
         }
     }
-    Ok(bytemuck::cast_vec(gpu.read(&out, len)?))
+    Ok(bytemuck::cast_vec(gpu.read_async(&out, len).await?))
 }
 
 /// What `quantize_absmax.wgsl` writes.
@@ -1300,7 +1319,7 @@ impl QuantizedWords {
 ///
 /// # Errors
 /// [`Error::Gpu`] if the driver refuses or fails.
-pub fn quantize(
+pub async fn quantize_async(
     gpu: &Gpu,
     encoding: Encoding,
     x: &[f32],
@@ -1316,9 +1335,9 @@ pub fn quantize(
     let call = kernels::quantize_absmax(k, encoding);
     run(gpu, &call, params, &[&x, &codes, &act_scale, &code_sum])?;
     Ok(QuantizedWords {
-        codes: gpu.read(&codes, len_words)?,
-        act_scale: bytemuck::cast_vec(gpu.read(&act_scale, n_tokens)?),
-        code_sum: bytemuck::cast_vec(gpu.read(&code_sum, n_tokens)?),
+        codes: gpu.read_async(&codes, len_words).await?,
+        act_scale: bytemuck::cast_vec(gpu.read_async(&act_scale, n_tokens).await?),
+        code_sum: bytemuck::cast_vec(gpu.read_async(&code_sum, n_tokens).await?),
     })
 }
 
@@ -1326,6 +1345,7 @@ pub fn quantize(
 mod tests {
     use super::super::Variant;
     use super::*;
+    use crate::wait::block_on;
 
     fn wrong_result() -> Error {
         let [device, kernel, problem] = ["gpu:0", "gemv", "wrong"].map(str::to_owned);
@@ -1345,18 +1365,14 @@ mod tests {
         let mut checks = Vec::new();
         for _layer in 0..2 {
             for (step, expected) in Step::ALL.into_iter().zip([Variant::BitSerial; 4]) {
-                let found = sums.plan(
-                    step,
-                    |_| true,
-                    |plan| {
-                        checks.push(plan);
-                        if plan.variant == Variant::PackedDot {
-                            Err(wrong_result())
-                        } else {
-                            Ok(())
-                        }
-                    },
-                );
+                let check = async |plan: GemvPlan| {
+                    checks.push(plan);
+                    match plan.variant {
+                        Variant::PackedDot => Err(wrong_result()),
+                        _ => Ok(()),
+                    }
+                };
+                let found = block_on(sums.plan(step, |_| true, check));
                 assert_eq!(found.unwrap(), plan(expected));
             }
         }
@@ -1372,11 +1388,11 @@ mod tests {
         let mut gemms = Gemms::new(GemmPlans { i2: tiles, ..GemmPlans::default() });
         let mut checks = Vec::new();
         let mut check = |wrong: Option<GemmPlan>, layout| {
-            let check = |plan| {
+            let check = async |plan| {
                 checks.push((layout, plan));
                 if wrong.is_none_or(|wrong| wrong == plan) { Err(wrong_result()) } else { Ok(()) }
             };
-            gemms.plan(layout, check)
+            block_on(gemms.plan(layout, check))
         };
         for _layer in 0..2 {
             assert_eq!(check(Some(tiles), Layout::I2).unwrap(), GemmPlan::FEW);
@@ -1387,7 +1403,7 @@ mod tests {
         assert_eq!(gemms.refused.len(), 1);
         // Where nothing is right there is no kernel for a prompt.
         let mut gemms = Gemms::new(GemmPlans::default());
-        let found = gemms.plan(Layout::I2, |_| Err(wrong_result()));
+        let found = block_on(gemms.plan(Layout::I2, async |_| Err(wrong_result())));
         assert!(matches!(found, Err(Error::SelfTest { .. })));
     }
 
@@ -1399,7 +1415,7 @@ mod tests {
         assert_eq!(sums.names(), None);
         for step in Step::ALL {
             // There is no fused kernel for one of them.
-            sums.plan(step, |_| step != Step::Down, |_| Ok(())).unwrap();
+            block_on(sums.plan(step, |_| step != Step::Down, async |_| Ok(()))).unwrap();
         }
         let names =
             "gemv_i2 (fused): qkv, gate_up; gemv_i2 (split, 4 slices): o; gemv_i2 (split): down";
@@ -1409,13 +1425,14 @@ mod tests {
     #[test]
     fn a_plan_that_is_asked_for_has_no_substitute() {
         let mut sums = Sums::new(Plans::Asked(plan(Variant::BitSerial)));
-        let found = sums.plan(Step::O, |_| true, |_| Err(wrong_result()));
+        let found = block_on(sums.plan(Step::O, |_| true, async |_| Err(wrong_result())));
         assert!(matches!(found, Err(Error::SelfTest { .. })));
         let order = Variant::ALL.to_vec();
         let mut sums = Sums::new(Plans::Preferred([plan(Variant::BitSerial); 4], order));
-        assert!(sums.plan(Step::O, |_| true, |_| Err(wrong_result())).is_err());
+        let found = block_on(sums.plan(Step::O, |_| true, async |_| Err(wrong_result())));
+        assert!(found.is_err());
         // A driver's failure is no wrong result.
-        let lost = |_| Err(Error::EmptyPrompt);
-        assert!(matches!(sums.plan(Step::Qkv, |_| true, lost), Err(Error::EmptyPrompt)));
+        let lost = async |_| Err(Error::EmptyPrompt);
+        assert!(matches!(block_on(sums.plan(Step::Qkv, |_| true, lost)), Err(Error::EmptyPrompt)));
     }
 }

@@ -41,6 +41,8 @@ mod packed_file;
 mod pool;
 mod portable;
 mod scalar;
+#[cfg(all(target_arch = "wasm32", target_feature = "simd128"))]
+mod simd128;
 mod tables;
 
 use std::ffi::OsStr;
@@ -87,13 +89,15 @@ pub enum Level {
     NeonDotprod,
     /// AArch64 without it.
     Neon,
+    /// WebAssembly with 128-bit SIMD.
+    Simd128,
     /// Whatever the compiler makes of plain loops.
     Scalar,
 }
 
 impl Level {
     /// All levels, best first.
-    pub const ALL: [Self; 8] = [
+    pub const ALL: [Self; 9] = [
         Self::Avx512Vbmi,
         Self::Avx512Vnni,
         Self::AvxVnni,
@@ -101,6 +105,7 @@ impl Level {
         Self::NeonI8mm,
         Self::NeonDotprod,
         Self::Neon,
+        Self::Simd128,
         Self::Scalar,
     ];
 
@@ -114,6 +119,7 @@ impl Level {
             Self::NeonI8mm => "neon-i8mm",
             Self::NeonDotprod => "neon-dotprod",
             Self::Neon => "neon",
+            Self::Simd128 => "simd128",
             Self::Scalar => "scalar",
         }
     }
@@ -128,6 +134,7 @@ impl Level {
             Self::NeonI8mm => "NEON int8 matrix product",
             Self::NeonDotprod => "NEON dot product",
             Self::Neon => "NEON",
+            Self::Simd128 => "WebAssembly SIMD",
             Self::Scalar => "scalar",
         }
     }
@@ -187,6 +194,8 @@ impl Level {
             Self::NeonDotprod => Some(Box::new(neon_dotprod::NeonDotprod::new()?)),
             #[cfg(all(target_arch = "aarch64", target_endian = "little"))]
             Self::Neon => Some(Box::new(neon::Neon::new()?)),
+            #[cfg(all(target_arch = "wasm32", target_feature = "simd128"))]
+            Self::Simd128 => Some(Box::new(simd128::Simd128::new()?)),
             Self::Scalar => Some(Box::new(scalar::Scalar::new()?)),
             _ => None,
         }

@@ -79,7 +79,11 @@ fn negatives_dot(piece: [u32; PIECE_WORDS], x: &[i8; signs::CHUNK_K]) -> i32 {
 }
 
 /// One chunk of [`super::tables`].
-fn lookup_chunk(chunk: &[u32; CHUNK_WORDS], tables: &[FieldTables], sums: &mut [[f32; TILE_ROWS]]) {
+pub(super) fn lookup_chunk(
+    chunk: &[u32; CHUNK_WORDS],
+    tables: &[FieldTables],
+    sums: &mut [[f32; TILE_ROWS]],
+) {
     for (tables, sums) in tables.iter().zip(sums) {
         for (sum, piece) in sums.iter_mut().zip(chunk.as_chunks::<PIECE_WORDS>().0) {
             *sum = 0.0;

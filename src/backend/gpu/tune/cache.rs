@@ -14,7 +14,6 @@ use std::fs::{self, File};
 use std::io::{self, Read, Write};
 use std::path::{Path, PathBuf};
 
-use etcetera::BaseStrategy;
 use serde::{Deserialize, Serialize};
 
 use super::super::device::Gpu;
@@ -41,8 +40,21 @@ fn directory_of(variable: Option<OsString>) -> Option<PathBuf> {
     if let Some(directory) = variable.filter(|value| !value.is_empty()) {
         return Some(PathBuf::from(directory));
     }
+    native_directory()
+}
+
+#[cfg(not(target_family = "wasm"))]
+fn native_directory() -> Option<PathBuf> {
+    use etcetera::BaseStrategy;
+
     let strategy = etcetera::base_strategy::choose_native_strategy().ok()?;
     Some(strategy.cache_dir().join("sterna"))
+}
+
+/// A browser has no directories.
+#[cfg(target_family = "wasm")]
+fn native_directory() -> Option<PathBuf> {
+    None
 }
 
 /// What a measurement is good for: with another of any of these, it says nothing.

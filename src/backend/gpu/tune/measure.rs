@@ -1,7 +1,7 @@
 //! Timing on a device: steps of a token on cold weights, copies, empty dispatches.
 
 use std::collections::HashMap;
-use std::time::{Duration, Instant};
+use web_time::{Duration, Instant};
 
 use cpu_ref::layout::{PIECE_WORDS, TILE_ROWS, k_chunks};
 
@@ -20,6 +20,7 @@ use crate::kv_cache::KvFormat;
 use crate::layout::Layout;
 use crate::random::Random;
 use crate::shape::MatShape;
+use crate::wait::block_on;
 
 /// Bytes of weights that take turns: more than the last-level caches that there are, 96 MiB on
 /// discrete GPUs and 48 MiB on integrated ones. On a software rasteriser only the path is tested.
@@ -75,7 +76,7 @@ impl<'a> Bench<'a> {
         let half = half.min(gpu.max_binding()) & !255;
         let scope = gpu.device.push_error_scope(wgpu::ErrorFilter::OutOfMemory);
         let weights = [(); 2].map(|()| gpu.storage("weights", half as usize / 4));
-        if let Some(problem) = pollster::block_on(scope.pop()) {
+        if let Some(problem) = block_on(async { Ok(scope.pop().await) })? {
             return Err(gpu.error("make room for measuring", problem.to_string()));
         }
         let [first, second] = weights;

@@ -11,7 +11,7 @@ mod defaults;
 mod measure;
 
 use std::path::{Path, PathBuf};
-use std::time::{Duration, Instant};
+use web_time::{Duration, Instant};
 
 use cpu_ref::attention::Heads;
 use cpu_ref::layout::TILE_ROWS;
@@ -755,6 +755,10 @@ pub(super) fn choose(
     let defaults = steps.map(|step| step.default_plan(default));
     if tune == Tune::Off || gpu.adapter.kind == AdapterKind::Software {
         return Ok((Plans::Preferred(defaults, order), gemms, Vec::new()));
+    }
+    if cfg!(target_family = "wasm") {
+        let note = "not tuned: measuring waits for the GPU, which a browser does not allow";
+        return Ok((Plans::Preferred(defaults, order), gemms, vec![note.to_owned()]));
     }
     let measure = |missing: &[StepShape], products: &dyn Fn(&[Race]) -> Vec<GemmShape>| {
         let start = Instant::now();

@@ -1,0 +1,140 @@
+// Uses the page as a person would, in Chromium, and takes pictures of it.
+import path from 'node:path';
+
+const NARROW = { width: 390, height: 844 };
+const WIDE = { width: 1280, height: 800 };
+const PATIENCE = { timeout: 120_000 };
+
+function equal(found, expected, what) {
+  if (found !== expected) throw new Error(`${what}: expected ${JSON.stringify(expected)}, found ${JSON.stringify(found)}`);
+}
+
+/** Returns how many steps failed. */
+export async function usePage(browser, server, outDir) {
+  const origin = await server.start();
+  const context = await browser.newContext({ viewport: NARROW, colorScheme: 'light' });
+  const page = await context.newPage();
+  page.on('pageerror', (error) => console.log(`[page error] ${error}`));
+  const foreign = [];
+  page.on('request', (request) => { if (!request.url().startsWith(origin)) foreign.push(request.url()); });
+
+  const idle = () => page.waitForFunction(() => !document.getElementById('send').disabled, null, PATIENCE);
+  const text = () => page.locator('#texts li').last().innerText();
+  const settings = async (change) => {
+    await page.click('#open-settings');
+    await change();
+    await page.click('#settings .title button').catch(() => {});
+  };
+  const send = async (prompt) => {
+    await page.fill('#prompt', prompt);
+    await page.press('#prompt', 'Enter');
+  };
+  const picture = async (name) => {
+    for (const [size, viewport] of Object.entries({ narrow: NARROW, wide: WIDE })) {
+      await page.setViewportSize(viewport);
+      for (const colorScheme of ['light', 'dark']) {
+        await page.emulateMedia({ colorScheme });
+        await page.screenshot({ path: path.join(outDir, `${name}-${size}-${colorScheme}.png`) });
+      }
+    }
+    await page.setViewportSize(NARROW);
+    await page.emulateMedia({ colorScheme: 'light' });
+  };
+  let greedy;
+
+  const steps = {
+    async loads_on_the_gpu() {
+      await page.goto(`${origin}/`);
+      await idle();
+      await page.click('#open-settings');
+      await page.selectOption('#run-on', 'gpu');
+      await page.click('#load-model');
+      await page.waitForFunction(() => document.getElementById('device').textContent.startsWith('GPU'), null, PATIENCE);
+      await idle();
+    },
+    async writes_and_regenerates() {
+      await settings(async () => {
+        await page.fill('#temperature', '0');
+        await page.fill('#max-tokens', '60');
+      });
+      await send('Once upon a time');
+      await page.waitForFunction(() => !document.getElementById('stop').disabled, null, PATIENCE);
+      await idle();
+      greedy = await text();
+      if (greedy.length < 50) throw new Error(`a text of ${greedy.length} letters`);
+      if (!/tokens\/s/.test(await page.innerText('#stats'))) throw new Error('no speed');
+      await picture('text');
+      await page.click('#again');
+      await idle();
+      equal(await text(), greedy, 'the same text again');
+      equal(await page.locator('#texts li').count(), 2, 'parts');
+    },
+    async stops() {
+      await settings(() => page.fill('#max-tokens', '2000'));
+      await page.click('#again');
+      await page.waitForFunction(() => (document.querySelector('#texts .writing')?.textContent.length ?? 0) > 20, null, PATIENCE);
+      await page.click('#stop');
+      await idle();
+      if (!/stopped|\d/.test(await page.innerText('#stats'))) throw new Error('not said');
+    },
+    async verifies_and_compares() {
+      await page.click('#open-settings');
+      await page.click('#verify');
+      await page.waitForFunction(() => /Passed|FAILED/.test(document.getElementById('machine').textContent), null, PATIENCE);
+      equal((await page.innerText('#machine')).slice(0, 6), 'Passed', 'verdict');
+      await page.click('#compare');
+      await page.waitForSelector('#chart .bar >> nth=1', PATIENCE);
+      await page.locator('#chart').scrollIntoViewIfNeeded();
+      await picture('machine');
+      await page.keyboard.press('Escape');
+      if (!/verified/.test(await page.innerText('#device'))) throw new Error('the header does not say so');
+    },
+    async works_by_keyboard_alone() {
+      await page.focus('#open-settings');
+      await page.keyboard.press('Enter');
+      equal(await page.evaluate(() => document.getElementById('settings').open), true, 'the dialog');
+      await page.keyboard.press('Escape');
+      equal(await page.evaluate(() => document.activeElement.id), 'open-settings', 'focus comes back');
+      const unnamed = await page.evaluate(() => [...document.querySelectorAll('input, select, textarea, button')]
+        .filter((control) => !(control.labels?.length || control.textContent.trim() || control.ariaLabel)).map((c) => c.id));
+      equal(unnamed.join(), '', 'controls without a name');
+    },
+    async reloads_without_a_network() {
+      await page.evaluate(() => navigator.serviceWorker.ready.then(() => {}));
+      server.offline = true;
+      await page.reload();
+      await idle();
+      await settings(async () => {
+        await page.fill('#temperature', '0');
+        await page.fill('#max-tokens', '60');
+      });
+      await send('Once upon a time');
+      await page.waitForFunction(() => document.querySelectorAll('#texts li').length === 2, null, PATIENCE);
+      await idle();
+      equal(await text(), greedy, 'the same text on the CPU');
+      await picture('offline');
+    },
+    async asks_nobody_else() {
+      equal(foreign.join(), '', 'requests');
+    },
+  };
+
+  let failed = 0;
+  for (const [name, step] of Object.entries(steps)) {
+    const begin = performance.now();
+    try {
+      await step();
+      console.log(`page ok ${name} (${Math.round(performance.now() - begin)} ms)`);
+    } catch (error) {
+      failed += 1;
+      console.log(`page FAILED ${name} ${String(error.message).split('\n')[0]}`);
+      await page.screenshot({ path: path.join(outDir, `failed-${name}.png`) }).catch(() => {});
+      const said = await page.evaluate(() => document.getElementById('problem').textContent).catch(() => '');
+      if (said) console.log(`page says ${said}`);
+    }
+  }
+  await context.close();
+  server.http.closeAllConnections();
+  server.http.close();
+  return failed;
+}

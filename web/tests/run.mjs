@@ -1,0 +1,177 @@
+// Runs the checks of web/tests in headless browsers with software WebGPU, then uses the page as a
+// person would and takes pictures of it.
+//
+//   node web/tests/run.mjs PACKAGE OUT STERNA [chromium] [firefox]
+//
+// PACKAGE is the folder that tools/build-web.sh makes, OUT takes pictures and results, STERNA is the
+// native program, whose tokens and hash the browsers must have. Needs playwright-core (npm) to be found
+// from this folder or in NODE_PATH, and Chromium and Firefox (CHROMIUM, FIREFOX: their programs).
+import { spawn, execFileSync } from 'node:child_process';
+import fs from 'node:fs';
+import http from 'node:http';
+import { createRequire } from 'node:module';
+import os from 'node:os';
+import path from 'node:path';
+
+const [packageDir, outDir, sterna, ...asked] = process.argv.slice(2);
+if (!sterna) {
+  console.error('usage: node run.mjs PACKAGE OUT STERNA [chromium] [firefox]');
+  process.exit(2);
+}
+const browsers = asked.length > 0 ? asked : ['chromium', 'firefox'];
+const testsDir = import.meta.dirname ?? path.dirname(new URL(import.meta.url).pathname);
+const TIMEOUT_MS = Number(process.env.TIMEOUT_MS ?? 600_000);
+fs.mkdirSync(outDir, { recursive: true });
+
+const native = JSON.parse(execFileSync(sterna, ['verify', '--device', 'cpu', '--json'], { maxBuffer: 1 << 26 }));
+const expected = { hash: native.integer_hash, tokens: native.generations[0].token_ids };
+
+const TYPES = {
+  '.html': 'text/html; charset=utf-8', '.js': 'text/javascript', '.css': 'text/css', '.json': 'application/json',
+  '.wasm': 'application/wasm', '.svg': 'image/svg+xml', '.webmanifest': 'application/manifest+json',
+};
+
+/** Serves package and checks, as a server on the internet might: it cuts, and it can be gone. */
+class Server {
+  offline = false;
+  cuts = 0;
+  onResult = () => {};
+  onEnd = () => {};
+
+  async start() {
+    this.http = http.createServer((request, response) => this.#answer(request, response));
+    await new Promise((ready) => this.http.listen(0, '127.0.0.1', ready));
+    return `http://127.0.0.1:${this.http.address().port}`;
+  }
+
+  async #answer(request, response) {
+    const url = new URL(request.url, 'http://localhost');
+    if (request.method === 'POST') {
+      const chunks = [];
+      for await (const chunk of request) chunks.push(chunk);
+      const value = JSON.parse(Buffer.concat(chunks).toString() || '{}');
+      if (url.pathname === '/tests/result') this.onResult(value);
+      if (url.pathname === '/tests/end') this.onEnd(value);
+      return response.writeHead(204).end();
+    }
+    if (this.offline) return request.socket.destroy();
+    const headers = { 'Cross-Origin-Opener-Policy': 'same-origin', 'Cross-Origin-Embedder-Policy': 'require-corp' };
+    const json = (value) => response.writeHead(200, { ...headers, 'Content-Type': TYPES['.json'] }).end(JSON.stringify(value));
+    if (url.pathname === '/tests/expected.json') return json(expected);
+    if (url.pathname === '/tests/cuts') return json({ requests: this.cuts });
+    let name = decodeURIComponent(url.pathname);
+    const isCut = name.startsWith('/cut/');
+    if (isCut) name = name.replace('/cut/', '/model/');
+    if (name.endsWith('/')) name += 'index.html';
+    const [root, rest] = name.startsWith('/tests/') ? [testsDir, name.slice(6)] : [packageDir, name];
+    const file = path.join(root, path.normalize(rest));
+    if (!fs.existsSync(file)) return response.writeHead(404, headers).end();
+    const bytes = fs.readFileSync(file);
+    headers['Content-Type'] = TYPES[path.extname(file)] ?? 'application/octet-stream';
+    headers['ETag'] = `"${bytes.length}"`;
+    headers['Cache-Control'] = 'no-store';
+    const range = /^bytes=(\d+)-$/.exec(request.headers.range ?? '');
+    const first = range ? Number(range[1]) : 0;
+    if (range) headers['Content-Range'] = `bytes ${first}-${bytes.length - 1}/${bytes.length}`;
+    headers['Content-Length'] = bytes.length - first;
+    response.writeHead(range ? 206 : 200, headers);
+    const limit = 900_000;
+    if (isCut && bytes.length - first > limit) {
+      this.cuts += 1;
+      return response.write(bytes.subarray(first, first + limit), () => request.socket.destroySoon());
+    }
+    response.end(bytes.subarray(first));
+  }
+}
+
+/** Opens a page in Firefox, with a profile of its own; returns how to end it. */
+function firefox(url) {
+  const profile = fs.mkdtempSync(path.join(os.tmpdir(), 'sterna-firefox-'));
+  const settings = {
+    'dom.webgpu.enabled': true, 'gfx.webgpu.ignore-blocklist': true, 'dom.webgpu.service-workers.enabled': true,
+    'browser.shell.checkDefaultBrowser': false, 'datareporting.policy.dataSubmissionEnabled': false,
+    'toolkit.telemetry.reportingpolicy.firstRun': false, 'app.update.enabled': false, 'browser.startup.homepage_override.mstone': 'ignore',
+  };
+  const lines = Object.entries(settings).map(([key, value]) => `user_pref(${JSON.stringify(key)}, ${JSON.stringify(value)});`);
+  fs.writeFileSync(path.join(profile, 'user.js'), lines.join('\n'));
+  const program = process.env.FIREFOX ?? 'firefox-esr';
+  const log = fs.openSync(path.join(outDir, 'firefox.log'), 'w');
+  const child = spawn(program, ['--headless', '--no-remote', '--profile', profile, url], {
+    stdio: ['ignore', log, log], env: { ...process.env, MOZ_HEADLESS: '1', HOME: profile },
+  });
+  return async () => {
+    const ended = new Promise((end) => child.on('exit', end));
+    child.kill();
+    await Promise.race([ended, new Promise((end) => setTimeout(end, 5000))]);
+    if (child.exitCode === null) child.kill('SIGKILL');
+    fs.rmSync(profile, { recursive: true, force: true, maxRetries: 5, retryDelay: 200 });
+  };
+}
+
+/** Starts Chromium with its software adapter. */
+async function chromium() {
+  const { chromium: launcher } = createRequire(path.join(testsDir, 'run.mjs'))('playwright-core');
+  return launcher.launch({
+    executablePath: process.env.CHROMIUM ?? '/usr/bin/chromium',
+    headless: true,
+    chromiumSandbox: false,
+    args: [
+      '--enable-unsafe-webgpu', '--use-webgpu-adapter=swiftshader', '--disable-quic', '--no-first-run',
+      '--disable-background-networking', '--disable-component-update', '--disable-sync',
+    ],
+  });
+}
+
+/** Runs the checks in a browser; returns how many failed. */
+async function check(browser, open) {
+  const server = new Server();
+  const origin = await server.start();
+  const results = [];
+  let failed = 0;
+  server.onResult = (result) => {
+    results.push(result);
+    if (result.problem) failed += 1;
+    const found = result.found ? ` ${JSON.stringify(result.found).slice(0, 400)}` : '';
+    console.log(`${browser} ${result.problem ? 'FAILED' : 'ok'} ${result.name} (${result.ms} ms)${result.problem ? ` ${result.problem}` : found}`);
+  };
+  let timer;
+  const ended = new Promise((resolve, reject) => {
+    server.onEnd = ({ problem }) => (problem ? reject(new Error(problem)) : resolve());
+    timer = setTimeout(() => reject(new Error(`no end after ${TIMEOUT_MS} ms`)), TIMEOUT_MS);
+  });
+  const close = await open(`${origin}/tests/`);
+  try {
+    await ended;
+    if (results.length === 0) throw new Error('no check has run');
+  } catch (error) {
+    failed += 1;
+    console.log(`${browser} FAILED ${error.message}`);
+  } finally {
+    clearTimeout(timer);
+    await close();
+    server.http.closeAllConnections();
+    server.http.close();
+    fs.writeFileSync(path.join(outDir, `${browser}.json`), JSON.stringify(results, null, 2));
+  }
+  return failed;
+}
+
+let failed = 0;
+if (browsers.includes('chromium')) {
+  const browser = await chromium();
+  failed += await check('chromium', async (url) => {
+    const page = await browser.newPage();
+    page.on('console', (message) => console.log(`[page ${message.type()}] ${message.text()}`));
+    page.on('pageerror', (error) => console.log(`[page error] ${error}`));
+    await page.goto(url);
+    return () => page.close();
+  });
+  const { usePage } = await import('./page.mjs');
+  failed += await usePage(browser, new Server(), outDir);
+  await browser.close();
+}
+if (browsers.includes('firefox')) {
+  failed += await check('firefox', async (url) => firefox(url));
+}
+console.log(failed === 0 ? 'passed' : `${failed} failed`);
+process.exit(failed === 0 ? 0 : 1);

@@ -1,0 +1,22 @@
+// The package's worker, with something done to WebGPU first.
+
+const how = new URL(self.location.href).search.slice(1);
+if (how === 'no-gpu') {
+  Object.defineProperty(navigator, 'gpu', { value: undefined });
+}
+if (how === 'destroys') {
+  const devices = [];
+  const requestDevice = GPUAdapter.prototype.requestDevice;
+  GPUAdapter.prototype.requestDevice = async function (...args) {
+    const device = await requestDevice.apply(this, args);
+    devices.push(device);
+    return device;
+  };
+  new BroadcastChannel('sterna-test').onmessage = () => devices.forEach((device) => device.destroy());
+}
+
+// Nothing that arrives before the package listens is lost.
+const early = [];
+self.onmessage = (event) => early.push(event);
+await import('/worker.js');
+for (const event of early) self.onmessage(event);
