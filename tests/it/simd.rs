@@ -564,16 +564,26 @@ fn same_bits(
 }
 
 fn attention(kernels: &dyn Kernels) {
-    for (seed, (positions, dim)) in
-        [(1, 20), (2, 32), (31, 64), (32, 128), (33, 128), (67, 96), (300, 128), (1000, 2)]
-            .into_iter()
-            .enumerate()
+    // Heads (query, key/value): as many queries a key as a kernel takes at once, fewer, more.
+    for (seed, (positions, dim, (query, kv))) in [
+        (1, 20, (4, 2)),
+        (2, 32, (4, 1)),
+        (31, 64, (3, 3)),
+        (32, 128, (8, 2)),
+        (33, 128, (4, 1)),
+        (67, 96, (5, 1)),
+        (130, 100, (7, 1)),
+        (300, 128, (8, 2)),
+        (1000, 2, (6, 1)),
+    ]
+    .into_iter()
+    .enumerate()
     {
         let mut random = Random::new(seed as u64);
-        let heads = cpu_ref::attention::Heads { query: 4, kv: 2, dim };
-        let q = random.floats(4 * dim, 3.0);
-        let keys = random.floats(positions * 2 * dim, 2.0);
-        let values = random.floats(positions * 2 * dim, 5.0);
+        let heads = cpu_ref::attention::Heads { query, kv, dim };
+        let q = random.floats(query * dim, 3.0);
+        let keys = random.floats(positions * kv * dim, 2.0);
+        let values = random.floats(positions * kv * dim, 5.0);
         for format in [KvFormat::F32, KvFormat::F16, KvFormat::Int8] {
             let (stored_keys, key_scales) = stored(&keys, dim, format);
             let (stored_values, value_scales) = stored(&values, dim, format);
@@ -633,7 +643,7 @@ fn attention_of_tokens(kernels: &dyn Kernels) {
         let sums = guarded("attend_block", tokens * heads * dim, 0.0, |out| {
             let queries = Queries { q, stride: heads * dim, heads, tokens, seen };
             let attended = Attended { softmax: &mut softmax, out, stride: heads };
-            kernels.attend_block(queries, cache.head(block, 0, 0), attended);
+            kernels.attend_block(queries, cache.head(block, 0, 0), None, attended);
         });
         (softmax, sums)
     };
@@ -653,7 +663,7 @@ fn attention_of_tokens(kernels: &dyn Kernels) {
     let (mut softmax, mut out) = attend(q, 1, 66, 0);
     let attended = Attended { softmax: &mut softmax, out: &mut out, stride: heads };
     let queries = Queries { q, stride: heads * dim, heads, tokens: 1, seen: 2 };
-    kernels.attend_block(queries, cache.head(1, 0, 0), attended);
+    kernels.attend_block(queries, cache.head(1, 0, 0), None, attended);
     for head in 0..heads {
         let [first, second] = &together;
         let (mut running, mut merged) = (Softmax::default(), vec![0.0; dim]);

@@ -26,6 +26,7 @@ use cpu_ref::layout::{CHUNK_K, TILE_ROWS};
 use super::attention::widen_halves;
 use super::head::{CODE_WORDS, LimbSums};
 use super::portable::widen_scales;
+use super::lanes::Lanes;
 use super::tables::{FieldTables, build_tables};
 use super::{Activations, CHUNK_WORDS, Level, impl_kernels};
 
@@ -34,9 +35,9 @@ use super::{Activations, CHUNK_WORDS, Level, impl_kernels};
 pub(super) struct Avx2(());
 
 impl Avx2 {
-    /// Whether this machine has AVX2.
+    /// Whether this machine has AVX2, and F16C, which every processor with AVX2 has.
     pub(super) fn is_available() -> bool {
-        is_x86_feature_detected!("avx2")
+        is_x86_feature_detected!("avx2") && is_x86_feature_detected!("f16c")
     }
 
     /// The level's token; `None` if this machine does not run it.
@@ -45,7 +46,63 @@ impl Avx2 {
     }
 }
 
-impl_kernels!(Avx2, Level::Avx2, #[target_feature(enable = "avx2")]);
+impl_kernels!(Avx2, Level::Avx2, #[target_feature(enable = "avx2,f16c")]);
+
+/// The vectors of attention.
+pub(super) type Vector = __m256;
+
+impl Lanes for __m256 {
+    const N: usize = 8;
+    const WIDE: usize = 2;
+
+    #[inline(always)]
+    unsafe fn splat(value: f32) -> Self {
+        // SAFETY: as the trait demands.
+        unsafe { _mm256_set1_ps(value) }
+    }
+
+    #[inline(always)]
+    unsafe fn load(at: *const f32) -> Self {
+        // SAFETY: as the trait demands.
+        unsafe { _mm256_loadu_ps(at) }
+    }
+
+    #[inline(always)]
+    unsafe fn load_halves(at: *const u16) -> Self {
+        // SAFETY: as the trait demands.
+        unsafe { _mm256_cvtph_ps(_mm_loadu_si128(at.cast())) }
+    }
+
+    #[inline(always)]
+    unsafe fn load_codes(at: *const i8) -> Self {
+        // SAFETY: as the trait demands.
+        unsafe { _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(at.cast()))) }
+    }
+
+    #[inline(always)]
+    unsafe fn store(self, at: *mut f32) {
+        // SAFETY: as the trait demands.
+        unsafe { _mm256_storeu_ps(at, self) }
+    }
+
+    #[inline(always)]
+    unsafe fn add(self, other: Self) -> Self {
+        // SAFETY: as the trait demands.
+        unsafe { _mm256_add_ps(self, other) }
+    }
+
+    #[inline(always)]
+    unsafe fn mul(self, other: Self) -> Self {
+        // SAFETY: as the trait demands.
+        unsafe { _mm256_mul_ps(self, other) }
+    }
+
+    #[inline(always)]
+    unsafe fn prefetch(at: *const u8) {
+        // SAFETY: a hint, whatever the address.
+        unsafe { _mm_prefetch::<_MM_HINT_T1>(at.cast()) }
+    }
+}
 
 /// Words of a pair: two rows × 16 bytes, one register.
 pub(super) const PAIR_WORDS: usize = 8;

@@ -23,13 +23,13 @@ use std::arch::x86_64::*;
 
 use cpu_ref::layout::{CHUNK_K, TILE_ROWS};
 
-use super::attention::PART;
 use super::avx2::{PREFETCH_CHUNKS, next_tile, prefetch};
 use super::head::{CODE_WORDS, LimbSums};
 use super::tables::{NibbleTables, i2_column};
 use super::{Activations, CHUNK_WORDS, GroupLayout, GroupScales, Level, impl_kernels};
 
 /// The AVX-512 VNNI level; exists only on a machine that has it.
+use super::lanes::Lanes;
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Avx512Vnni(());
 
@@ -59,6 +59,62 @@ impl_kernels!(
 const QUAD_WORDS: usize = 16;
 /// Quads of a chunk.
 const QUADS: usize = CHUNK_WORDS / QUAD_WORDS;
+/// The vectors of attention.
+type Vector = __m512;
+
+impl Lanes for __m512 {
+    const N: usize = 16;
+    const WIDE: usize = 4;
+
+    #[inline(always)]
+    unsafe fn splat(value: f32) -> Self {
+        // SAFETY: as the trait demands.
+        unsafe { _mm512_set1_ps(value) }
+    }
+
+    #[inline(always)]
+    unsafe fn load(at: *const f32) -> Self {
+        // SAFETY: as the trait demands.
+        unsafe { _mm512_loadu_ps(at) }
+    }
+
+    #[inline(always)]
+    unsafe fn load_halves(at: *const u16) -> Self {
+        // SAFETY: as the trait demands.
+        unsafe { _mm512_cvtph_ps(_mm256_loadu_si256(at.cast())) }
+    }
+
+    #[inline(always)]
+    unsafe fn load_codes(at: *const i8) -> Self {
+        // SAFETY: as the trait demands.
+        unsafe { _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(at.cast()))) }
+    }
+
+    #[inline(always)]
+    unsafe fn store(self, at: *mut f32) {
+        // SAFETY: as the trait demands.
+        unsafe { _mm512_storeu_ps(at, self) }
+    }
+
+    #[inline(always)]
+    unsafe fn add(self, other: Self) -> Self {
+        // SAFETY: as the trait demands.
+        unsafe { _mm512_add_ps(self, other) }
+    }
+
+    #[inline(always)]
+    unsafe fn mul(self, other: Self) -> Self {
+        // SAFETY: as the trait demands.
+        unsafe { _mm512_mul_ps(self, other) }
+    }
+
+    #[inline(always)]
+    unsafe fn prefetch(at: *const u8) {
+        // SAFETY: a hint, whatever the address.
+        unsafe { _mm_prefetch::<_MM_HINT_T1>(at.cast()) }
+    }
+}
+
 /// Quads that one pass of GEMM sums.
 const PASS_QUADS: usize = 4;
 
@@ -298,17 +354,6 @@ fn widen_scales(scales: &GroupScales) -> [f32; TILE_ROWS] {
         let halves = unsafe { _mm256_loadu_si256(words.as_ptr().cast()) };
         store_table(_mm512_cvtph_ps(halves), out);
     }
-    wide
-}
-
-/// Halves as f32. The instruction also widens subnormal halves, which the cache does not have.
-#[inline]
-#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]
-fn widen_halves(halves: &[u16; PART]) -> [f32; PART] {
-    let mut wide = [0.0; PART];
-    // SAFETY: `halves` has 32 bytes to read, and the load needs no alignment.
-    let halves = unsafe { _mm256_loadu_si256(halves.as_ptr().cast()) };
-    store_table(_mm512_cvtph_ps(halves), &mut wide);
     wide
 }
 

@@ -24,6 +24,7 @@ mod avx_vnni;
 mod cpu;
 mod head;
 mod matrix;
+mod lanes;
 #[cfg(all(target_arch = "aarch64", target_endian = "little"))]
 mod neon;
 #[cfg(all(target_arch = "aarch64", target_endian = "little"))]
@@ -512,8 +513,15 @@ pub trait Kernels: Send + Sync {
     /// Stores a head's key and value `[D]` at position `slot` of a block: `cpu_ref::kv::store_head`.
     fn store_head(&self, key: &[f32], value: &[f32], slot: usize, chunk: HeadChunkMut<'_>);
 
-    /// Merges a block of the cache into what some queries have seen, as `cpu_ref::attention` does.
-    fn attend_block(&self, queries: Queries<'_>, chunk: HeadChunk<'_>, attended: Attended<'_>);
+    /// Merges a block of the cache into what some queries have seen, as `cpu_ref::attention` does;
+    /// `next` is what the thread wants afterwards, so that it is on its way.
+    fn attend_block(
+        &self,
+        queries: Queries<'_>,
+        chunk: HeadChunk<'_>,
+        next: Option<HeadChunk<'_>>,
+        attended: Attended<'_>,
+    );
 
     /// Merges a block that was attended to by itself, its softmax and its `[D]` sums, into what a
     /// query has seen.
@@ -673,10 +681,12 @@ macro_rules! impl_kernels {
                         && slot < crate::kv_cache::BLOCK
                     => super::attention::store_head(key, value, slot, chunk);
                 fn attend_block(queries: super::Queries<'_>, chunk: super::HeadChunk<'_>,
-                    attended: super::Attended<'_>) -> ()
+                    next: Option<super::HeadChunk<'_>>, attended: super::Attended<'_>) -> ()
                     where queries.heads > 0
-                    => super::attention::attend_block(queries, chunk, attended,
-                        |halves| widen_halves(halves));
+                    // SAFETY: as for all of them, the features are available.
+                    => unsafe {
+                        super::attention::attend_block::<Vector>(queries, chunk, next, attended)
+                    };
                 fn merge_block(block: (super::Softmax, &[f32]), running: &mut super::Softmax,
                     out: &mut [f32]) -> ()
                     where block.1.len() == out.len()
