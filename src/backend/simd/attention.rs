@@ -352,6 +352,7 @@ struct Sums<T, const Q: usize> {
 ///
 /// As for [`attend_block`]; and V vectors lie in every row, and a coefficient for every row of every
 /// query.
+#[expect(clippy::needless_range_loop, reason = "t and v are those of all arrays alike")]
 #[inline(always)]
 unsafe fn sum<S: Lanes, T: Value, const Q: usize, const V: usize>(sums: Sums<T, Q>) -> [[S; V]; Q] {
     let line_step = V * S::N * size_of::<T>();
