@@ -18,7 +18,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use anyhow::{Context, Result};
 use clap::{Args, Parser, Subcommand};
-use sterna::backend::{Device, DeviceInfo, HeadChoice, LoadOptions, Tune};
+use sterna::backend::{Device, DeviceInfo, HeadChoice, LoadOptions, Sparse, Tune};
 use sterna::kv_cache::KvFormat;
 use sterna::{Checkpoint, I2sLayout, OpenOptions};
 
@@ -125,6 +125,14 @@ struct ModelArguments {
     #[command(flatten)]
     kv: KvArguments,
 
+    /// Whether a CPU leaves out weights whose inputs are 0, for models with relu² (BitNet)
+    ///
+    /// "auto" keeps down_proj a second time, by columns, and reads only those whose input is not 0
+    /// wherever that is faster: the same text, sooner, for a sixth more memory or so. "sterna inspect
+    /// --sparsity" says how much of a model is 0. Other models and devices take no notice.
+    #[arg(long, value_enum, value_name = "WHEN", default_value = "off")]
+    sparse: SparseChoice,
+
     /// How a GPU's kernels are chosen
     ///
     /// "auto" takes the fastest that an earlier run on this adapter found, or looks for them now,
@@ -133,6 +141,15 @@ struct ModelArguments {
     /// rasterisers and other devices have nothing to tune.
     #[arg(long, value_enum, value_name = "HOW", default_value = "auto")]
     tune: TuneChoice,
+}
+
+/// `--sparse`.
+#[derive(Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+enum SparseChoice {
+    /// Where it is faster.
+    Auto,
+    /// Never.
+    Off,
 }
 
 /// How the KV cache is held.
@@ -257,8 +274,13 @@ impl ModelArguments {
             TuneChoice::Auto => Tune::Auto,
             TuneChoice::Off => Tune::Off,
         };
+        let sparse = match self.sparse {
+            SparseChoice::Auto => Sparse::Auto,
+            SparseChoice::Off => Sparse::Off,
+        };
         let (threads, kv) = (self.threads, self.kv.format());
-        LoadOptions { context, kv, threads, int8_activations, head, tune, ..LoadOptions::default() }
+        let max_batch = LoadOptions::default().max_batch;
+        LoadOptions { context, kv, max_batch, threads, int8_activations, head, tune, sparse }
     }
 }
 

@@ -3,11 +3,12 @@
 //! level.
 
 use cpu_ref::head_int8::Input;
+use cpu_ref::layout::columns::STRIPE_ROWS;
 use cpu_ref::layout::{CHUNK_K, TILE_ROWS, int8_rows, k_chunks};
 use cpu_ref::mlp::Activation;
 use sterna::backend::simd::{
-    self, Activations, Attended, GroupLayout, GroupWeights, Kernels, Level, Queries, Softmax,
-    TableRows, TokenScale,
+    self, Activations, Attended, Columns, GroupLayout, GroupWeights, Kernels, Level, NonZeros,
+    Queries, Softmax, TableRows, TokenScale,
 };
 use sterna::format::float::{bf16_to_f32, f16_to_f32, f32_to_bf16};
 use sterna::kv_cache::{BLOCK, HeadChunkMut, KvCache, KvFormat, KvShape, Prepared};
@@ -52,6 +53,8 @@ on_every_level! {
     gemm_extremes
     gemm_random
     gemm_notices_a_wrong_weight
+    gemv_columns
+    gemv_columns_notices_a_wrong_weight
     group_gemm_edges
     group_gemm_extremes
     group_gemm_random
@@ -179,6 +182,56 @@ fn gemm_notices_a_wrong_weight(kernels: &dyn Kernels) {
     });
     let message = *result.unwrap_err().downcast::<String>().unwrap();
     assert!(message.contains(&format!("[{row}]")) && message.contains("seed 7"), "{message}");
+}
+
+/// The kernel's `[N]` of a matrix by columns, with everything around its output guarded.
+fn run_columns(kernels: &dyn Kernels, n: usize, w: &[i8], x: &[i8]) -> Vec<i32> {
+    let shape = MatShape::new(n, x.len()).unwrap();
+    let columns = Columns::pack(&Packed::pack(Layout::I2, shape, w));
+    let mut inputs = NonZeros::new(x.len());
+    inputs.collect(x);
+    let rows = n.next_multiple_of(STRIPE_ROWS);
+    let mut acc = guarded("gemv_columns", rows, i32::MIN, |acc| {
+        kernels.gemv_columns(columns.whole(), &inputs, acc);
+    });
+    assert!(acc.split_off(n).iter().all(|&sum| sum == 0), "padding rows");
+    acc
+}
+
+fn gemv_columns(kernels: &dyn Kernels) {
+    let variant = kernels.level().name();
+    // Shares of zeros from none to all, in percent.
+    for (seed, zeros) in (0..).zip([0, 30, 50, 70, 80, 90, 99, 100]) {
+        let mut random = Random::new(seed);
+        for (n, k) in [(1, 1), (255, 3), (256, 64), (300, 517), (513, 1000)] {
+            let (w, mut x) = (random.trits(n * k), random.codes(k));
+            x.iter_mut().filter(|_| random.below(100) < zeros).for_each(|x| *x = 0);
+            let found = run_columns(kernels, n, &w, &x);
+            let expected = cpu_ref::gemv::gemv(&w, &x);
+            assert_same("gemv_columns", (n, k, zeros), seed, variant, &expected, &found);
+        }
+    }
+    // The largest sums there can be, in rows long enough to overflow i16 many times.
+    for weight in [-1, 1] {
+        for code in [-128, 127] {
+            let found = run_columns(kernels, 40, &[weight; 40 * 6912], &[code; 6912]);
+            let expected = [i32::from(weight) * i32::from(code) * 6912; 40];
+            assert_same("gemv_columns", (weight, code), 0, variant, &expected, &found);
+        }
+    }
+}
+
+fn gemv_columns_notices_a_wrong_weight(kernels: &dyn Kernels) {
+    let (n, k, seed) = (300, 70, 7);
+    let mut random = Random::new(seed);
+    let mut w = random.trits(n * k);
+    let x = vec![1; k];
+    let expected = cpu_ref::gemv::gemv(&w, &x);
+    let (row, column) = (random.below(n), random.below(k));
+    let weight = &mut w[row * k + column];
+    *weight = if *weight == 1 { -1 } else { *weight + 1 };
+    let found = run_columns(kernels, n, &w, &x);
+    assert_eq!(first_difference(&expected, &found).map(|(at, ..)| at), Some(row));
 }
 
 /// A matrix with scales of groups, and M tokens.

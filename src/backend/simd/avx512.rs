@@ -16,20 +16,24 @@
 //!    `vpdpbusd` as the limit. It passes a tile twice or more often; meanwhile the next one is asked
 //!    for, so that memory is read all the time, and not in the first pass alone.
 //! 5. Binary weights are bits, 1 for −1: `Σ w·x = Σ x − 2·Σ bit·x`, with eight one-bit fields a byte.
-//! 6. Float activations: a lane is a row, and `vpermps` looks up a nibble ([`super::tables`]).
+//! 6. By columns, four of them are interleaved byte by byte: a lane is a row with its four weights, and
+//!    the columns that come later in the list are asked for.
+//! 7. Float activations: a lane is a row, and `vpermps` looks up a nibble ([`super::tables`]).
 #![expect(unsafe_code, reason = "loads, and entry into target features")]
 
 use std::arch::x86_64::*;
 
+use cpu_ref::layout::columns::STRIPE_ROWS;
 use cpu_ref::layout::{CHUNK_K, TILE_ROWS};
 
 use super::avx2::{PREFETCH_CHUNKS, next_tile, prefetch};
+use super::columns::{Line, STEP};
 use super::head::{CODE_WORDS, LimbSums};
+use super::lanes::Lanes;
 use super::tables::{NibbleTables, i2_column};
 use super::{Activations, CHUNK_WORDS, GroupLayout, GroupScales, Level, impl_kernels};
 
 /// The AVX-512 VNNI level; exists only on a machine that has it.
-use super::lanes::Lanes;
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Avx512Vnni(());
 
@@ -55,10 +59,6 @@ impl_kernels!(
     #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]
 );
 
-/// Words of a quad: four rows × 16 bytes, one register.
-const QUAD_WORDS: usize = 16;
-/// Quads of a chunk.
-const QUADS: usize = CHUNK_WORDS / QUAD_WORDS;
 /// The vectors of attention.
 type Vector = __m512;
 
@@ -115,6 +115,10 @@ impl Lanes for __m512 {
     }
 }
 
+/// Words of a quad: four rows × 16 bytes, one register.
+const QUAD_WORDS: usize = 16;
+/// Quads of a chunk.
+const QUADS: usize = CHUNK_WORDS / QUAD_WORDS;
 /// Quads that one pass of GEMM sums.
 const PASS_QUADS: usize = 4;
 
@@ -167,6 +171,54 @@ fn gemv_tile(
     }
     for (quads, acc) in units.as_chunks().0.iter().zip(acc.as_chunks_mut().0) {
         store(_mm512_sub_epi32(sums_of_rows(quads), _mm512_set1_epi32(code_sum)), acc);
+    }
+}
+
+/// Steps to ask for columns ahead, of the second-level cache: the first has too few misses in flight
+/// for lines that do not follow one another.
+const AHEAD: usize = 16;
+
+/// One stripe of a matrix by columns: `Σ (w + 1)·x`.
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]
+fn stripe_sums(
+    lines: &[Line],
+    columns: &[[u32; STEP]],
+    codes: &[[i8; STEP]],
+    sums: &mut [i32; STRIPE_ROWS],
+) {
+    let (low, high) = (_mm512_set1_epi8(0x03), _mm512_set1_epi8(0x0c));
+    let mut acc = [[_mm512_setzero_si512(); 4]; 4];
+    // The last steps ask again for the first columns, which are there.
+    let ahead = columns.iter().skip(AHEAD).chain(columns);
+    for ((columns, codes), ahead) in columns.iter().zip(codes).zip(ahead) {
+        for &column in ahead {
+            prefetch::<_MM_HINT_T1>(&lines[column as usize].0, 0);
+        }
+        let x = _mm512_set1_epi32(i32::from_le_bytes(codes.map(|x| x as u8)));
+        let [a, b, c, d] = columns.map(|column| load(&lines[column as usize].0));
+        let (ab, cd) = (_mm512_unpacklo_epi8(a, b), _mm512_unpacklo_epi8(c, d));
+        let (ab_high, cd_high) = (_mm512_unpackhi_epi8(a, b), _mm512_unpackhi_epi8(c, d));
+        let rows = [
+            _mm512_unpacklo_epi16(ab, cd),
+            _mm512_unpackhi_epi16(ab, cd),
+            _mm512_unpacklo_epi16(ab_high, cd_high),
+            _mm512_unpackhi_epi16(ab_high, cd_high),
+        ];
+        for (acc, v) in acc.iter_mut().zip(rows) {
+            let u = _mm512_srli_epi16::<4>(v);
+            acc[0] = _mm512_dpbusd_epi32(acc[0], _mm512_and_si512(v, low), x);
+            acc[1] = _mm512_dpbusd_epi32(acc[1], _mm512_and_si512(v, high), x);
+            acc[2] = _mm512_dpbusd_epi32(acc[2], _mm512_and_si512(u, low), x);
+            acc[3] = _mm512_dpbusd_epi32(acc[3], _mm512_and_si512(u, high), x);
+        }
+    }
+    for (acc, sums) in
+        acc.as_flattened().as_chunks::<2>().0.iter().zip(sums.as_chunks_mut::<32>().0)
+    {
+        let [even, odd] = sums.as_chunks_mut().0 else { unreachable!("two halves") };
+        store(acc[0], even);
+        // A sum of multiples of 4.
+        store(_mm512_srai_epi32::<2>(acc[1]), odd);
     }
 }
 

@@ -11,7 +11,7 @@ use cpu_ref::layout::TILE_ROWS;
 
 use super::avx2::{
     BLOCK_CHUNKS, BLOCK_TOKENS, PAIR_WORDS, PAIRS, QUARTERS, Vector, add_rows, blocks, codes,
-    field, fields, limb_sums, load, lookup_chunk, prefetch_next, row_sums, unpack,
+    field, fields, limb_sums, load, lookup_chunk, prefetch_next, row_sums, stripe_sums, unpack,
 };
 use super::portable::widen_scales;
 use super::tables::build_tables;

@@ -2,6 +2,7 @@
 
 use cpu_ref::layout::TILE_ROWS;
 
+use super::columns::Columns;
 use super::{CHUNK_WORDS, GroupLayout, GroupWeights, Kernels, TableRows};
 use crate::error::Result;
 use crate::layout::{Layout, Packed, Pieces, Signs};
@@ -12,27 +13,47 @@ use crate::weights::{
 };
 
 /// Matrices that read the same vector, `[N, K]` one after another.
-pub(super) struct Linears(Vec<Matrix>);
+pub(super) struct Linears {
+    runs: Vec<Matrix>,
+    columns: Option<Columns>,
+}
 
 impl Linears {
     /// Packs the rows of `parts`.
     pub(super) fn pack(parts: &[&TernaryMatrix]) -> Result<Self> {
-        runs_of_input(parts).into_iter().map(Matrix::pack).collect::<Result<_>>().map(Self)
+        let runs = runs_of_input(parts).into_iter().map(Matrix::pack).collect::<Result<_>>()?;
+        Ok(Self { runs, columns: None })
+    }
+
+    /// With the matrix by columns beside itself, if there is one alone and its inputs are codes.
+    pub(super) fn with_columns(self) -> Self {
+        let columns = match &self.runs[..] {
+            [Matrix { scales: Scales::Rows(_), weights: Weights::I2(packed), .. }] => {
+                Some(Columns::pack(packed))
+            }
+            _ => None,
+        };
+        Self { columns, ..self }
+    }
+
+    /// The matrix by columns.
+    pub(super) fn columns(&self) -> Option<&Columns> {
+        self.columns.as_ref()
     }
 
     /// The matrices, each of which takes its input in one way.
     pub(super) fn runs(&self) -> &[Matrix] {
-        &self.0
+        &self.runs
     }
 
     /// K.
     pub(super) fn k(&self) -> usize {
-        self.0[0].shape.k()
+        self.runs[0].shape.k()
     }
 
     /// N of all together.
     pub(super) fn n(&self) -> usize {
-        self.0.iter().map(|run| run.shape.n()).sum()
+        self.runs.iter().map(|run| run.shape.n()).sum()
     }
 }
 

@@ -21,10 +21,11 @@ mod avx2;
 mod avx512;
 #[cfg(target_arch = "x86_64")]
 mod avx_vnni;
+mod columns;
 mod cpu;
 mod head;
-mod matrix;
 mod lanes;
+mod matrix;
 #[cfg(all(target_arch = "aarch64", target_endian = "little"))]
 mod neon;
 #[cfg(all(target_arch = "aarch64", target_endian = "little"))]
@@ -46,6 +47,7 @@ use crate::error::{Error, Result};
 use crate::kv_cache::{HeadChunk, HeadChunkMut};
 
 pub use attention::{Attended, Queries, Softmax, attention};
+pub use columns::{Columns, Line, NonZeros};
 pub use cpu::{SimdBackend, description};
 pub(crate) use matrix::Matrix;
 pub use portable::TokenScale;
@@ -446,6 +448,10 @@ pub trait Kernels: Send + Sync {
     /// `words[tiles][chunks][32][4]`, into `acc[tiles][M][32]`. GEMV for M = 1.
     fn gemm(&self, words: &[u32], x: Activations<'_>, acc: &mut [i32]);
 
+    /// `acc[n] = Σ_k w[n,k]·x[k]` of the inputs that are not 0, for whole stripes of a matrix by
+    /// columns: `lines[stripes][K]` and `acc[256·stripes]`.
+    fn gemv_columns(&self, lines: &[Line], x: &NonZeros, acc: &mut [i32]);
+
     /// `y[n,m] = Σ_g d[n,g]·Σ_{k∈g} w[n,k]·x[m,k]` for M tokens `x[M,K]`, into `y[tiles][M][32]`:
     /// `cpu_ref::group_gemv::group_dot` within its bound.
     fn group_gemm(&self, weights: GroupWeights<'_>, x: &[f32], y: &mut [f32]);
@@ -597,6 +603,20 @@ macro_rules! impl_kernels {
             }
 
             impl_kernels!(@portable $(#[$features])?
+                fn gemv_columns(lines: &[super::Line], x: &super::NonZeros,
+                    acc: &mut [i32]) -> ()
+                    where x.k() > 0 && lines.len().is_multiple_of(x.k())
+                        && acc.len() == lines.len() / x.k()
+                            * cpu_ref::layout::columns::STRIPE_ROWS
+                    => {
+                        let (columns, codes) = x.steps();
+                        let sum = x.code_sum();
+                        let stripes = lines.chunks_exact(x.k());
+                        for (lines, acc) in stripes.zip(acc.as_chunks_mut().0) {
+                            stripe_sums(lines, columns, codes, acc);
+                            acc.iter_mut().for_each(|acc| *acc -= sum);
+                        }
+                    };
                 fn group_gemm(weights: super::GroupWeights<'_>, x: &[f32], y: &mut [f32]) -> ()
                     where x.len().is_multiple_of(weights.k)
                         && y.len() == weights.tiles() * cpu_ref::layout::TILE_ROWS

@@ -15,6 +15,7 @@ use std::arch::is_aarch64_feature_detected;
 
 use cpu_ref::layout::{CHUNK_K, PIECE_WORDS, TILE_ROWS, signs};
 
+use super::columns::stripe_sums;
 use super::head::limb_sums;
 use super::lanes::Plain as Vector;
 use super::portable::widen_scales;

@@ -7,6 +7,7 @@ use std::arch::{asm, is_aarch64_feature_detected};
 
 use cpu_ref::layout::{PIECE_WORDS, TILE_ROWS};
 
+use super::columns::stripe_sums;
 use super::head::limb_sums;
 use super::lanes::Plain as Vector;
 use super::neon::{

@@ -3,6 +3,7 @@
 
 use cpu_ref::layout::{CHUNK_K, PIECE_WORDS, TILE_ROWS, signs};
 
+use super::columns::stripe_sums;
 use super::head::limb_sums;
 use super::lanes::Plain as Vector;
 use super::portable::widen_scales;
