@@ -1,5 +1,6 @@
 //! Attention of one token over a layer's KV cache, in bytes of keys and values per second: heads of
-//! BitNet b1.58 2B4T, every format, contexts of 512 to 8192.
+//! BitNet b1.58 2B4T, every format, contexts of 512 to 8192. The CPU rows use one thread, and layers
+//! that no cache holds together take turns.
 
 mod shapes;
 
@@ -10,10 +11,11 @@ use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_m
 use sterna::backend::gpu::PassParams;
 use sterna::backend::gpu::kernels::{self, KvLayout, KvShard, partial_words};
 use sterna::backend::gpu::self_test::{TestCache, check_attention};
-use sterna::kv_cache::{BLOCK, KvFormat};
+use sterna::backend::simd::{Attended, Level, Queries, Softmax};
+use sterna::kv_cache::{BLOCK, HeadChunkMut, KvCache, KvFormat, KvShape, Prepared};
 use sterna::random::Random;
 
-use shapes::gpu;
+use shapes::{gpu, is_test};
 
 const HEADS: Heads = Heads { query: 20, kv: 5, dim: 128 };
 
@@ -61,5 +63,74 @@ fn attention(criterion: &mut Criterion) {
     }
 }
 
-criterion_group!(benches, attention);
+/// More than any cache of the machines in scope.
+const COLD_BYTES: usize = 256 << 20;
+
+fn attention_cpu(criterion: &mut Criterion) {
+    let Heads { query, kv: groups, dim } = HEADS;
+    let heads = query / groups;
+    for format in [KvFormat::F32, KvFormat::F16, KvFormat::Int8] {
+        let mut group =
+            criterion.benchmark_group(format!("attention_{format:?}_cpu").to_lowercase());
+        for blocks in if is_test() { vec![2] } else { vec![8, 32, 64, 128] } {
+            let layer_bytes =
+                KvShape { layers: 1, heads: groups, dim, format }.block_bytes() * blocks;
+            let layers = if is_test() { 1 } else { COLD_BYTES.div_ceil(layer_bytes) };
+            let shape = KvShape { layers, heads: groups, dim, format };
+            let mut cache = KvCache::new(shape);
+            cache.apply(Prepared { copy: None, blocks }).expect("memory");
+            let mut random = Random::new(blocks as u64);
+            let scalar = Level::Scalar.kernels().expect("runs everywhere");
+            for (block, layer) in (0..blocks as u32).flat_map(|b| (0..layers).map(move |l| (b, l)))
+            {
+                let (key, value) = (random.floats(dim, 2.0), random.floats(dim, 5.0));
+                let chunks = cache.layer_mut(block, layer);
+                for chunk in chunks.chunks_exact_mut(shape.chunk_lines()) {
+                    for slot in 0..BLOCK {
+                        scalar.store_head(&key, &value, slot, HeadChunkMut::of(chunk, &shape));
+                    }
+                }
+            }
+            let q = random.floats(query * dim, 1.0);
+            let chunks: Vec<_> = (0..layers)
+                .map(|layer| {
+                    let of = |b| (0..groups).map(move |g| (b as u32, layer, g));
+                    (0..blocks).flat_map(of).collect::<Vec<_>>()
+                })
+                .collect();
+            let pass = |kernels: &dyn sterna::backend::simd::Kernels, layer: usize| {
+                let mut softmax = vec![Softmax::default(); query];
+                let mut out = vec![0.0; query * dim];
+                for (i, &(block, layer, head)) in chunks[layer].iter().enumerate() {
+                    let q = &q[head * heads * dim..][..heads * dim];
+                    let seen = BLOCK as isize;
+                    let queries = Queries { q, stride: q.len(), heads, tokens: 1, seen };
+                    let next = chunks[layer].get(i + 1).map(|&(b, l, h)| cache.head(b, l, h));
+                    let softmax = &mut softmax[head * heads..][..heads];
+                    let out = &mut out[head * heads * dim..][..heads * dim];
+                    let attended = Attended { softmax, out, stride: heads };
+                    kernels.attend_block(queries, cache.head(block, layer, head), next, attended);
+                }
+                out
+            };
+            let expected = pass(scalar.as_ref(), 0);
+            group.throughput(Throughput::Bytes(layer_bytes as u64)).sample_size(20);
+            for level in Level::available() {
+                let kernels = level.kernels().expect("an available level");
+                assert_eq!(pass(kernels.as_ref(), 0), expected, "{} is wrong", level.name());
+                let mut layer = 0;
+                let id = BenchmarkId::new((blocks * BLOCK).to_string(), level.name());
+                group.bench_function(id, |bencher| {
+                    bencher.iter(|| {
+                        layer = (layer + 1) % layers;
+                        pass(kernels.as_ref(), layer)
+                    });
+                });
+            }
+        }
+        group.finish();
+    }
+}
+
+criterion_group!(benches, attention, attention_cpu);
 criterion_main!(benches);

@@ -5,6 +5,9 @@
 //! one thread, and all; beside them a row `read` sums the same words as plain numbers. The GPU rows,
 //! where there is an adapter, wait for the device inside the timed region, many dispatches a submit.
 //!
+//! `gemv_columns`: `down_proj` by columns, with 50 to 90 % of the inputs 0, beside the whole product; one
+//! thread, in bytes of the whole matrix.
+//!
 //! `group_gemv_*`: the same for ternary (`i2`) and binary (`signs`) matrices with a scale for every
 //! 128 inputs, with float and with int8 activations.
 
@@ -12,7 +15,8 @@ mod shapes;
 
 use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
 use sterna::backend::gpu::{GemmPlan, Gpu, Variant};
-use sterna::backend::simd::Level;
+use sterna::backend::simd::{Columns, Level, NonZeros};
+use sterna::random::Random;
 
 use shapes::{Product, cpu, gpu, group, group_matrices, is_test, matrices};
 
@@ -136,6 +140,48 @@ fn group_gemv_gpu(criterion: &mut Criterion, gpu: &Gpu, n: usize, k: usize, copi
     }
 }
 
+fn gemv_columns(criterion: &mut Criterion) {
+    let Some(&(n, k)) = matrices().last() else { return };
+    let mut product = Product::new(n, k, 1);
+    let copies = if is_test() { 2 } else { COLD_BYTES.div_ceil(product.len_bytes()) };
+    let columns = vec![Columns::pack(&product.packed); copies];
+    let words: Vec<_> = vec![product.packed.clone(); copies];
+    let mut group = criterion.benchmark_group("gemv_columns");
+    group.throughput(Throughput::Bytes(product.len_bytes() as u64)).sample_size(20);
+    group.measurement_time(std::time::Duration::from_secs(1));
+    let dense = product.x.clone();
+    for level in Level::available() {
+        let kernels = level.kernels().expect("an available level");
+        let mut i = 0;
+        product.x.clone_from(&dense);
+        let mut call = cpu::Call::new(&product);
+        group.bench_function(BenchmarkId::new("whole", level.name()), |bencher| {
+            bencher.iter(|| {
+                i += 1;
+                call.run(kernels.as_ref(), words[i % copies].words());
+            });
+        });
+        for zeros in [50, 60, 70, 80, 90] {
+            let mut random = Random::new(zeros as u64);
+            product.x.clone_from(&dense);
+            product.x.iter_mut().filter(|_| random.below(100) < zeros).for_each(|x| *x = 0);
+            let mut inputs = NonZeros::new(k);
+            let mut acc = vec![0; columns[0].rows()];
+            group.bench_function(BenchmarkId::new(format!("{zeros}%"), level.name()), |bencher| {
+                bencher.iter(|| {
+                    i += 1;
+                    inputs.collect(&product.x);
+                    kernels.gemv_columns(columns[i % copies].whole(), &inputs, &mut acc);
+                });
+            });
+            let mut whole = cpu::Call::new(&product);
+            whole.run(kernels.as_ref(), product.packed.words());
+            assert_eq!(acc[..n], whole.acc[..n], "a wrong product");
+        }
+    }
+    group.finish();
+}
+
 fn group_gemv(criterion: &mut Criterion) {
     for (name, layout, int8) in group::KERNELS {
         for (n, k) in group_matrices() {
@@ -171,5 +217,5 @@ fn group_gemv(criterion: &mut Criterion) {
     }
 }
 
-criterion_group!(benches, gemv, group_gemv);
+criterion_group!(benches, gemv, gemv_columns, group_gemv);
 criterion_main!(benches);

@@ -51,6 +51,44 @@ pub mod i2 {
     }
 }
 
+/// The layout by columns, for inputs most of which are 0: stripes of 256 rows, and of each stripe a
+/// cache line a column,
+///
+/// ```text
+/// words[stripe = n/256][k][16]
+/// ```
+///
+/// Bits `2f+1..2f` of byte `16·l + 4·r + e` of a line hold `w + 1` of row
+/// `256·stripe + 64·r + 16·f + 4·l + e`. N is padded to whole stripes with rows of 0.
+pub mod columns {
+    /// Rows of a stripe.
+    pub const STRIPE_ROWS: usize = 256;
+    /// u32 words of a stripe's share of a column.
+    pub const LINE_WORDS: usize = 16;
+
+    /// Words of a packed `[N,K]` matrix.
+    pub fn len_words(n: usize, k: usize) -> usize {
+        n.div_ceil(STRIPE_ROWS) * k * LINE_WORDS
+    }
+
+    /// Where a row of a stripe is in a line: its byte, and which field of that.
+    pub fn place(row: usize) -> (usize, usize) {
+        let (r, field, l, e) = (row / 64, row / 16 % 4, row / 4 % 4, row % 4);
+        (16 * l + 4 * r + e, field)
+    }
+
+    /// Weight `w[n,k]` of a matrix with `columns` = K; `None` for the code 3.
+    pub fn get(words: &[u32], columns: usize, n: usize, k: usize) -> Option<i8> {
+        let (byte, field) = place(n % STRIPE_ROWS);
+        let line = (n / STRIPE_ROWS * columns + k) * LINE_WORDS;
+        let byte = words[line + byte / 4].to_le_bytes()[byte % 4];
+        match byte >> (2 * field) & 3 {
+            3 => None,
+            code => Some(code as i8 - 1),
+        }
+    }
+}
+
 /// The bit-plane layout: words 0 and 1 of a piece are the non-zero plane of k 0–31 and 32–63 of
 /// the chunk, words 2 and 3 the sign plane (1 for −1). The sign plane is a subset of the other.
 pub mod planes {

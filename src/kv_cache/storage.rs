@@ -136,6 +136,15 @@ impl<'a> HeadChunk<'a> {
         };
         len / BLOCK
     }
+
+    /// The address of the first key, for hints.
+    pub(crate) fn start(self) -> *const u8 {
+        match self {
+            Self::F32(keys, _) => keys.as_ptr().cast(),
+            Self::F16(keys, _) => keys.as_ptr().cast(),
+            Self::Int8(keys, ..) => keys.as_ptr().cast(),
+        }
+    }
 }
 
 impl<'a> HeadChunkMut<'a> {

@@ -118,6 +118,7 @@ fn wrong_usage_exits_with_2() {
         ("logits --tokens 1,x --out nowhere", "x"),
         ("logits --tokens -1 --out nowhere", "-1"),
         ("run --tune maybe x", "maybe"),
+        ("run --sparse maybe x", "maybe"),
         ("run --speculate always x", "always"),
         ("tune --device cpu", "expected gpu or gpu:N"),
         ("tune --budget -1", "0 to 3600"),

@@ -3,11 +3,12 @@
 //! level.
 
 use cpu_ref::head_int8::Input;
+use cpu_ref::layout::columns::STRIPE_ROWS;
 use cpu_ref::layout::{CHUNK_K, TILE_ROWS, int8_rows, k_chunks};
 use cpu_ref::mlp::Activation;
 use sterna::backend::simd::{
-    self, Activations, Attended, GroupLayout, GroupWeights, Kernels, Level, Queries, Softmax,
-    TableRows, TokenScale,
+    self, Activations, Attended, Columns, GroupLayout, GroupWeights, Kernels, Level, NonZeros,
+    Queries, Softmax, TableRows, TokenScale,
 };
 use sterna::format::float::{bf16_to_f32, f16_to_f32, f32_to_bf16};
 use sterna::kv_cache::{BLOCK, HeadChunkMut, KvCache, KvFormat, KvShape, Prepared};
@@ -53,6 +54,8 @@ on_every_level! {
     gemm_extremes
     gemm_random
     gemm_notices_a_wrong_weight
+    gemv_columns
+    gemv_columns_notices_a_wrong_weight
     group_gemm_edges
     group_gemm_extremes
     group_gemm_random
@@ -196,6 +199,56 @@ fn gemm_notices_a_wrong_weight(kernels: &dyn Kernels) {
     });
     let message = *result.unwrap_err().downcast::<String>().unwrap();
     assert!(message.contains(&format!("[{row}]")) && message.contains("seed 7"), "{message}");
+}
+
+/// The kernel's `[N]` of a matrix by columns, with everything around its output guarded.
+fn run_columns(kernels: &dyn Kernels, n: usize, w: &[i8], x: &[i8]) -> Vec<i32> {
+    let shape = MatShape::new(n, x.len()).unwrap();
+    let columns = Columns::pack(&Packed::pack(Layout::I2, shape, w));
+    let mut inputs = NonZeros::new(x.len());
+    inputs.collect(x);
+    let rows = n.next_multiple_of(STRIPE_ROWS);
+    let mut acc = guarded("gemv_columns", rows, i32::MIN, |acc| {
+        kernels.gemv_columns(columns.whole(), &inputs, acc);
+    });
+    assert!(acc.split_off(n).iter().all(|&sum| sum == 0), "padding rows");
+    acc
+}
+
+fn gemv_columns(kernels: &dyn Kernels) {
+    let variant = kernels.level().name();
+    // Shares of zeros from none to all, in percent.
+    for (seed, zeros) in (0..).zip([0, 30, 50, 70, 80, 90, 99, 100]) {
+        let mut random = Random::new(seed);
+        for (n, k) in [(1, 1), (255, 3), (256, 64), (300, 517), (513, 1000)] {
+            let (w, mut x) = (random.trits(n * k), random.codes(k));
+            x.iter_mut().filter(|_| random.below(100) < zeros).for_each(|x| *x = 0);
+            let found = run_columns(kernels, n, &w, &x);
+            let expected = cpu_ref::gemv::gemv(&w, &x);
+            assert_same("gemv_columns", (n, k, zeros), seed, variant, &expected, &found);
+        }
+    }
+    // The largest sums there can be, in rows long enough to overflow i16 many times.
+    for weight in [-1, 1] {
+        for code in [-128, 127] {
+            let found = run_columns(kernels, 40, &[weight; 40 * 6912], &[code; 6912]);
+            let expected = [i32::from(weight) * i32::from(code) * 6912; 40];
+            assert_same("gemv_columns", (weight, code), 0, variant, &expected, &found);
+        }
+    }
+}
+
+fn gemv_columns_notices_a_wrong_weight(kernels: &dyn Kernels) {
+    let (n, k, seed) = (300, 70, 7);
+    let mut random = Random::new(seed);
+    let mut w = random.trits(n * k);
+    let x = vec![1; k];
+    let expected = cpu_ref::gemv::gemv(&w, &x);
+    let (row, column) = (random.below(n), random.below(k));
+    let weight = &mut w[row * k + column];
+    *weight = if *weight == 1 { -1 } else { *weight + 1 };
+    let found = run_columns(kernels, n, &w, &x);
+    assert_eq!(first_difference(&expected, &found).map(|(at, ..)| at), Some(row));
 }
 
 /// A matrix with scales of groups, and M tokens.
@@ -581,16 +634,26 @@ fn same_bits(
 }
 
 fn attention(kernels: &dyn Kernels) {
-    for (seed, (positions, dim)) in
-        [(1, 20), (2, 32), (31, 64), (32, 128), (33, 128), (67, 96), (300, 128), (1000, 2)]
-            .into_iter()
-            .enumerate()
+    // Heads (query, key/value): as many queries a key as a kernel takes at once, fewer, more.
+    for (seed, (positions, dim, (query, kv))) in [
+        (1, 20, (4, 2)),
+        (2, 32, (4, 1)),
+        (31, 64, (3, 3)),
+        (32, 128, (8, 2)),
+        (33, 128, (4, 1)),
+        (67, 96, (5, 1)),
+        (130, 100, (7, 1)),
+        (300, 128, (8, 2)),
+        (1000, 2, (6, 1)),
+    ]
+    .into_iter()
+    .enumerate()
     {
         let mut random = Random::new(seed as u64);
-        let heads = cpu_ref::attention::Heads { query: 4, kv: 2, dim };
-        let q = random.floats(4 * dim, 3.0);
-        let keys = random.floats(positions * 2 * dim, 2.0);
-        let values = random.floats(positions * 2 * dim, 5.0);
+        let heads = cpu_ref::attention::Heads { query, kv, dim };
+        let q = random.floats(query * dim, 3.0);
+        let keys = random.floats(positions * kv * dim, 2.0);
+        let values = random.floats(positions * kv * dim, 5.0);
         for format in [KvFormat::F32, KvFormat::F16, KvFormat::Int8] {
             let (stored_keys, key_scales) = stored(&keys, dim, format);
             let (stored_values, value_scales) = stored(&values, dim, format);
@@ -650,7 +713,7 @@ fn attention_of_tokens(kernels: &dyn Kernels) {
         let sums = guarded("attend_block", tokens * heads * dim, 0.0, |out| {
             let queries = Queries { q, stride: heads * dim, heads, tokens, seen };
             let attended = Attended { softmax: &mut softmax, out, stride: heads };
-            kernels.attend_block(queries, cache.head(block, 0, 0), attended);
+            kernels.attend_block(queries, cache.head(block, 0, 0), None, attended);
         });
         (softmax, sums)
     };
@@ -670,7 +733,7 @@ fn attention_of_tokens(kernels: &dyn Kernels) {
     let (mut softmax, mut out) = attend(q, 1, 66, 0);
     let attended = Attended { softmax: &mut softmax, out: &mut out, stride: heads };
     let queries = Queries { q, stride: heads * dim, heads, tokens: 1, seen: 2 };
-    kernels.attend_block(queries, cache.head(1, 0, 0), attended);
+    kernels.attend_block(queries, cache.head(1, 0, 0), None, attended);
     for head in 0..heads {
         let [first, second] = &together;
         let (mut running, mut merged) = (Softmax::default(), vec![0.0; dim]);

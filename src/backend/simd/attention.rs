@@ -4,18 +4,20 @@
 //! and merged into a running softmax. Who computes a block is therefore free. With many tokens each
 //! thread takes some tokens and goes through all blocks; with few, threads take blocks, and the
 //! partial results are merged in order.
+#![expect(unsafe_code, reason = "reads rows by address")]
 
 use cpu_ref::attention::{Heads, inv_sqrt_dim};
 use cpu_ref::reduce::{DOT_LANES, tree_sum};
 
 use super::Kernels;
+use super::lanes::Lanes;
 use super::pool::{Pool, Split};
 use super::portable::{exp, quantize_absmax};
 use crate::error::Result;
 use crate::kv_cache::{BLOCK, HeadChunk, HeadChunkMut, KvCache, KvFormat, KvShape, Prepared};
 
-/// Positions that are scored side by side, and dimensions that are summed side by side.
-pub(super) const PART: usize = 16;
+/// Lanes of the maximum of a block's scores.
+const PART: usize = 16;
 
 /// Queries that share the loads of a block.
 const TILE: usize = 4;
@@ -125,7 +127,7 @@ fn narrow(values: &[f32], halves: &mut [u16]) {
 
 /// `cpu_ref::kv::f16_value`, without a branch.
 #[inline(always)]
-fn widen_half(bits: u16) -> f32 {
+pub(super) fn widen_half(bits: u16) -> f32 {
     const REBASE: u32 = 0x3800_0000;
     let magnitude = u32::from(bits & 0x7fff) << 13;
     let special = if magnitude >= 0x7c00 << 13 { REBASE } else { 0 };
@@ -134,33 +136,82 @@ fn widen_half(bits: u16) -> f32 {
     f32::from_bits(u32::from(bits & 0x8000) << 16 | unsigned)
 }
 
-/// [`widen_half`] of a part.
+/// See [`Kernels::attend_block`].
+///
+/// # Safety
+///
+/// This machine has the instructions of S, and the caller is compiled for them.
 #[inline(always)]
-pub(super) fn widen_halves(halves: &[u16; PART]) -> [f32; PART] {
-    halves.map(widen_half)
-}
-
-/// See [`Kernels::attend_block`]; `widen_halves` does what the function of that name does.
-#[inline(always)]
-pub(super) fn attend_block(
+pub(super) unsafe fn attend_block<S: Lanes>(
     queries: Queries<'_>,
     chunk: HeadChunk<'_>,
+    next: Option<HeadChunk<'_>>,
     attended: Attended<'_>,
-    widen_halves: impl Fn(&[u16; PART]) -> [f32; PART] + Copy,
 ) {
+    let next = next.unwrap_or(chunk).start();
     match chunk {
         HeadChunk::F32(keys, values) => {
-            let rows = Rows { keys, values, scales: None };
-            attend_rows(queries, rows, |part| *part, attended);
+            let rows = Rows { keys, values, scales: None, next };
+            // SAFETY: promised by the caller.
+            unsafe { attend_rows::<S, f32>(queries, rows, attended) };
         }
         HeadChunk::F16(keys, values) => {
-            let rows = Rows { keys, values, scales: None };
-            attend_rows(queries, rows, widen_halves, attended);
+            let rows = Rows { keys, values, scales: None, next };
+            // SAFETY: promised by the caller.
+            unsafe { attend_rows::<S, u16>(queries, rows, attended) };
         }
         HeadChunk::Int8(keys, values, key_scales, value_scales) => {
-            let rows = Rows { keys, values, scales: Some((key_scales, value_scales)) };
-            attend_rows(queries, rows, |codes: &[i8; PART]| codes.map(f32::from), attended);
+            let rows = Rows { keys, values, scales: Some((key_scales, value_scales)), next };
+            // SAFETY: promised by the caller.
+            unsafe { attend_rows::<S, i8>(queries, rows, attended) };
         }
+    }
+}
+
+/// A value of the cache, without its scale.
+trait Value: Copy {
+    /// As a float.
+    fn widen(self) -> f32;
+    /// See [`Lanes`], whose demands are the same.
+    unsafe fn load<S: Lanes>(at: *const Self) -> S;
+}
+
+impl Value for f32 {
+    #[inline(always)]
+    fn widen(self) -> f32 {
+        self
+    }
+
+    #[inline(always)]
+    unsafe fn load<S: Lanes>(at: *const Self) -> S {
+        // SAFETY: promised by the caller.
+        unsafe { S::load(at) }
+    }
+}
+
+impl Value for u16 {
+    #[inline(always)]
+    fn widen(self) -> f32 {
+        widen_half(self)
+    }
+
+    #[inline(always)]
+    unsafe fn load<S: Lanes>(at: *const Self) -> S {
+        // SAFETY: promised by the caller.
+        unsafe { S::load_halves(at) }
+    }
+}
+
+impl Value for i8 {
+    #[inline(always)]
+    fn widen(self) -> f32 {
+        f32::from(self)
+    }
+
+    #[inline(always)]
+    unsafe fn load<S: Lanes>(at: *const Self) -> S {
+        // SAFETY: promised by the caller.
+        unsafe { S::load_codes(at) }
     }
 }
 
@@ -170,14 +221,19 @@ struct Rows<'a, T> {
     keys: &'a [T],
     values: &'a [T],
     scales: Option<(&'a [f32], &'a [f32])>,
+    /// Where the chunk begins that is wanted after this one.
+    next: *const u8,
 }
 
 /// Takes up to [`TILE`] queries at a time that see the same positions.
+///
+/// # Safety
+///
+/// As for [`attend_block`].
 #[inline(always)]
-fn attend_rows<T: Copy>(
+unsafe fn attend_rows<S: Lanes, T: Value>(
     queries: Queries<'_>,
     rows: Rows<'_, T>,
-    widen: impl Fn(&[T; PART]) -> [f32; PART] + Copy,
     mut attended: Attended<'_>,
 ) {
     let (heads, count) = (queries.heads, queries.tokens * queries.heads);
@@ -186,23 +242,29 @@ fn attend_rows<T: Copy>(
         let len = queries.len(first / heads);
         let alike = (first + 1..count).take(TILE - 1).take_while(|i| queries.len(i / heads) == len);
         let alike = 1 + alike.count();
-        first += match (len, alike) {
-            (0, _) => alike,
-            (_, TILE) => attend_tile::<TILE, T>(queries, first, len, rows, widen, &mut attended),
-            (_, 2..) => attend_tile::<2, T>(queries, first, len, rows, widen, &mut attended),
-            _ => attend_tile::<1, T>(queries, first, len, rows, widen, &mut attended),
+        // SAFETY: promised by the caller.
+        first += unsafe {
+            match (len, alike) {
+                (0, _) => alike,
+                (_, TILE) => attend_tile::<S, T, TILE>(queries, first, len, rows, &mut attended),
+                (_, 2..) => attend_tile::<S, T, 2>(queries, first, len, rows, &mut attended),
+                _ => attend_tile::<S, T, 1>(queries, first, len, rows, &mut attended),
+            }
         };
     }
 }
 
 /// Queries `first..first + Q` over the first `len` positions of a block; returns Q.
+///
+/// # Safety
+///
+/// As for [`attend_block`].
 #[inline(always)]
-fn attend_tile<const Q: usize, T: Copy>(
+unsafe fn attend_tile<S: Lanes, T: Value, const Q: usize>(
     queries: Queries<'_>,
     first: usize,
     len: usize,
     rows: Rows<'_, T>,
-    widen: impl Fn(&[T; PART]) -> [f32; PART] + Copy,
     attended: &mut Attended<'_>,
 ) -> usize {
     let dim = rows.keys.len() / BLOCK;
@@ -216,12 +278,20 @@ fn attend_tile<const Q: usize, T: Copy>(
         m * attended.stride + head
     });
 
-    let mut weights = score::<Q, T>(q, len, rows, widen);
-    let (mut decay, mut growth) = ([0.0f32; Q], [0.0f32; Q]);
+    let mut weights = [[0.0f32; BLOCK]; Q];
+    // SAFETY: promised by the caller.
+    unsafe {
+        match S::WIDE {
+            4 if len > 2 * S::N => score::<S, T, Q, 4>(q, len, rows, &mut weights),
+            2.. => score::<S, T, Q, 2>(q, len, rows, &mut weights),
+            _ => score::<S, T, Q, 1>(q, len, rows, &mut weights),
+        }
+    }
+    let mut scales = [(0.0f32, 0.0f32); Q];
     for t in 0..Q {
         let softmax = &mut attended.softmax[number[t]];
         let block = weigh(&mut weights[t], len);
-        (decay[t], growth[t]) = merge(softmax, block);
+        scales[t] = merge(softmax, block);
         if let Some((_, value_scales)) = rows.scales {
             for (weight, scale) in weights[t].iter_mut().zip(value_scales) {
                 *weight *= scale;
@@ -229,90 +299,190 @@ fn attend_tile<const Q: usize, T: Copy>(
         }
     }
 
-    // The sums of 16 dimensions at a time stay in registers.
-    let whole = dim - dim % PART;
-    for d in (0..whole).step_by(PART) {
-        let mut sums = [[0.0f32; PART]; Q];
-        for (p, row) in rows.values.chunks_exact(dim).take(len).enumerate() {
-            let value = widen(row[d..].first_chunk().expect("a part within the dimensions"));
-            for t in 0..Q {
-                for i in 0..PART {
-                    sums[t][i] += weights[t][p] * value[i];
-                }
-            }
+    let mut d = 0;
+    // SAFETY: promised by the caller.
+    unsafe {
+        while S::WIDE == 4 && d + 4 * S::N <= dim {
+            sum_values::<S, T, Q, 4>(&weights, d, len, rows, scales, number, attended);
+            d += 4 * S::N;
         }
-        for t in 0..Q {
-            let out = &mut attended.out[number[t] * dim + d..][..PART];
-            for (out, sum) in out.iter_mut().zip(sums[t]) {
-                *out = *out * decay[t] + sum * growth[t];
-            }
+        while S::WIDE >= 2 && d + 2 * S::N <= dim {
+            sum_values::<S, T, Q, 2>(&weights, d, len, rows, scales, number, attended);
+            d += 2 * S::N;
+        }
+        while d + S::N <= dim {
+            sum_values::<S, T, Q, 1>(&weights, d, len, rows, scales, number, attended);
+            d += S::N;
         }
     }
-    for d in whole..dim {
+    for d in d..dim {
         for t in 0..Q {
             let mut sum = 0.0f32;
             for (row, weight) in rows.values.chunks_exact(dim).zip(weights[t]).take(len) {
-                sum += weight * widen(&[row[d]; PART])[0];
+                sum += weight * row[d].widen();
             }
+            let (decay, growth) = scales[t];
             let out = &mut attended.out[number[t] * dim + d];
-            *out = *out * decay[t] + sum * growth[t];
+            *out = *out * decay + sum * growth;
         }
     }
     Q
 }
 
-/// The scores of the first `len` positions, `(q·k)·(1/√D)·key_scale`; the others mean nothing.
+/// Rows of the cache, coefficients of each query, and what is asked for meanwhile.
+#[derive(Clone, Copy)]
+struct Sums<T, const Q: usize> {
+    /// The vectors of the first row.
+    row: *const T,
+    /// Values from one row to the next.
+    row_step: usize,
+    /// How many rows.
+    count: usize,
+    /// Each query's coefficient of the first row.
+    coefficients: [*const f32; Q],
+    /// From one coefficient to the next.
+    step: usize,
+    /// The first of as many bytes as these vectors of all rows have.
+    ahead: *const u8,
+}
+
+/// `Σ coefficient·row`, V vectors of each query, all in registers.
+///
+/// # Safety
+///
+/// As for [`attend_block`]; and V vectors lie in every row, and a coefficient for every row of every
+/// query.
+#[expect(clippy::needless_range_loop, reason = "t and v are those of all arrays alike")]
 #[inline(always)]
-fn score<const Q: usize, T: Copy>(
+unsafe fn sum<S: Lanes, T: Value, const Q: usize, const V: usize>(sums: Sums<T, Q>) -> [[S; V]; Q] {
+    let line_step = V * S::N * size_of::<T>();
+    // SAFETY: promised by the caller.
+    unsafe {
+        let mut acc = [[S::splat(0.0); V]; Q];
+        for i in 0..sums.count {
+            let row = sums.row.add(i * sums.row_step);
+            for byte in (0..line_step).step_by(64) {
+                S::prefetch(sums.ahead.wrapping_add(i * line_step + byte));
+            }
+            let mut values = [S::splat(0.0); V];
+            for v in 0..V {
+                values[v] = T::load(row.add(v * S::N));
+            }
+            for t in 0..Q {
+                let coefficient = S::splat(*sums.coefficients[t].add(i * sums.step));
+                for v in 0..V {
+                    acc[t][v] = acc[t][v].add(coefficient.mul(values[v]));
+                }
+            }
+        }
+        acc
+    }
+}
+
+/// The scores of the first `len` positions, `(q·k)·(1/√D)·key_scale`; the others mean nothing.
+///
+/// # Safety
+///
+/// As for [`attend_block`].
+#[inline(always)]
+unsafe fn score<S: Lanes, T: Value, const Q: usize, const V: usize>(
     q: [&[f32]; Q],
     len: usize,
     rows: Rows<'_, T>,
-    widen: impl Fn(&[T; PART]) -> [f32; PART] + Copy,
-) -> [[f32; BLOCK]; Q] {
+    scores: &mut [[f32; BLOCK]; Q],
+) {
+    let part = V * S::N;
     let dim = rows.keys.len() / BLOCK;
-    let inv_sqrt_dim = inv_sqrt_dim(dim);
-    let keys = rows.keys.as_chunks::<BLOCK>().0;
-    let mut scores = [[0.0f32; BLOCK]; Q];
-    for part in 0..len.div_ceil(PART) {
-        let mut lanes = [[[0.0f32; PART]; Q]; DOT_LANES];
-        let mut keys = keys.iter();
-        for (lane, sums) in lanes.iter_mut().enumerate() {
-            // As many rows as the lane has dimensions.
-            let mut sum = [[0.0f32; PART]; Q];
-            for (d, row) in (lane..dim).step_by(DOT_LANES).zip(keys.by_ref()) {
-                let key = widen(&row.as_chunks::<PART>().0[part]);
-                for t in 0..Q {
-                    let q = q[t][d];
-                    for i in 0..PART {
-                        sum[t][i] += q * key[i];
+    assert!(BLOCK.is_multiple_of(part) && rows.keys.len() == dim * BLOCK);
+    assert!(q.iter().all(|q| q.len() == dim));
+    let ahead: *const u8 = rows.values.as_ptr().cast();
+    // SAFETY: promised by the caller; the rows of lane `lane` are `from..from + count`, dimensions
+    // `lane`, `lane + 16` and so on, all below `dim`, and `first + part` is at most 64.
+    unsafe {
+        let scale = S::splat(inv_sqrt_dim(dim));
+        for first in (0..len).step_by(part) {
+            // Sums of 1, 2, 4 and 8 lanes that wait for their other half.
+            let mut waiting = [[[S::splat(0.0); V]; Q]; DOT_LANES.ilog2() as usize + 1];
+            let mut ahead = ahead.wrapping_add(first * dim * size_of::<T>());
+            for turn in 0..DOT_LANES {
+                // Lanes in the order in which `cpu_ref::reduce::tree_sum` adds them.
+                let lane = turn.reverse_bits() >> (usize::BITS - DOT_LANES.ilog2());
+                let from = crate::kv_cache::key_row(lane, dim);
+                let count = dim.saturating_sub(lane).div_ceil(DOT_LANES);
+                let mut lanes = sum::<S, T, Q, V>(Sums {
+                    row: rows.keys.as_ptr().add(from * BLOCK + first),
+                    row_step: BLOCK,
+                    count,
+                    coefficients: q.map(|q| q.as_ptr().wrapping_add(lane)),
+                    step: DOT_LANES,
+                    ahead,
+                });
+                ahead = ahead.wrapping_add(count * part * size_of::<T>());
+                let level = turn.trailing_ones() as usize;
+                for lower in &waiting[..level] {
+                    for t in 0..Q {
+                        for v in 0..V {
+                            lanes[t][v] = lower[t][v].add(lanes[t][v]);
+                        }
                     }
                 }
+                waiting[level] = lanes;
             }
-            *sums = sum;
-        }
-        // `cpu_ref::reduce::tree_sum` of every position.
-        for step in [8, 4, 2, 1] {
-            let (low, high) = lanes.split_at_mut(step);
-            for (low, high) in low.iter_mut().zip(high) {
-                let pairs = low.as_flattened_mut().iter_mut().zip(high.as_flattened());
-                pairs.for_each(|(low, high)| *low += high);
-            }
-        }
-        for t in 0..Q {
-            let scores = &mut scores[t][part * PART..][..PART];
-            for (score, sum) in scores.iter_mut().zip(lanes[0][t]) {
-                *score = sum * inv_sqrt_dim;
+            let sums = waiting[DOT_LANES.ilog2() as usize];
+            for t in 0..Q {
+                let scores = &mut scores[t][first..first + part];
+                for v in 0..V {
+                    sums[t][v].mul(scale).store(scores[v * S::N..].as_mut_ptr());
+                }
             }
         }
     }
     if let Some((key_scales, _)) = rows.scales {
-        for scores in &mut scores {
+        for scores in scores {
             for (score, scale) in scores.iter_mut().zip(key_scales) {
                 *score *= scale;
             }
         }
     }
-    scores
+}
+
+/// Merges `Σ weight·value` of dimensions `d..` over the first `len` positions.
+///
+/// # Safety
+///
+/// As for [`attend_block`].
+#[inline(always)]
+unsafe fn sum_values<S: Lanes, T: Value, const Q: usize, const V: usize>(
+    weights: &[[f32; BLOCK]; Q],
+    d: usize,
+    len: usize,
+    rows: Rows<'_, T>,
+    scales: [(f32, f32); Q],
+    number: [usize; Q],
+    attended: &mut Attended<'_>,
+) {
+    let dim = rows.values.len() / BLOCK;
+    assert!(len <= BLOCK && d + V * S::N <= dim);
+    // SAFETY: promised by the caller; there are `len` rows of `dim` values, `d + V·N` at most, and 64
+    // weights a query.
+    unsafe {
+        let sums = sum::<S, T, Q, V>(Sums {
+            row: rows.values.as_ptr().add(d),
+            row_step: dim,
+            count: len,
+            coefficients: weights.each_ref().map(|weights| weights.as_ptr()),
+            step: 1,
+            ahead: rows.next.wrapping_add(d * BLOCK * size_of::<T>()),
+        });
+        for t in 0..Q {
+            let (decay, growth) = (S::splat(scales[t].0), S::splat(scales[t].1));
+            let out = &mut attended.out[number[t] * dim + d..][..V * S::N];
+            for v in 0..V {
+                let out = out[v * S::N..].as_mut_ptr();
+                S::load(out).mul(decay).add(sums[t][v].mul(growth)).store(out);
+            }
+        }
+    }
 }
 
 /// The softmax of a block by itself; its scores become weights, past `len` zeros.
@@ -441,6 +611,11 @@ impl Scratch {
                 partial.fill(Softmax::default());
                 let chunks =
                     sums.chunks_exact_mut(chunk * dim).zip(partial.chunks_exact_mut(chunk));
+                let chunk_of = |at: usize| {
+                    let (block, group) = (first + at / groups, at % groups);
+                    layer.cache.head(layer.table[block], layer.layer, group)
+                };
+                let last = at + chunks.len() - 1;
                 for (at, (out, softmax)) in (at..).zip(chunks) {
                     let (block, group) = (first + at / groups, at % groups);
                     let queries = Queries {
@@ -450,8 +625,9 @@ impl Scratch {
                         tokens,
                         seen: layer.seen(0, block),
                     };
-                    let chunk = layer.cache.head(layer.table[block], layer.layer, group);
-                    kernels.attend_block(queries, chunk, Attended { softmax, out, stride: heads });
+                    let next = (at < last).then(|| chunk_of(at + 1));
+                    let attended = Attended { softmax, out, stride: heads };
+                    kernels.attend_block(queries, chunk_of(at), next, attended);
                 }
             });
 
@@ -496,7 +672,9 @@ fn attend_many(
         let blocks = (layer.start + first + tokens).div_ceil(BLOCK);
         for group in 0..groups {
             let head = group * heads;
-            for (block, &id) in layer.table[..blocks].iter().enumerate() {
+            let chunk_of = |&id: &u32| layer.cache.head(id, layer.layer, group);
+            let table = &layer.table[..blocks];
+            for (block, id) in table.iter().enumerate() {
                 let queries = Queries {
                     q: &query[first * row + head * dim..],
                     stride: row,
@@ -506,7 +684,8 @@ fn attend_many(
                 };
                 let (softmax, out) = (&mut running[head..], &mut attended[head * dim..]);
                 let attended = Attended { softmax, out, stride: layer.heads };
-                kernels.attend_block(queries, layer.cache.head(id, layer.layer, group), attended);
+                let next = table.get(block + 1).map(chunk_of);
+                kernels.attend_block(queries, chunk_of(id), next, attended);
             }
         }
         for (out, softmax) in attended.chunks_exact_mut(dim).zip(running) {
@@ -562,7 +741,7 @@ pub fn attention(
             let seen = (positions - block * BLOCK) as isize;
             let queries = Queries { q, stride: q.len(), heads: per_group, tokens: 1, seen };
             let attended = Attended { softmax, out, stride: per_group };
-            kernels.attend_block(queries, cache.head(block as u32, 0, group), attended);
+            kernels.attend_block(queries, cache.head(block as u32, 0, group), None, attended);
         }
         for (out, softmax) in out.chunks_exact_mut(dim).zip(softmax) {
             divide(out, softmax.total);

@@ -21,11 +21,13 @@
 
 use std::arch::x86_64::*;
 
+use cpu_ref::layout::columns::{STRIPE_ROWS, place};
 use cpu_ref::layout::{CHUNK_K, TILE_ROWS};
 
-use super::attention::widen_halves;
 use super::base3::{few_base3, unpack_base3};
+use super::columns::{Line, STEP};
 use super::head::{CODE_WORDS, LimbSums};
+use super::lanes::Lanes;
 use super::portable::widen_scales;
 use super::tables::{FieldTables, build_tables};
 use super::{Activations, CHUNK_WORDS, Level, impl_kernels};
@@ -35,9 +37,9 @@ use super::{Activations, CHUNK_WORDS, Level, impl_kernels};
 pub(super) struct Avx2(());
 
 impl Avx2 {
-    /// Whether this machine has AVX2.
+    /// Whether this machine has AVX2, and F16C, which every processor with AVX2 has.
     pub(super) fn is_available() -> bool {
-        is_x86_feature_detected!("avx2")
+        is_x86_feature_detected!("avx2") && is_x86_feature_detected!("f16c")
     }
 
     /// The level's token; `None` if this machine does not run it.
@@ -46,7 +48,63 @@ impl Avx2 {
     }
 }
 
-impl_kernels!(Avx2, Level::Avx2, #[target_feature(enable = "avx2")]);
+impl_kernels!(Avx2, Level::Avx2, #[target_feature(enable = "avx2,f16c")]);
+
+/// The vectors of attention.
+pub(super) type Vector = __m256;
+
+impl Lanes for __m256 {
+    const N: usize = 8;
+    const WIDE: usize = 2;
+
+    #[inline(always)]
+    unsafe fn splat(value: f32) -> Self {
+        // SAFETY: as the trait demands.
+        unsafe { _mm256_set1_ps(value) }
+    }
+
+    #[inline(always)]
+    unsafe fn load(at: *const f32) -> Self {
+        // SAFETY: as the trait demands.
+        unsafe { _mm256_loadu_ps(at) }
+    }
+
+    #[inline(always)]
+    unsafe fn load_halves(at: *const u16) -> Self {
+        // SAFETY: as the trait demands.
+        unsafe { _mm256_cvtph_ps(_mm_loadu_si128(at.cast())) }
+    }
+
+    #[inline(always)]
+    unsafe fn load_codes(at: *const i8) -> Self {
+        // SAFETY: as the trait demands.
+        unsafe { _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(at.cast()))) }
+    }
+
+    #[inline(always)]
+    unsafe fn store(self, at: *mut f32) {
+        // SAFETY: as the trait demands.
+        unsafe { _mm256_storeu_ps(at, self) }
+    }
+
+    #[inline(always)]
+    unsafe fn add(self, other: Self) -> Self {
+        // SAFETY: as the trait demands.
+        unsafe { _mm256_add_ps(self, other) }
+    }
+
+    #[inline(always)]
+    unsafe fn mul(self, other: Self) -> Self {
+        // SAFETY: as the trait demands.
+        unsafe { _mm256_mul_ps(self, other) }
+    }
+
+    #[inline(always)]
+    unsafe fn prefetch(at: *const u8) {
+        // SAFETY: a hint, whatever the address.
+        unsafe { _mm_prefetch::<_MM_HINT_T1>(at.cast()) }
+    }
+}
 
 /// Words of a pair: two rows × 16 bytes, one register.
 pub(super) const PAIR_WORDS: usize = 8;
@@ -191,6 +249,67 @@ fn gemm_tile(tile: &[[u32; CHUNK_WORDS]], x: Activations<'_>, acc: &mut [[i32; T
             2 => tokens_tile::<2, 4>(tile, x, m, acc),
             _ => tokens_tile::<1, 8>(tile, x, m, acc),
         }
+    }
+}
+
+/// Steps of four columns whose sums fit i16: a lane gets a code ≤ 2 and an activation of each.
+const FLUSH_STEPS: usize = 31;
+const _: () = assert!(FLUSH_STEPS * STEP * 2 * 128 <= 1 << 15);
+
+/// Steps to ask for columns ahead, of the second-level cache: the first has too few misses in flight
+/// for lines that do not follow one another.
+const AHEAD: usize = 16;
+
+/// One stripe of a matrix by columns, `Σ (w + 1)·x`: two columns are interleaved byte by byte, so that
+/// a lane of i16 is a row, half a line at a time.
+#[target_feature(enable = "avx2")]
+pub(super) fn stripe_sums(
+    lines: &[Line],
+    columns: &[[u32; STEP]],
+    codes: &[[i8; STEP]],
+    sums: &mut [i32; STRIPE_ROWS],
+) {
+    let mask = _mm256_set1_epi8(0x03);
+    // Of each half line, the lower or the higher 8 bytes of every 16, field by field.
+    let mut wide = [[[[0i32; 16]; 4]; 2]; 2];
+    for (half, wide) in wide.iter_mut().enumerate() {
+        let flushes = columns.chunks(FLUSH_STEPS).zip(codes.chunks(FLUSH_STEPS));
+        for (flush, (now, codes)) in flushes.enumerate() {
+            let mut short = [[_mm256_setzero_si256(); 4]; 2];
+            // The last steps ask again for the first columns, which are there.
+            let ahead = columns.iter().skip(flush * FLUSH_STEPS + AHEAD).chain(columns);
+            for ((columns, codes), ahead) in now.iter().zip(codes).zip(ahead) {
+                // Both halves are in one line.
+                for &column in ahead.iter().filter(|_| half == 0) {
+                    prefetch::<_MM_HINT_T1>(&lines[column as usize].0, 0);
+                }
+                let pairs = columns.as_chunks::<2>().0.iter().zip(codes.as_chunks::<2>().0);
+                for (columns, codes) in pairs {
+                    let x = _mm256_set1_epi16(i16::from_le_bytes(codes.map(|x| x as u8)));
+                    let [a, b] =
+                        columns.map(|column| load(&lines[column as usize].0.as_chunks().0[half]));
+                    let parts = [_mm256_unpacklo_epi8(a, b), _mm256_unpackhi_epi8(a, b)];
+                    for (short, mut v) in short.iter_mut().zip(parts) {
+                        for short in short {
+                            let products = _mm256_maddubs_epi16(_mm256_and_si256(v, mask), x);
+                            *short = _mm256_add_epi16(*short, products);
+                            v = _mm256_srli_epi16::<2>(v);
+                        }
+                    }
+                }
+            }
+            for (wide, short) in wide.as_flattened_mut().iter_mut().zip(short.as_flattened()) {
+                let lanes = [_mm256_castsi256_si128(*short), _mm256_extracti128_si256::<1>(*short)];
+                for (wide, lanes) in wide.as_chunks_mut().0.iter_mut().zip(lanes) {
+                    add_rows(_mm256_cvtepi16_epi32(lanes), wide);
+                }
+            }
+        }
+    }
+    for (row, sum) in sums.iter_mut().enumerate() {
+        let (byte, field) = place(row);
+        let (half, lane, part, e) = (byte / 32, byte / 16 % 2, byte / 8 % 2, byte % 8);
+        *sum = wide[half][part][field][8 * lane + e];
     }
 }
 

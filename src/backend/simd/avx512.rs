@@ -16,17 +16,21 @@
 //!    `vpdpbusd` as the limit. It passes a tile twice or more often; meanwhile the next one is asked
 //!    for, so that memory is read all the time, and not in the first pass alone.
 //! 5. Binary weights are bits, 1 for −1: `Σ w·x = Σ x − 2·Σ bit·x`, with eight one-bit fields a byte.
-//! 6. Float activations: a lane is a row, and `vpermps` looks up a nibble ([`super::tables`]).
+//! 6. By columns, four of them are interleaved byte by byte: a lane is a row with its four weights, and
+//!    the columns that come later in the list are asked for.
+//! 7. Float activations: a lane is a row, and `vpermps` looks up a nibble ([`super::tables`]).
 #![expect(unsafe_code, reason = "loads, and entry into target features")]
 
 use std::arch::x86_64::*;
 
+use cpu_ref::layout::columns::STRIPE_ROWS;
 use cpu_ref::layout::{CHUNK_K, TILE_ROWS};
 
-use super::attention::PART;
 use super::avx2::{PREFETCH_CHUNKS, next_tile, prefetch};
 use super::base3::{few_base3, unpack_base3};
+use super::columns::{Line, STEP};
 use super::head::{CODE_WORDS, LimbSums};
+use super::lanes::Lanes;
 use super::tables::{NibbleTables, i2_column};
 use super::{Activations, CHUNK_WORDS, GroupLayout, GroupScales, Level, impl_kernels};
 
@@ -55,6 +59,62 @@ impl_kernels!(
     Level::Avx512Vnni,
     #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]
 );
+
+/// The vectors of attention.
+pub(super) type Vector = __m512;
+
+impl Lanes for __m512 {
+    const N: usize = 16;
+    const WIDE: usize = 4;
+
+    #[inline(always)]
+    unsafe fn splat(value: f32) -> Self {
+        // SAFETY: as the trait demands.
+        unsafe { _mm512_set1_ps(value) }
+    }
+
+    #[inline(always)]
+    unsafe fn load(at: *const f32) -> Self {
+        // SAFETY: as the trait demands.
+        unsafe { _mm512_loadu_ps(at) }
+    }
+
+    #[inline(always)]
+    unsafe fn load_halves(at: *const u16) -> Self {
+        // SAFETY: as the trait demands.
+        unsafe { _mm512_cvtph_ps(_mm256_loadu_si256(at.cast())) }
+    }
+
+    #[inline(always)]
+    unsafe fn load_codes(at: *const i8) -> Self {
+        // SAFETY: as the trait demands.
+        unsafe { _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(at.cast()))) }
+    }
+
+    #[inline(always)]
+    unsafe fn store(self, at: *mut f32) {
+        // SAFETY: as the trait demands.
+        unsafe { _mm512_storeu_ps(at, self) }
+    }
+
+    #[inline(always)]
+    unsafe fn add(self, other: Self) -> Self {
+        // SAFETY: as the trait demands.
+        unsafe { _mm512_add_ps(self, other) }
+    }
+
+    #[inline(always)]
+    unsafe fn mul(self, other: Self) -> Self {
+        // SAFETY: as the trait demands.
+        unsafe { _mm512_mul_ps(self, other) }
+    }
+
+    #[inline(always)]
+    unsafe fn prefetch(at: *const u8) {
+        // SAFETY: a hint, whatever the address.
+        unsafe { _mm_prefetch::<_MM_HINT_T1>(at.cast()) }
+    }
+}
 
 /// Words of a quad: four rows × 16 bytes, one register.
 pub(super) const QUAD_WORDS: usize = 16;
@@ -116,6 +176,54 @@ fn gemv_tile(
     }
     for (quads, acc) in units.as_chunks().0.iter().zip(acc.as_chunks_mut().0) {
         store(_mm512_sub_epi32(sums_of_rows(quads), _mm512_set1_epi32(code_sum)), acc);
+    }
+}
+
+/// Steps to ask for columns ahead, of the second-level cache: the first has too few misses in flight
+/// for lines that do not follow one another.
+const AHEAD: usize = 16;
+
+/// One stripe of a matrix by columns: `Σ (w + 1)·x`.
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]
+pub(super) fn stripe_sums(
+    lines: &[Line],
+    columns: &[[u32; STEP]],
+    codes: &[[i8; STEP]],
+    sums: &mut [i32; STRIPE_ROWS],
+) {
+    let (low, high) = (_mm512_set1_epi8(0x03), _mm512_set1_epi8(0x0c));
+    let mut acc = [[_mm512_setzero_si512(); 4]; 4];
+    // The last steps ask again for the first columns, which are there.
+    let ahead = columns.iter().skip(AHEAD).chain(columns);
+    for ((columns, codes), ahead) in columns.iter().zip(codes).zip(ahead) {
+        for &column in ahead {
+            prefetch::<_MM_HINT_T1>(&lines[column as usize].0, 0);
+        }
+        let x = _mm512_set1_epi32(i32::from_le_bytes(codes.map(|x| x as u8)));
+        let [a, b, c, d] = columns.map(|column| load(&lines[column as usize].0));
+        let (ab, cd) = (_mm512_unpacklo_epi8(a, b), _mm512_unpacklo_epi8(c, d));
+        let (ab_high, cd_high) = (_mm512_unpackhi_epi8(a, b), _mm512_unpackhi_epi8(c, d));
+        let rows = [
+            _mm512_unpacklo_epi16(ab, cd),
+            _mm512_unpackhi_epi16(ab, cd),
+            _mm512_unpacklo_epi16(ab_high, cd_high),
+            _mm512_unpackhi_epi16(ab_high, cd_high),
+        ];
+        for (acc, v) in acc.iter_mut().zip(rows) {
+            let u = _mm512_srli_epi16::<4>(v);
+            acc[0] = _mm512_dpbusd_epi32(acc[0], _mm512_and_si512(v, low), x);
+            acc[1] = _mm512_dpbusd_epi32(acc[1], _mm512_and_si512(v, high), x);
+            acc[2] = _mm512_dpbusd_epi32(acc[2], _mm512_and_si512(u, low), x);
+            acc[3] = _mm512_dpbusd_epi32(acc[3], _mm512_and_si512(u, high), x);
+        }
+    }
+    for (acc, sums) in
+        acc.as_flattened().as_chunks::<2>().0.iter().zip(sums.as_chunks_mut::<32>().0)
+    {
+        let [even, odd] = sums.as_chunks_mut().0 else { unreachable!("two halves") };
+        store(acc[0], even);
+        // A sum of multiples of 4.
+        store(_mm512_srai_epi32::<2>(acc[1]), odd);
     }
 }
 
@@ -307,17 +415,6 @@ pub(super) fn widen_scales(scales: &GroupScales) -> [f32; TILE_ROWS] {
         let halves = unsafe { _mm256_loadu_si256(words.as_ptr().cast()) };
         store_table(_mm512_cvtph_ps(halves), out);
     }
-    wide
-}
-
-/// Halves as f32. The instruction also widens subnormal halves, which the cache does not have.
-#[inline]
-#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]
-pub(super) fn widen_halves(halves: &[u16; PART]) -> [f32; PART] {
-    let mut wide = [0.0; PART];
-    // SAFETY: `halves` has 32 bytes to read, and the load needs no alignment.
-    let halves = unsafe { _mm256_loadu_si256(halves.as_ptr().cast()) };
-    store_table(_mm512_cvtph_ps(halves), &mut wide);
     wide
 }
 

@@ -9,10 +9,9 @@ use std::arch::x86_64::*;
 
 use cpu_ref::layout::TILE_ROWS;
 
-use super::attention::widen_halves;
 use super::avx2::{
-    BLOCK_CHUNKS, BLOCK_TOKENS, PAIR_WORDS, PAIRS, QUARTERS, add_rows, blocks, codes, field,
-    fields, limb_sums, load, lookup_chunk, prefetch_next, row_sums, unpack,
+    BLOCK_CHUNKS, BLOCK_TOKENS, PAIR_WORDS, PAIRS, QUARTERS, Vector, add_rows, blocks, codes,
+    field, fields, limb_sums, load, lookup_chunk, prefetch_next, row_sums, stripe_sums, unpack,
 };
 use super::base3::{few_base3, unpack_base3};
 use super::portable::widen_scales;
@@ -26,7 +25,7 @@ pub(super) struct AvxVnni(());
 impl AvxVnni {
     /// Whether this machine has AVX2 and AVX-VNNI.
     pub(super) fn is_available() -> bool {
-        is_x86_feature_detected!("avx2") && is_x86_feature_detected!("avxvnni")
+        super::avx2::Avx2::is_available() && is_x86_feature_detected!("avxvnni")
     }
 
     /// The level's token; `None` if this machine does not run it.
@@ -38,7 +37,7 @@ impl AvxVnni {
 impl_kernels!(
     AvxVnni,
     Level::AvxVnni,
-    #[target_feature(enable = "avx2,avxvnni")]
+    #[target_feature(enable = "avx2,f16c,avxvnni")]
 );
 
 /// Defines `gemm_tile` and `signs_tile` with target features and their `vpdpbusd`.

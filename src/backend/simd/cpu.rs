@@ -2,9 +2,12 @@
 
 use std::ops::Range;
 
+use cpu_ref::layout::columns::STRIPE_ROWS;
 use cpu_ref::layout::{CHUNK_K, TILE_ROWS};
+use cpu_ref::mlp::Activation;
 use cpu_ref::rope::Frequencies;
 
+use super::columns::{Columns, NonZeros, most_nonzeros};
 use super::head::Int8Head;
 use super::load::{Layer, Weights};
 use super::matrix::{Head, Linears, Matrix, Scales};
@@ -12,8 +15,8 @@ use super::pool::{Pool, Split};
 use super::{Activations, Kernels, Level, TokenScale, attention};
 use crate::backend::choices::Choices;
 use crate::backend::{
-    Backend, Batch, DeviceInfo, HeadWork, LoadOptions, OnProgress, Output, Tap, Tokens, Traffic,
-    Want,
+    Backend, Batch, DeviceInfo, HeadWork, LoadOptions, OnProgress, Output, Sparse, Tap, Tokens,
+    Traffic, Want,
 };
 use crate::config::{Activations as Precision, ModelConfig};
 use crate::error::{Error, Result};
@@ -70,6 +73,10 @@ struct Work {
     products: Vec<f32>,
     /// `[M, N]`.
     rows: Vec<f32>,
+    /// The inputs of a matrix by columns.
+    nonzeros: NonZeros,
+    /// Products by columns so far.
+    by_columns: u64,
 }
 
 /// What one forward pass leaves for its next step.
@@ -125,6 +132,12 @@ impl Work {
             let runs = linears.runs().iter().filter(|run| run.scales.is_of_groups() == of_groups);
             runs.map(|run| run.tiles() * TILE_ROWS).sum()
         };
+        // Whole stripes, where a matrix is there by columns too.
+        let acc = |linears: &Linears| match linears.columns() {
+            Some(_) => tiled(linears, false).next_multiple_of(STRIPE_ROWS),
+            None => tiled(linears, false),
+        };
+        let columns = all().filter_map(Linears::columns).map(Columns::k).max().unwrap_or_default();
         let scales = |linears: &Linears| {
             let groups = linears.runs().iter().map(Matrix::groups).max().unwrap_or_default();
             groups.max(linears.runs().len())
@@ -148,9 +161,11 @@ impl Work {
             inputs: vec![0.0; most(&inputs)],
             codes: vec![0; most(&codes)],
             scales: vec![TokenScale::default(); most(&scales)],
-            acc: vec![0; most(&|linears| tiled(linears, false))],
+            acc: vec![0; most(&acc)],
             products: vec![0.0; most(&|linears| tiled(linears, true))],
             rows: vec![0.0; most(&Linears::n)],
+            nonzeros: NonZeros::new(columns),
+            by_columns: 0,
         }
     }
 
@@ -171,7 +186,8 @@ impl Work {
             let len = run.tiles() * n_tokens * TILE_ROWS;
             match run.scales {
                 Scales::Rows(_) => {
-                    self.multiply_codes(run, x, norm, index * n_tokens, acc_start);
+                    let columns = linears.columns();
+                    self.multiply_codes((run, columns), x, norm, index * n_tokens, acc_start);
                     acc_start += len;
                 }
                 Scales::Groups { .. } => {
@@ -211,10 +227,11 @@ impl Work {
         });
     }
 
-    /// `acc[tiles][M][32]` from `acc_start` on, and M scales from `first_scale` on.
+    /// `acc[tiles][M][32]` from `acc_start` on, and M scales from `first_scale` on. One token goes by
+    /// columns, where there are any and it pays.
     fn multiply_codes(
         &mut self,
-        run: &Matrix,
+        (run, columns): (&Matrix, Option<&Columns>),
         x: &[f32],
         norm: Option<&[f32]>,
         first_scale: usize,
@@ -225,7 +242,8 @@ impl Work {
         if run.has_input() {
             self.prepare(run, x, norm);
         }
-        let Self { pool, kernels, eps, inputs, codes, scales, acc, .. } = self;
+        let Self { pool, kernels, eps, inputs, codes, scales, acc, nonzeros, by_columns, .. } =
+            self;
         let (kernels, eps) = (kernels.as_ref(), *eps);
         let (x, norm) = if run.has_input() { (&inputs[..n_tokens * k], None) } else { (x, norm) };
 
@@ -240,6 +258,20 @@ impl Work {
             }
         });
 
+        if let (Some(columns), 1) = (columns, n_tokens) {
+            nonzeros.collect(&codes[..k]);
+            if most_nonzeros(kernels.level()).is_some_and(|most| nonzeros.at_most(most)) {
+                let nonzeros = &*nonzeros;
+                let acc = &mut acc[acc_start..][..run.shape.n().next_multiple_of(STRIPE_ROWS)];
+                let split = Split { len: STRIPE_ROWS, cost: nonzeros.len() * STRIPE_ROWS / 4 };
+                pool.stripes(acc, split, |first, acc| {
+                    let lines = columns.stripes(first, acc.len() / STRIPE_ROWS);
+                    kernels.gemv_columns(lines, nonzeros, acc);
+                });
+                *by_columns += 1;
+                return;
+            }
+        }
         let x = Activations::new(codes, scales, chunks);
         let acc = &mut acc[acc_start..][..run.tiles() * n_tokens * TILE_ROWS];
         let tile_words = run.tile_words();
@@ -399,9 +431,20 @@ impl SimdBackend {
         let precision = options.activations(&config)?;
         let max_batch = options.host_batch();
         let pool = Pool::new(threads(options))?;
-        let Weights { embedding, lm_head, int8_head, layers, notes } =
+        let Weights { embedding, lm_head, int8_head, mut layers, mut notes } =
             super::load::load(level, source, options, progress)?;
         let gemv = format!("{} {}", gemv_name(&layers), level.name());
+        let by_columns = options.sparse == Sparse::Auto
+            && config.hidden_act == Activation::Relu2
+            && most_nonzeros(level).is_some();
+        if by_columns {
+            layers.iter_mut().for_each(|layer| layer.down.add_columns());
+        }
+        let columns = layers.iter().filter_map(|layer| layer.down.columns());
+        let columns: usize = columns.map(Columns::len_bytes).sum();
+        if columns > 0 {
+            notes.push(format!("down by columns too, {} MB more", columns.div_ceil(1_000_000)));
+        }
         let (hidden, query) = (config.hidden_size, config.query_size());
         let intermediate = config.intermediate_size;
         Ok(Self {
@@ -822,6 +865,46 @@ fn processor_name() -> Option<String> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    /// Logits after each of some tokens of the built-in model, fed one by one, and how many products
+    /// went by columns.
+    fn stepwise(sparse: Sparse) -> (Vec<f32>, u64) {
+        let checkpoint = crate::built_in::checkpoint().unwrap();
+        let options = LoadOptions { sparse, threads: Some(2), ..LoadOptions::default() };
+        let mut backend = SimdBackend::load(&checkpoint, &options, &mut |_| {}).unwrap();
+        assert_eq!(backend.device.notes.len(), usize::from(sparse == Sparse::Auto));
+        let sequence = backend.sequences().open();
+        let mut all = Vec::new();
+        for start in 0..24 {
+            let tokens = [(start * 37 % 500) as u32];
+            let (tokens, want) = (Tokens::Given(&tokens), Want::LastLogits);
+            backend.begin(Batch { tokens, sequence, start, want }).unwrap();
+            backend.embed().unwrap();
+            for layer in 0..backend.layers.len() {
+                backend.qkv(layer).unwrap();
+                backend.attend(layer).unwrap();
+                backend.project_out(layer).unwrap();
+                backend.gate_up(layer).unwrap();
+                backend.down(layer).unwrap();
+            }
+            backend.head().unwrap();
+            let Output::Logits(logits) = backend.finish().unwrap() else { panic!("no logits") };
+            all.extend(logits);
+        }
+        (all, backend.work.by_columns)
+    }
+
+    #[test]
+    fn inputs_of_zero_are_left_out_and_the_logits_stay() {
+        if most_nonzeros(Level::detect().unwrap()).is_none() {
+            return;
+        }
+        let (expected, none) = stepwise(Sparse::Off);
+        let (found, some) = stepwise(Sparse::Auto);
+        let bits = |logits: &[f32]| logits.iter().map(|x| x.to_bits()).collect::<Vec<_>>();
+        assert_eq!(bits(&expected), bits(&found));
+        assert!(none == 0 && some >= 24, "{some} products by columns");
+    }
 
     #[test]
     fn angles_are_those_of_the_reference() {

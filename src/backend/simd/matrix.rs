@@ -2,6 +2,7 @@
 
 use cpu_ref::layout::TILE_ROWS;
 
+use super::columns::Columns;
 use super::{CHUNK_WORDS, GroupLayout, GroupWeights, Kernels, TableRows};
 use crate::error::Result;
 use crate::format::Bytes;
@@ -13,9 +14,16 @@ use crate::weights::{
 };
 
 /// Matrices that read the same vector, `[N, K]` one after another.
-pub(super) struct Linears(Vec<Matrix>);
+pub(super) struct Linears {
+    runs: Vec<Matrix>,
+    columns: Option<Columns>,
+}
 
 impl Linears {
+    fn new(runs: Vec<Matrix>) -> Self {
+        Self { runs, columns: None }
+    }
+
     /// Packs the rows of `parts`, with five weights a byte where `base3` says so and one number
     /// scales the matrix.
     pub(super) fn pack(parts: &[&TernaryMatrix], base3: bool) -> Result<Self> {
@@ -23,7 +31,7 @@ impl Linears {
             Some(scales) => Matrix::pack_base3(run, scales),
             None => Matrix::pack(run),
         };
-        runs_of_input(parts).into_iter().map(pack).collect::<Result<_>>().map(Self)
+        runs_of_input(parts).into_iter().map(pack).collect::<Result<_>>().map(Self::new)
     }
 
     /// The one matrix `[N, K]` of words and scales (f32 `[N]`) that were packed before; `None` if they are
@@ -40,13 +48,13 @@ impl Linears {
         };
         let scales: Vec<f32> = bytemuck::try_cast_slice(scales).ok()?.to_vec();
         let scales = (scales.len() == shape.n()).then_some(Scales::Rows(scales))?;
-        Some(Self(vec![Matrix { shape, scales, input: Input::default(), weights }]))
+        Some(Self::new(vec![Matrix { shape, scales, input: Input::default(), weights }]))
     }
 
     /// Words and scales to make it again from; `None` if it is more than one matrix, or one that takes
     /// more to make.
     pub(super) fn sections(&self) -> Option<[&[u8]; 2]> {
-        match &self.0[..] {
+        match &self.runs[..] {
             [matrix] if !matrix.has_input() => match &matrix.scales {
                 Scales::Rows(scales) => {
                     Some([bytemuck::cast_slice(matrix.words()), bytemuck::cast_slice(scales)])
@@ -66,19 +74,36 @@ impl Linears {
         [words, size_of::<f32>() * shape.n()]
     }
 
+    /// With the matrix by columns beside itself, if there is one alone and its inputs are codes.
+    pub(super) fn add_columns(&mut self) {
+        self.columns = match &self.runs[..] {
+            [Matrix { scales: Scales::Rows(_), weights, .. }] => match weights {
+                Weights::I2(packed) => Some(Columns::pack(packed)),
+                Weights::Base3(packed) => Some(Columns::pack(&packed.to_i2())),
+                Weights::Signs(_) => None,
+            },
+            _ => None,
+        };
+    }
+
+    /// The matrix by columns.
+    pub(super) fn columns(&self) -> Option<&Columns> {
+        self.columns.as_ref()
+    }
+
     /// The matrices, each of which takes its input in one way.
     pub(super) fn runs(&self) -> &[Matrix] {
-        &self.0
+        &self.runs
     }
 
     /// K.
     pub(super) fn k(&self) -> usize {
-        self.0[0].shape.k()
+        self.runs[0].shape.k()
     }
 
     /// N of all together.
     pub(super) fn n(&self) -> usize {
-        self.0.iter().map(|run| run.shape.n()).sum()
+        self.runs.iter().map(|run| run.shape.n()).sum()
     }
 }
 

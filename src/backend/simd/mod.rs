@@ -27,8 +27,10 @@ mod avx512_vbmi;
 #[cfg(target_arch = "x86_64")]
 mod avx_vnni;
 mod base3;
+mod columns;
 mod cpu;
 mod head;
+mod lanes;
 mod load;
 mod matrix;
 #[cfg(all(target_arch = "aarch64", target_endian = "little"))]
@@ -55,6 +57,7 @@ use crate::error::{Error, Result};
 use crate::kv_cache::{HeadChunk, HeadChunkMut};
 
 pub use attention::{Attended, Queries, Softmax, attention};
+pub use columns::{Columns, Line, NonZeros};
 pub use cpu::{SimdBackend, description, threads};
 pub(crate) use matrix::Matrix;
 pub use portable::TokenScale;
@@ -484,6 +487,9 @@ pub trait Kernels: Send + Sync {
     /// [`Kernels::gemm`] for five weights a byte, `words[tiles][pieces][4][32]`
     /// (`cpu_ref::layout::base3`).
     fn gemm_base3(&self, words: &[u32], x: Activations<'_>, acc: &mut [i32]);
+    /// `acc[n] = Σ_k w[n,k]·x[k]` of the inputs that are not 0, for whole stripes of a matrix by
+    /// columns: `lines[stripes][K]` and `acc[256·stripes]`.
+    fn gemv_columns(&self, lines: &[Line], x: &NonZeros, acc: &mut [i32]);
 
     /// `y[n,m] = Σ_g d[n,g]·Σ_{k∈g} w[n,k]·x[m,k]` for M tokens `x[M,K]`, into `y[tiles][M][32]`:
     /// `cpu_ref::group_gemv::group_dot` within its bound.
@@ -552,8 +558,15 @@ pub trait Kernels: Send + Sync {
     /// Stores a head's key and value `[D]` at position `slot` of a block: `cpu_ref::kv::store_head`.
     fn store_head(&self, key: &[f32], value: &[f32], slot: usize, chunk: HeadChunkMut<'_>);
 
-    /// Merges a block of the cache into what some queries have seen, as `cpu_ref::attention` does.
-    fn attend_block(&self, queries: Queries<'_>, chunk: HeadChunk<'_>, attended: Attended<'_>);
+    /// Merges a block of the cache into what some queries have seen, as `cpu_ref::attention` does;
+    /// `next` is what the thread wants afterwards, so that it is on its way.
+    fn attend_block(
+        &self,
+        queries: Queries<'_>,
+        chunk: HeadChunk<'_>,
+        next: Option<HeadChunk<'_>>,
+        attended: Attended<'_>,
+    );
 
     /// Merges a block that was attended to by itself, its softmax and its `[D]` sums, into what a
     /// query has seen.
@@ -646,6 +659,20 @@ macro_rules! impl_kernels {
                         |pieces, chunks| unpack_base3(pieces, chunks),
                         |chunks, x, acc| gemm_tile(chunks, x, acc),
                     );
+                fn gemv_columns(lines: &[super::Line], x: &super::NonZeros,
+                    acc: &mut [i32]) -> ()
+                    where x.k() > 0 && lines.len().is_multiple_of(x.k())
+                        && acc.len() == lines.len() / x.k()
+                            * cpu_ref::layout::columns::STRIPE_ROWS
+                    => {
+                        let (columns, codes) = x.steps();
+                        let sum = x.code_sum();
+                        let stripes = lines.chunks_exact(x.k());
+                        for (lines, acc) in stripes.zip(acc.as_chunks_mut().0) {
+                            stripe_sums(lines, columns, codes, acc);
+                            acc.iter_mut().for_each(|acc| *acc -= sum);
+                        }
+                    };
                 fn group_gemm(weights: super::GroupWeights<'_>, x: &[f32], y: &mut [f32]) -> ()
                     where x.len().is_multiple_of(weights.k)
                         && y.len() == weights.tiles() * cpu_ref::layout::TILE_ROWS
@@ -730,10 +757,12 @@ macro_rules! impl_kernels {
                         && slot < crate::kv_cache::BLOCK
                     => super::attention::store_head(key, value, slot, chunk);
                 fn attend_block(queries: super::Queries<'_>, chunk: super::HeadChunk<'_>,
-                    attended: super::Attended<'_>) -> ()
+                    next: Option<super::HeadChunk<'_>>, attended: super::Attended<'_>) -> ()
                     where queries.heads > 0
-                    => super::attention::attend_block(queries, chunk, attended,
-                        |halves| widen_halves(halves));
+                    // SAFETY: as for all of them, the features are available.
+                    => unsafe {
+                        super::attention::attend_block::<Vector>(queries, chunk, next, attended)
+                    };
                 fn merge_block(block: (super::Softmax, &[f32]), running: &mut super::Softmax,
                     out: &mut [f32]) -> ()
                     where block.1.len() == out.len()

@@ -356,6 +356,33 @@ mod tests {
     }
 
     #[test]
+    fn idle_workers_sleep() {
+        let mut pool = Pool::new(3).unwrap();
+        pool.stripes(&mut [0; 64], Split { len: 1, cost: DEAR }, |_, _| {});
+        let asleep = |pool: &Pool| pool.shared.sleeping.iter().all(|worker| worker.load(SeqCst));
+        let start = std::time::Instant::now();
+        while !asleep(&pool) {
+            assert!(start.elapsed().as_secs() < 20, "a worker still spins");
+            std::thread::sleep(std::time::Duration::from_millis(5));
+        }
+    }
+
+    #[test]
+    fn any_thread_may_drive_it() {
+        let mut pool = Pool::new(2).unwrap();
+        for _ in 0..3 {
+            pool = std::thread::spawn(move || {
+                let mut data = [0; 64];
+                pool.stripes(&mut data, Split { len: 1, cost: DEAR }, |_, stripe| stripe.fill(1));
+                assert_eq!(data, [1; 64]);
+                pool
+            })
+            .join()
+            .unwrap();
+        }
+    }
+
+    #[test]
     fn a_panic_reaches_the_caller_and_the_pool_survives() {
         let mut pool = Pool::new(3).unwrap();
         for _ in 0..10 {

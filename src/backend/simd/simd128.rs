@@ -14,8 +14,10 @@ use std::arch::wasm32::*;
 
 use cpu_ref::layout::{CHUNK_K, PIECE_WORDS, TILE_ROWS};
 
-use super::attention::widen_halves;
+use super::base3::{few_base3, unpack_base3};
+use super::columns::stripe_sums;
 use super::head::limb_sums;
+use super::lanes::Plain as Vector;
 use super::portable::widen_scales;
 use super::scalar::lookup_chunk;
 use super::tables::build_tables;
