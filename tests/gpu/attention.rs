@@ -1,6 +1,8 @@
 //! Attention over the KV cache, and what writes it, against their twins in `cpu-ref`: every format,
 //! shape of heads and context edge, with the blocks of a sequence in any order.
 
+use std::collections::BTreeSet;
+
 use cpu_ref::attention::{Cached, Heads};
 use cpu_ref::kv::{f16_bits, f16_value, store_head};
 use cpu_ref::quantize_absmax::quantize_absmax;
@@ -135,7 +137,8 @@ fn shapes(gpu: &Gpu, format: KvFormat) -> Result<(), Failed> {
             let cache = sequence.upload(gpu)?;
             let q = random.floats(query * dim, 3.0);
             let expected = sequence.attention(&q, positions);
-            for how in [Attend::Whole, Attend::Tile(TileFor::Cpu), Attend::Blocks] {
+            for how in [Attend::Whole, Attend::Tile(TileFor::adapter(&gpu.adapter)), Attend::Blocks]
+            {
                 let found = attend(gpu, &cache, how, &q, positions - 1)?;
                 let what = format!("{how:?} {layout:?} of {positions}");
                 judge(gpu, &what, layout.heads, &found, &expected)?;
@@ -167,7 +170,7 @@ fn tiles(gpu: &Gpu, format: KvFormat) -> Result<(), Failed> {
         let seen = start + 1..;
         let tokens = q.chunks_exact(row).zip(seen);
         let expected: Vec<f32> = tokens.flat_map(|(q, seen)| sequence.attention(q, seen)).collect();
-        for tile_for in [TileFor::Gpu, TileFor::Cpu] {
+        for tile_for in BTreeSet::from([TileFor::Gpu, TileFor::adapter(&gpu.adapter)]) {
             let found = attend(gpu, &cache, Attend::Tile(tile_for), &q, start)?;
             let what = format!("{layout:?} {tile_for:?} of {m} tokens from {start}");
             judge(gpu, &what, layout.heads, &found, &expected)?;
@@ -185,7 +188,8 @@ fn parts(gpu: &Gpu, format: KvFormat) -> Result<(), Failed> {
         let sequence = Sequence::random(&mut random, layout, start + m);
         let cache = sequence.upload(gpu)?;
         let q = random.floats(m * query * dim, 3.0);
-        let expected = attend(gpu, &cache, Attend::Tile(TileFor::Cpu), &q, start)?;
+        let expected =
+            attend(gpu, &cache, Attend::Tile(TileFor::adapter(&gpu.adapter)), &q, start)?;
         let words = kernels::partial_words(layout.heads);
         let states = [gpu.storage("state", m * words)?, gpu.storage("state", m * words)?];
         let (query_in, out) = (gpu.upload("q", &q)?, gpu.storage("out", q.len())?);
@@ -233,7 +237,7 @@ fn unseen(gpu: &Gpu) -> Result<(), Failed> {
         rows[(start + m - 1) * 64..(start + m) * 64].fill(f32::INFINITY);
     }
     let cache = sequence.upload(gpu)?;
-    let found = attend(gpu, &cache, Attend::Tile(TileFor::Cpu), &q, start)?;
+    let found = attend(gpu, &cache, Attend::Tile(TileFor::adapter(&gpu.adapter)), &q, start)?;
     for token in 0..m - 1 {
         let expected = sequence.attention(&q[token * 128..][..128], start + token + 1);
         judge(gpu, "unseen", layout.heads, &found[token * 128..][..128], &expected)?;
@@ -312,7 +316,7 @@ fn untrue_pass(gpu: &Gpu) -> Result<(), Failed> {
         for (mut call, params, inputs, lens) in [
             (kernels::attention(shard), params, &inputs[..], vec![128]),
             (
-                kernels::attention_tile(shard, TileFor::Cpu, false),
+                kernels::attention_tile(shard, TileFor::adapter(&gpu.adapter), false),
                 params,
                 &with_state,
                 vec![2 * 128, 1],
@@ -344,9 +348,11 @@ fn unchecked(gpu: &Gpu, capabilities: Capabilities) -> Result<(), Failed> {
         let layout = KvLayout { heads: Heads { query: 3, kv: 1, dim }, format };
         let sequence = Sequence::random(&mut Random::new(25), layout, 150);
         let q = Random::new(26).floats(20 * 3 * dim, 3.0);
-        for (how, n_tokens) in
-            [(Attend::Whole, 1), (Attend::Tile(TileFor::Cpu), 20), (Attend::Blocks, 1)]
-        {
+        for (how, n_tokens) in [
+            (Attend::Whole, 1),
+            (Attend::Tile(TileFor::adapter(&gpu.adapter)), 20),
+            (Attend::Blocks, 1),
+        ] {
             let found = |gpu| {
                 let cache = sequence.upload(gpu)?;
                 Ok::<_, Failed>(attend(gpu, &cache, how, &q[..n_tokens * 3 * dim], 130)?)

@@ -9,7 +9,7 @@ use cpu_ref::mlp::Activation;
 use cpu_ref::reduce::DOT_LANES;
 
 use super::buffer::Slice;
-use super::device::{AdapterKind, Gpu};
+use super::device::{AdapterDescription, Gpu};
 use super::record::{Call, Rows, WeightsRead};
 use super::shader::{self, Kernel};
 use crate::error::{Error, Result};
@@ -1155,7 +1155,7 @@ impl RowSets {
 }
 
 /// What [`attention_tile`] is shaped for.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub enum TileFor {
     /// GPUs: one key a lane, which fits registers and makes many lanes.
     Gpu,
@@ -1164,9 +1164,10 @@ pub enum TileFor {
 }
 
 impl TileFor {
-    /// What the adapter is.
-    pub fn adapter(kind: AdapterKind) -> Self {
-        if kind == AdapterKind::Software { Self::Cpu } else { Self::Gpu }
+    /// What the adapter is. SwiftShader has no trouble with loads, and takes minutes to compile large
+    /// shaders.
+    pub fn adapter(adapter: &AdapterDescription) -> Self {
+        if adapter.name.starts_with("llvmpipe") { Self::Cpu } else { Self::Gpu }
     }
 }
 

@@ -745,7 +745,7 @@ fn cache_ops(
         let cached = [&b.query, keys, values, scales, &cache.table];
         let call = kernels::attention_blocks(shard);
         ops.blocks.push(op(&call, &[&cached[..], &[&cache.partials]].concat())?);
-        let tile_for = TileFor::adapter(gpu.adapter.kind);
+        let tile_for = TileFor::adapter(&gpu.adapter);
         let call = kernels::attention_tile(shard, tile_for, has_parts);
         let Some([first, second]) = &cache.states else {
             let after = [&cache.unread, &b.attended, &cache.unwritten];

@@ -1145,7 +1145,7 @@ pub async fn check_attention_async(gpu: &Gpu, layout: KvLayout) -> Result<()> {
         .collect();
     // What products that are fused and a division that is not exact may change of values up to 5.
     let bound = 5.0 * (32.0 + heads.dim as f32) * f32::EPSILON;
-    let tile = Attend::Tile(TileFor::adapter(gpu.adapter.kind));
+    let tile = Attend::Tile(TileFor::adapter(&gpu.adapter));
     for (how, tokens) in [(tile, ROWS), (Attend::Whole, 1), (Attend::Blocks, 1)] {
         let last = (ROWS - tokens) * query_size;
         let found = attend_async(gpu, &cache, how, &query[last..], POSITIONS - tokens).await?;
