@@ -25,7 +25,7 @@ use cpu_ref::layout::{CHUNK_K, TILE_ROWS};
 
 use super::attention::PART;
 use super::avx2::{PREFETCH_CHUNKS, next_tile, prefetch};
-use super::base3::{few_base3, unpack_base3};
+use super::base3::{FEW_BASE3, few_base3, unpack_base3};
 use super::head::{CODE_WORDS, LimbSums};
 use super::tables::{NibbleTables, i2_column};
 use super::{Activations, CHUNK_WORDS, GroupLayout, GroupScales, Level, impl_kernels};
@@ -137,7 +137,7 @@ fn tokens_tile<const T: usize>(
             let quads = &chunk.as_chunks::<QUAD_WORDS>().0[pass * PASS_QUADS..][..PASS_QUADS];
             let mut v = [_mm512_setzero_si512(); PASS_QUADS];
             for q in 0..PASS_QUADS {
-                if m == 0 {
+                if x.asks_ahead(m) {
                     prefetch::<_MM_HINT_T1>(&quads[q], next_tile(tile));
                 }
                 v[q] = load(&quads[q]);

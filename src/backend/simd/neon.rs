@@ -16,7 +16,7 @@ use std::arch::is_aarch64_feature_detected;
 use cpu_ref::layout::{CHUNK_K, PIECE_WORDS, TILE_ROWS, signs};
 
 use super::attention::widen_halves;
-use super::base3::{few_base3, unpack_base3};
+use super::base3::{FEW_BASE3, few_base3, unpack_base3};
 use super::head::limb_sums;
 use super::portable::widen_scales;
 use super::tables::{FieldTables, build_tables};

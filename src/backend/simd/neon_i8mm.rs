@@ -9,7 +9,7 @@ use std::arch::{asm, is_aarch64_feature_detected};
 use cpu_ref::layout::{PIECE_WORDS, TILE_ROWS};
 
 use super::attention::widen_halves;
-use super::base3::{few_base3, unpack_base3};
+use super::base3::{FEW_BASE3, few_base3, unpack_base3};
 use super::head::limb_sums;
 use super::neon::{
     Fields, PASS_ROWS, load_activations, load_bits, load_codes, load_piece, load_signs_activations,
