@@ -398,7 +398,7 @@ impl SimdBackend {
         let max_batch = options.host_batch();
         let pool = Pool::new(options.threads.unwrap_or_else(default_threads))?;
         let Weights { embedding, lm_head, int8_head, layers, notes } =
-            super::load::load(level, source, options, progress)?;
+            super::load::load(level, pool.threads(), source, options, progress)?;
         let gemv = format!("{} {}", gemv_name(&layers), level.name());
         let (hidden, query) = (config.hidden_size, config.query_size());
         let intermediate = config.intermediate_size;
