@@ -410,8 +410,9 @@ pub enum HeadChoice {
 /// scales of groups have no choice.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum Packing {
-    /// [`Packing::Base3`] where the processor decodes it as fast as its memory delivers it (AVX-512 VBMI)
-    /// and no cache holds the matrices (more than 64 MiB at two bits); else [`Packing::TwoBits`].
+    /// [`Packing::Base3`] where the processor decodes it as fast as its memory delivers it (AVX-512 VBMI,
+    /// two threads or more) and no cache holds the matrices (more than 64 MiB at two bits); else
+    /// [`Packing::TwoBits`].
     #[default]
     Auto,
     /// Two bits a weight.

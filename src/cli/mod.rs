@@ -144,8 +144,8 @@ struct LoadArguments {
     /// How the CPU holds ternary matrices: in 2 bits a weight, or five weights a byte
     ///
     /// "base3" (1.6 bits) reads a fifth less from memory, with the same results; decoding it takes
-    /// AVX-512 VBMI to be no bottleneck. "auto" takes it with that, where the matrices are more than a
-    /// cache holds. Matrices with scales of groups (Bonsai) and other devices have no choice. What is in
+    /// AVX-512 VBMI to be no bottleneck. "auto" takes it with that, for two threads or more, where the
+    /// matrices are more than a cache holds. Matrices with scales of groups (Bonsai) and other devices have no choice. What is in
     /// use is named with the kernels: gemv_i2 or gemv_base3.
     #[arg(long, value_enum, value_name = "KIND", default_value = "auto")]
     packing: PackingChoice,

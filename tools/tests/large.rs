@@ -23,7 +23,8 @@ const BITNET_2B4T: [(u64, u64); 4] = [(3840, 2560), (2560, 2560), (13_824, 2560)
 /// Bytes of a packed matrix on this machine's level.
 fn packed_bytes(n: u64, k: u64) -> u64 {
     let has_base3 = Level::detect().expect("a level").has_base3();
-    if has_base3 { n * k / 5 } else { n * k / 4 }
+    let threads = std::thread::available_parallelism().map_or(1, usize::from);
+    if has_base3 && threads > 1 { n * k / 5 } else { n * k / 4 }
 }
 
 fn greedy(model: &mut Transformer, n_tokens: usize) -> Vec<u32> {

@@ -24,7 +24,7 @@ use std::arch::x86_64::*;
 use cpu_ref::layout::columns::{STRIPE_ROWS, place};
 use cpu_ref::layout::{CHUNK_K, TILE_ROWS};
 
-use super::base3::{few_base3, unpack_base3};
+use super::base3::{FEW_BASE3, few_base3, unpack_base3};
 use super::columns::{Line, STEP};
 use super::head::{CODE_WORDS, LimbSums};
 use super::lanes::Lanes;
@@ -333,7 +333,7 @@ fn tokens_tile<const T: usize, const P: usize>(
                 let pairs: &[[u32; PAIR_WORDS]; P] = chunk.as_chunks().0[pass * P..]
                     .first_chunk()
                     .expect("P divides the pairs of a chunk");
-                if m == 0 {
+                if x.asks_ahead(m) {
                     prefetch_next(pairs, tile);
                 }
                 let mut x = [[_mm256_setzero_si256(); 4]; T];

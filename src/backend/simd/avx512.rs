@@ -27,7 +27,7 @@ use cpu_ref::layout::columns::STRIPE_ROWS;
 use cpu_ref::layout::{CHUNK_K, TILE_ROWS};
 
 use super::avx2::{PREFETCH_CHUNKS, next_tile, prefetch};
-use super::base3::{few_base3, unpack_base3};
+use super::base3::{FEW_BASE3, few_base3, unpack_base3};
 use super::columns::{Line, STEP};
 use super::head::{CODE_WORDS, LimbSums};
 use super::lanes::Lanes;
@@ -245,7 +245,7 @@ fn tokens_tile<const T: usize>(
             let quads = &chunk.as_chunks::<QUAD_WORDS>().0[pass * PASS_QUADS..][..PASS_QUADS];
             let mut v = [_mm512_setzero_si512(); PASS_QUADS];
             for q in 0..PASS_QUADS {
-                if m == 0 {
+                if x.asks_ahead(m) {
                     prefetch::<_MM_HINT_T1>(&quads[q], next_tile(tile));
                 }
                 v[q] = load(&quads[q]);

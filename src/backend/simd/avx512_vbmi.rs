@@ -157,15 +157,16 @@ impl Decoder {
     }
 }
 
+/// Tokens that share the decoding in registers.
+const FEW_BASE3: usize = 2;
+
 /// Multiplies a tile with one token or two.
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx512vbmi")]
-fn few_base3(tile: &[Chunk], x: Activations<'_>, acc: &mut [[i32; TILE_ROWS]]) -> bool {
+fn few_base3(tile: &[Chunk], x: Activations<'_>, acc: &mut [[i32; TILE_ROWS]]) {
     match acc.len() {
         1 => tokens_tile::<1>(tile, x, acc),
-        2 => tokens_tile::<2>(tile, x, acc),
-        _ => return false,
+        _ => tokens_tile::<FEW_BASE3>(tile, x, acc),
     }
-    true
 }
 
 /// Halves of a tile: 16 rows, one register a word of a piece.

@@ -13,7 +13,7 @@ use super::avx2::{
     BLOCK_CHUNKS, BLOCK_TOKENS, PAIR_WORDS, PAIRS, QUARTERS, Vector, add_rows, blocks, codes,
     field, fields, limb_sums, load, lookup_chunk, prefetch_next, row_sums, stripe_sums, unpack,
 };
-use super::base3::{few_base3, unpack_base3};
+use super::base3::{FEW_BASE3, few_base3, unpack_base3};
 use super::portable::widen_scales;
 use super::tables::build_tables;
 use super::{Activations, CHUNK_WORDS, Level, impl_kernels};
@@ -90,7 +90,7 @@ macro_rules! tiles {
                 let mut sums = [[_mm256_setzero_si256(); P]; T];
                 for (c, chunk) in tile.iter().enumerate() {
                     let pairs = &chunk.as_chunks::<PAIR_WORDS>().0[pass * P..][..P];
-                    if m == 0 {
+                    if x.asks_ahead(m) {
                         prefetch_next(pairs, tile);
                     }
                     let mut x_fields = [[_mm256_setzero_si256(); 4]; T];

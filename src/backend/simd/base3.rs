@@ -15,26 +15,26 @@ pub(super) type Chunk = [u32; CHUNK_WORDS];
 /// Groups of chunks that are unpacked at a time: 20 KiB of I2.
 const BLOCK_GROUPS: usize = 8;
 
-/// `acc[tiles][M][32]` for whole tiles. `few` multiplies a tile if it is made for so few tokens;
-/// `unpack` overwrites chunks with what pieces say; `gemm_tile` multiplies a tile of I2.
+/// `acc[tiles][M][32]` for whole tiles. `few` multiplies a tile with at most so many tokens; `unpack` overwrites chunks with what pieces say; `gemm_tile` multiplies a tile of I2.
 #[inline(always)]
 pub(super) fn gemm(
     words: &[u32],
     x: Activations<'_>,
     acc: &mut [i32],
-    few: impl Fn(&[Chunk], Activations<'_>, &mut [[i32; TILE_ROWS]]) -> bool,
+    (most, few): (usize, impl Fn(&[Chunk], Activations<'_>, &mut [[i32; TILE_ROWS]])),
     unpack: impl Fn(&[Chunk], &mut [Chunk]),
     gemm_tile: impl Fn(&[Chunk], Activations<'_>, &mut [[i32; TILE_ROWS]]),
 ) {
     let tile_acc = x.n_tokens() * TILE_ROWS;
     let tiles = words.as_chunks::<CHUNK_WORDS>().0.chunks_exact(pieces(x.chunks).max(1));
     let tiles = tiles.zip(acc.chunks_exact_mut(tile_acc));
+    if x.n_tokens() <= most {
+        tiles.for_each(|(tile, acc)| few(tile, x, acc.as_chunks_mut().0));
+        return;
+    }
     let mut block = [[0; CHUNK_WORDS]; BLOCK_GROUPS * GROUP_CHUNKS];
     for (tile, acc) in tiles {
-        let acc = acc.as_chunks_mut().0;
-        if few(tile, x, acc) {
-            continue;
-        }
+        let acc = acc.as_chunks_mut::<TILE_ROWS>().0;
         // Each product with a block has taken off the sum of all of a token's codes.
         let blocks = tile.chunks(BLOCK_GROUPS * GROUP_PIECES);
         for (m, acc) in acc.iter_mut().enumerate() {
@@ -108,13 +108,11 @@ fn digits(byte: u8) -> (u8, u8) {
 }
 
 /// No tokens are few where there is no kernel of its own.
-#[inline(always)]
-pub(super) fn few_base3(
-    _tile: &[Chunk],
-    _x: Activations<'_>,
-    _acc: &mut [[i32; TILE_ROWS]],
-) -> bool {
-    false
+pub(super) const FEW_BASE3: usize = 0;
+
+/// See [`FEW_BASE3`].
+pub(super) fn few_base3(_: &[Chunk], _: Activations<'_>, _: &mut [[i32; TILE_ROWS]]) {
+    unreachable!("there is a token")
 }
 
 #[cfg(test)]

@@ -432,7 +432,7 @@ impl SimdBackend {
         let max_batch = options.host_batch();
         let pool = Pool::new(threads(options))?;
         let Weights { embedding, lm_head, int8_head, mut layers, mut notes } =
-            super::load::load(level, source, options, progress)?;
+            super::load::load(level, pool.threads(), source, options, progress)?;
         let gemv = format!("{} {}", gemv_name(&layers), level.name());
         let by_columns = options.sparse == Sparse::Auto
             && config.hidden_act == Activation::Relu2

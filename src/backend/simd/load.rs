@@ -68,11 +68,12 @@ const PARTS: [&[Linear]; 4] =
 /// Loads the weights as the options say.
 pub(super) fn load(
     level: Level,
+    threads: usize,
     source: &dyn WeightSource,
     options: &LoadOptions,
     progress: OnProgress<'_>,
 ) -> Result<Weights> {
-    let base3 = takes_base3(options.packing, level, source.config());
+    let base3 = takes_base3(options.packing, level, threads, source.config());
     let mut notes = Vec::new();
     let place = match options.keep_packed {
         KeepPacked::Off => None,
@@ -148,13 +149,20 @@ fn head_tokens(options: &LoadOptions) -> usize {
 /// Bytes of ternary matrices, at 2 bits a weight, beyond which no cache holds them.
 const CACHED_WEIGHTS: u64 = 64 << 20;
 
-/// Whether matrices take five weights a byte. From memory that is a fifth less to read, and the level that
-/// can decode it as fast as it comes takes it; in a cache, two bits are faster.
-fn takes_base3(packing: Packing, level: Level, config: &ModelConfig) -> bool {
+/// Threads from which on memory, and not a core, is what a token waits for.
+const SHARED_MEMORY: usize = 2;
+
+/// Whether matrices take five weights a byte. That is a fifth less to read and more to decode: worth it
+/// where memory is the limit and the level decodes it as fast as it comes. In a cache, and for one core
+/// with the memory to itself, two bits are faster.
+fn takes_base3(packing: Packing, level: Level, threads: usize, config: &ModelConfig) -> bool {
     match packing {
         Packing::TwoBits => false,
         Packing::Base3 => true,
-        Packing::Auto => level.has_base3() && ternary_bytes(config) > CACHED_WEIGHTS,
+        Packing::Auto => {
+            let from_memory = ternary_bytes(config) > CACHED_WEIGHTS;
+            level.has_base3() && threads >= SHARED_MEMORY && from_memory
+        }
     }
 }
 
@@ -322,4 +330,24 @@ fn layer_of_sections<'a>(
         ffn_sub_norm,
         down: linears[3].take()?,
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::synthetic::tiny_bitnet;
+
+    #[test]
+    fn five_weights_a_byte_where_memory_is_the_limit() {
+        let small = tiny_bitnet();
+        let large = ModelConfig { num_hidden_layers: 1 << 20, ..tiny_bitnet() };
+        assert!(ternary_bytes(&small) < CACHED_WEIGHTS && ternary_bytes(&large) > CACHED_WEIGHTS);
+        let auto = |level, threads, config| takes_base3(Packing::Auto, level, threads, config);
+        assert!(auto(Level::Avx512Vbmi, 2, &large));
+        assert!(!auto(Level::Avx512Vbmi, 1, &large));
+        assert!(!auto(Level::Avx512Vbmi, 2, &small));
+        assert!(!auto(Level::Avx512Vnni, 2, &large));
+        assert!(takes_base3(Packing::Base3, Level::Scalar, 1, &small));
+        assert!(!takes_base3(Packing::TwoBits, Level::Avx512Vbmi, 2, &large));
+    }
 }

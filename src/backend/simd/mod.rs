@@ -219,6 +219,8 @@ pub struct Activations<'a> {
     /// Scales of a token, and the one of this part.
     groups: usize,
     group: usize,
+    /// Whether they meet weights that were unpacked into a cache, so that none are to be asked for.
+    in_cache: bool,
 }
 
 impl<'a> Activations<'a> {
@@ -245,7 +247,17 @@ impl<'a> Activations<'a> {
         assert!(scales.len().is_multiple_of(groups), "scales are [M, groups]");
         let n_tokens = scales.len() / groups;
         assert_eq!(codes.len(), n_tokens * chunks * CHUNK_K, "codes are [M, 64·chunks]");
-        Self { codes, scales, n_tokens, stride: chunks, chunks, first_chunk: 0, groups, group: 0 }
+        Self {
+            codes,
+            scales,
+            n_tokens,
+            stride: chunks,
+            chunks,
+            first_chunk: 0,
+            groups,
+            group: 0,
+            in_cache: false,
+        }
     }
 
     /// M.
@@ -269,9 +281,16 @@ impl<'a> Activations<'a> {
         }
     }
 
-    /// Chunks `first..first + n` of these; the sums and scales stay those of all.
+    /// Chunks `first..first + n` of these, for weights that were unpacked into a cache; the sums and scales
+    /// stay those of all.
     fn columns(self, first: usize, n: usize) -> Self {
-        Self { first_chunk: self.first_chunk + first, chunks: n, ..self }
+        Self { first_chunk: self.first_chunk + first, chunks: n, in_cache: true, ..self }
+    }
+
+    /// Whether the pass of token `m` over a tile, the first of several, is to ask for the next tile.
+    #[cfg(target_arch = "x86_64")]
+    fn asks_ahead(&self, m: usize) -> bool {
+        m == 0 && !self.in_cache
     }
 
     /// The tokens, as many at a time as stay in the second-level cache while tiles pass; with the
@@ -655,7 +674,7 @@ macro_rules! impl_kernels {
                         words,
                         x,
                         acc,
-                        |tile, x, acc| few_base3(tile, x, acc),
+                        (FEW_BASE3, |tile, x, acc| few_base3(tile, x, acc)),
                         |pieces, chunks| unpack_base3(pieces, chunks),
                         |chunks, x, acc| gemm_tile(chunks, x, acc),
                     );

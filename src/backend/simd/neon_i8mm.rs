@@ -8,7 +8,7 @@ use std::arch::{asm, is_aarch64_feature_detected};
 
 use cpu_ref::layout::{PIECE_WORDS, TILE_ROWS};
 
-use super::base3::{few_base3, unpack_base3};
+use super::base3::{FEW_BASE3, few_base3, unpack_base3};
 use super::columns::stripe_sums;
 use super::head::limb_sums;
 use super::lanes::Plain as Vector;
