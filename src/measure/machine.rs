@@ -169,18 +169,10 @@ mod tests {
 
     #[cfg(target_os = "linux")]
     #[test]
-    fn memory_and_time_of_this_process_are_seen() {
-        const LEN: usize = 64 << 20;
-        let mark = MemoryMark::set();
-        let before = processor_seconds().unwrap();
-        let mut bytes = vec![1u8; LEN];
-        let mut sum = 0u64;
+    fn time_of_this_process_passes_while_it_works() {
+        let (start, before) = (std::time::Instant::now(), processor_seconds().unwrap());
         while processor_seconds().unwrap() < before + 0.05 {
-            sum += bytes.iter_mut().map(|byte| u64::from(*byte)).sum::<u64>();
+            assert!(start.elapsed().as_secs() < 60, "a minute of work and no time");
         }
-        assert!(sum > 0);
-        drop(bytes);
-        let peak = mark.peak().unwrap();
-        assert!(peak >= LEN as u64 * 9 / 10, "{peak}");
     }
 }

@@ -609,6 +609,13 @@ fn bench_prints_tables_and_json() {
     assert_eq!(report["model"]["ternary_bytes"], inspected["memory"]["ternary_bytes"]);
     assert_eq!(report["model"]["embedding_bytes"], inspected["memory"]["embedding_bytes"]);
 
+    if cfg!(target_os = "linux") {
+        let weights = inspected["memory"]["ternary_bytes"].as_u64().unwrap();
+        let memory = report["memory"]["host_bytes"].as_u64().unwrap();
+        // What is measured before the load takes 256 MiB, which are none of the model's.
+        assert!(memory > weights && memory < 200 << 20, "{memory}");
+    }
+
     let table = stdout(sterna(&format!("{command} --csv")));
     let lines: Vec<_> = table.lines().collect();
     assert_eq!(lines.len(), 1 + tests.len());
