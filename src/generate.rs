@@ -220,6 +220,14 @@ impl Model {
         &self.transformer
     }
 
+    /// See [`Transformer::ready`].
+    ///
+    /// # Errors
+    /// If the device has failed or was lost.
+    pub async fn ready(&mut self) -> Result<()> {
+        self.transformer.ready().await
+    }
+
     /// The model's tokenizer.
     pub fn tokenizer(&self) -> &Tokenizer {
         &self.tokenizer

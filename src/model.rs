@@ -438,8 +438,11 @@ impl Transformer {
         self.feed_and_take(tokens, want, &mut Some(tap))
     }
 
-    /// Returns when the backend can go on without waiting, where nothing may block.
-    async fn ready(&mut self) -> Result<()> {
+    /// Returns when the device can go on without waiting, where nothing may block.
+    ///
+    /// # Errors
+    /// If the device has failed or was lost: a browser says so some time after what failed by it.
+    pub async fn ready(&mut self) -> Result<()> {
         poll_fn(|context| self.backend.poll_ready(context)).await
     }
 

@@ -102,14 +102,24 @@ async function generate({ prompt, options, cell }, emit, id) {
       await engine.generate(JSON.stringify(what), JSON.stringify(options), onPiece, onPrompt),
     );
   } catch (error) {
-    if (error?.code === 'DeviceLost') {
-      engine.free();
-      engine = undefined;
-    }
-    throw error;
+    if (error?.code !== 'Gpu' && error?.code !== 'DeviceLost') throw error;
+    const why = await cause(error);
+    // A device that has failed stays so: the next text has the model on another.
+    engine.free();
+    engine = undefined;
+    throw why;
   } finally {
     stopped.delete(id);
   }
+}
+
+/** Why the GPU has failed: that a device is lost is said some time after what failed by it. */
+async function cause(error) {
+  for (let attempt = 0; error.code === 'Gpu' && attempt < 20; attempt += 1) {
+    await new Promise((wake) => setTimeout(wake, 25));
+    error = await engine.check().then(() => error, (later) => later);
+  }
+  return error;
 }
 
 async function check() {

@@ -90,6 +90,14 @@ impl Engine {
         json(&self.info)
     }
 
+    /// Resolves if the device is well.
+    ///
+    /// # Errors
+    /// As for `Model::ready`, with the variant's name as the `code`.
+    pub async fn check(&mut self) -> Result<(), JsValue> {
+        self.model.ready().await.map_err(to_js)
+    }
+
     /// Continues a prompt: JSON `{"text": …}` or `{"messages": […]}`. `on_piece(token, text)` is called
     /// for each token, `on_piece(done, total)` with numbers alone while the prompt runs; where it
     /// returns `true`, or a promise of that, the text ends.

@@ -63,6 +63,8 @@ export async function usePage(browser, server, outDir) {
       greedy = await text();
       if (greedy.length < 50) throw new Error(`a text of ${greedy.length} letters`);
       if (!/tokens\/s/.test(await page.innerText('#stats'))) throw new Error('no speed');
+      const width = await page.evaluate(() => document.documentElement.scrollWidth);
+      if (width > NARROW.width) throw new Error(`the page is ${width} wide on a screen of ${NARROW.width}`);
       await picture('text');
       await page.click('#again');
       await idle();
@@ -80,7 +82,7 @@ export async function usePage(browser, server, outDir) {
     async verifies_and_compares() {
       await page.click('#open-settings');
       await page.click('#verify');
-      await page.waitForFunction(() => /Passed|FAILED/.test(document.getElementById('machine').textContent), null, PATIENCE);
+      await page.waitForFunction(() => /Passed|FAILED/.test(document.getElementById('machine').textContent), null, { timeout: 2 * PATIENCE.timeout });
       equal((await page.innerText('#machine')).slice(0, 6), 'Passed', 'verdict');
       await page.click('#compare');
       await page.waitForSelector('#chart .bar >> nth=1', PATIENCE);
