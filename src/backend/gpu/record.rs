@@ -21,7 +21,10 @@ struct Pipeline {
     bindings: Arc<[Binding]>,
 }
 
-/// The pipelines of a device: each is compiled once.
+/// Pipelines that are kept: more than any two models need, so that testing many shapes does not fill memory.
+const MAX_PIPELINES: usize = 256;
+
+/// The pipelines of a device: each is compiled once, until [`MAX_PIPELINES`] others have been.
 #[derive(Clone, Default)]
 pub struct Pipelines {
     made: Arc<Mutex<HashMap<PipelineKey, Pipeline>>>,
@@ -527,7 +530,12 @@ impl Gpu {
             return Ok(pipeline.clone());
         }
         let pipeline = self.compile(call)?;
-        lock().insert(key, pipeline.clone());
+        let mut made = lock();
+        if made.len() == MAX_PIPELINES {
+            // Operations keep theirs.
+            made.clear();
+        }
+        made.insert(key, pipeline.clone());
         Ok(pipeline)
     }
 
