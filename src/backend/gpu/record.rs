@@ -24,7 +24,7 @@ struct Pipeline {
 /// Pipelines that are kept: more than any two models need, so that testing many shapes does not fill memory.
 const MAX_PIPELINES: usize = 256;
 
-/// The pipelines of a device: each is compiled once, until [`MAX_PIPELINES`] others have been.
+/// The pipelines of a device: each is compiled once, until 256 others have been.
 #[derive(Clone, Default)]
 pub struct Pipelines {
     made: Arc<Mutex<HashMap<PipelineKey, Pipeline>>>,
