@@ -339,6 +339,8 @@ impl Gpu {
             pipelines: self.pipelines.clone(),
             compiled: Mutex::default(),
             failure: Arc::clone(&self.failure),
+            #[cfg(target_family = "wasm")]
+            verdicts: Default::default(),
         }
     }
 
