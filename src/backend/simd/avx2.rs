@@ -600,6 +600,27 @@ pub(super) fn prefetch_next(pairs: &[[u32; PAIR_WORDS]], tile: &[[u32; CHUNK_WOR
     }
 }
 
+/// Bytes of a page, whatever its real size: caches follow a stream of lines no further.
+const PAGE_BYTES: usize = 4096;
+/// Words of a cache line.
+const LINE_WORDS: usize = 16;
+/// Lines of a page that are asked for before it is reached.
+const FIRST_LINES: usize = 4;
+
+/// Asks for the beginning of the next page to come into the second-level cache, if these are the first
+/// bytes of a page. Within a page the hardware sees a stream and runs ahead of it by itself, better than it
+/// can be told to; at each page it has to find out anew.
+#[inline(always)]
+pub(super) fn ask_next_page(chunk: &[u32; CHUNK_WORDS]) {
+    let in_page = chunk.as_ptr().addr() % PAGE_BYTES;
+    if in_page < size_of_val(chunk) {
+        let next = (PAGE_BYTES - in_page) / size_of::<u32>();
+        for line in 0..FIRST_LINES {
+            prefetch::<_MM_HINT_T1>(chunk, next + line * LINE_WORDS);
+        }
+    }
+}
+
 /// Asks for the cache line so many words ahead.
 #[inline(always)]
 pub(super) fn prefetch<const HINT: i32>(at: &[u32], words: usize) {

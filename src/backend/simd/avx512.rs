@@ -11,7 +11,7 @@
 //!    are fields 0 and 1 (the latter times 4), and `v >> 4` brings fields 2 and 3 to the same
 //!    places. Sums of field 1 and 3 are kept apart and divided by 4 at the end, exactly.
 //! 3. All 8 quads of a chunk are summed at once, 16 accumulators, so that the weights are read
-//!    front to back; they are prefetched 8 KiB ahead.
+//!    front to back; the next page's first lines are asked for at the beginning of each.
 //! 4. GEMM keeps 4 quads × up to 4 tokens: a masked field is used for every token, which leaves
 //!    `vpdpbusd` as the limit. It passes a tile twice or more often; meanwhile the next one is asked
 //!    for, so that memory is read all the time, and not in the first pass alone.
@@ -26,7 +26,7 @@ use std::arch::x86_64::*;
 use cpu_ref::layout::columns::STRIPE_ROWS;
 use cpu_ref::layout::{CHUNK_K, TILE_ROWS};
 
-use super::avx2::{PREFETCH_CHUNKS, next_tile, prefetch};
+use super::avx2::{ask_next_page, next_tile, prefetch};
 use super::base3::{FEW_BASE3, few_base3, unpack_base3};
 use super::columns::{Line, STEP};
 use super::head::{CODE_WORDS, LimbSums};
@@ -159,9 +159,9 @@ fn gemv_tile(
     let mut units = [_mm512_setzero_si512(); QUADS];
     let mut fours = [_mm512_setzero_si512(); QUADS];
     for (chunk, x) in tile.iter().zip(x) {
+        ask_next_page(chunk);
         let (x0, x1, x2, x3) = (field::<0>(x), field::<1>(x), field::<2>(x), field::<3>(x));
         for (q, quad) in chunk.as_chunks::<QUAD_WORDS>().0.iter().enumerate() {
-            prefetch::<_MM_HINT_T0>(quad, PREFETCH_CHUNKS * CHUNK_WORDS);
             let v = load(quad);
             let u = _mm512_srli_epi16::<4>(v);
             units[q] = _mm512_dpbusd_epi32(units[q], _mm512_and_si512(v, low), x0);
@@ -353,10 +353,10 @@ pub(super) fn limb_sums(chunks: &[[u32; CODE_WORDS]], hi: &[i8], lo: &[i8], sums
     let (mut high, mut low, mut of_x) = ([zero; QUADS], [zero; QUADS], [zero; 2]);
     let limbs = hi.as_chunks().0.iter().zip(lo.as_chunks().0);
     for (chunk, (hi, lo)) in chunks.iter().zip(limbs) {
+        ask_next_page(chunk);
         let (hi, lo) = (broadcast(hi), broadcast(lo));
         of_x = [_mm512_dpbusd_epi32(of_x[0], bias, hi), _mm512_dpbusd_epi32(of_x[1], bias, lo)];
         for (q, quad) in chunk.as_chunks::<QUAD_WORDS>().0.iter().enumerate() {
-            prefetch::<_MM_HINT_T0>(quad, PREFETCH_CHUNKS * CHUNK_WORDS);
             let codes = _mm512_xor_si512(load(quad), bias);
             high[q] = _mm512_dpbusd_epi32(high[q], codes, hi);
             low[q] = _mm512_dpbusd_epi32(low[q], codes, lo);
