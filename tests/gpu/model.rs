@@ -5,13 +5,15 @@ use std::time::{Duration, Instant};
 
 use cpu_ref::attention::{Cached, Heads};
 use libtest_mimic::Failed;
-use sterna::backend::gpu::{Capabilities, GemvPlan, Gpu, GpuBackend, Variant, WorkDone, self_test};
+use sterna::backend::gpu::{
+    Capabilities, GemmPlan, GemvPlan, Gpu, GpuBackend, SumPlans, Variant, WorkDone, self_test,
+};
 use sterna::backend::{
     Backend, Batch, Device, HeadChoice, LoadOptions, Output, Progress, Tap, Tokens, Want,
 };
 use sterna::config::{Activations, ModelConfig};
 use sterna::kv_cache::{BLOCK, KvFormat, SequenceId};
-use sterna::layout::Packed;
+use sterna::layout::{Layout, Packed};
 use sterna::random::Random;
 use sterna::sampler::{Sampler, Sampling};
 use sterna::synthetic::{SyntheticModel, tiny_bitnet, tiny_bonsai, tiny_llama, tiny_normed};
@@ -115,7 +117,7 @@ pub fn cases(capabilities: Capabilities) -> Vec<Case> {
             let plan = GemvPlan { fused, ..variant.into() };
             cases.push((
                 format!("prefill_equals_decode::{plan}"),
-                Box::new(move |_| prefill_equals_decode(capabilities, plan)),
+                Box::new(move |_| prefill_equals_decode(capabilities, plan.into())),
             ));
         }
     }
@@ -268,7 +270,7 @@ fn agrees_with_reference(
 }
 
 /// The kernels of many tokens against those of one, in whole models.
-fn prefill_equals_decode(capabilities: Capabilities, plan: GemvPlan) -> Result<(), Failed> {
+fn prefill_equals_decode(capabilities: Capabilities, plans: SumPlans) -> Result<(), Failed> {
     let gpu = open(capabilities)?;
     let bound = match gpu.adapter.name.starts_with("llvmpipe") {
         true => prefill::Bound::Equal,
@@ -276,9 +278,61 @@ fn prefill_equals_decode(capabilities: Capabilities, plan: GemvPlan) -> Result<(
     };
     let source = SyntheticModel::new(tiny_bitnet(), 31);
     let options = LoadOptions::default();
-    let backend = GpuBackend::load(&source, gpu, Some(plan), &options, &mut |_| {})?;
+    let backend = GpuBackend::load(&source, gpu, Some(plans), &options, &mut |_| {})?;
     let mut transformer = Transformer::new(source.config().clone(), Box::new(backend));
     Ok(prefill::check(&mut transformer, bound)?)
+}
+
+/// Whole models whose prompts go through cooperative matrices.
+pub fn cooperative_cases() -> Vec<Case> {
+    let mut cases: Vec<Case> = Vec::new();
+    let plans = |gpu: &Gpu| {
+        let cooperative = gpu.cooperative().expect("the tests are for adapters that have them");
+        GemmPlan::all_of(cooperative).map(|gemm| SumPlans { gemm, ..Variant::PackedDot.into() })
+    };
+    cases.push((
+        "prefill_equals_decode::gemm_i2_coop".to_owned(),
+        Box::new(move |gpu| {
+            let mut all = plans(gpu).into_iter();
+            all.try_for_each(|plans| prefill_equals_decode(Capabilities::Adapter, plans))
+        }),
+    ));
+    cases.push((
+        "the_built_in_model_reads_a_prompt::gemm_i2_coop".to_owned(),
+        Box::new(move |gpu| plans(gpu).into_iter().try_for_each(built_in_prompt)),
+    ));
+    cases
+}
+
+/// 32 greedy tokens after a prompt of a hundred, on the GPU and the SIMD CPU.
+fn built_in_prompt(plans: SumPlans) -> Result<(), Failed> {
+    let checkpoint = sterna::built_in::checkpoint()?;
+    let text =
+        "Once upon a time there was a little girl who lived in a house by the sea. ".repeat(8);
+    let mut prompt = sterna::Model::encode(&checkpoint, &text)?;
+    prompt.truncate(100);
+    same("tokens of the prompt", &[prompt.len()], &[100])?;
+    let greedy = |mut model: Transformer| -> Result<Vec<u32>, Error> {
+        let mut tokens = Vec::new();
+        let mut next = prompt.clone();
+        while tokens.len() < 32 {
+            let Output::Token(token) = model.feed(&next, Want::Token)? else { break };
+            tokens.push(token);
+            next = vec![token];
+        }
+        Ok(tokens)
+    };
+    let options = LoadOptions::default();
+    let expected = greedy(Transformer::load(&checkpoint, Device::Cpu, &options, &mut |_| {})?)?;
+    // Nobody else's pipelines are counted.
+    let gpu = Gpu::open(None, Capabilities::Adapter)?;
+    let backend = GpuBackend::load(&checkpoint, gpu, Some(plans), &options, &mut |_| {})?;
+    let kernel = plans.gemm.kernel(Layout::I2);
+    let is_used = backend.gpu().compiled().iter().any(|pipeline| pipeline.kernel == kernel);
+    same(kernel.name, &[is_used], &[true])?;
+    same("refusals", &backend.device().notes, &[])?;
+    let model = Transformer::new(checkpoint.config().clone(), Box::new(backend));
+    same(&format!("{} {}", kernel.name, plans.gemm), &greedy(model)?, &expected)
 }
 
 /// How the weights of a [`RotatedModel`] are scaled, and what its table is made of.

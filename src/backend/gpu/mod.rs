@@ -25,7 +25,7 @@ pub use buffer::Slice;
 #[cfg(not(target_family = "wasm"))]
 pub use device::adapters;
 pub use device::{
-    AdapterDescription, AdapterKind, Capabilities, Gpu, ResourceCounts, adapters_async,
+    AdapterDescription, AdapterKind, Capabilities, Cooperative, Gpu, ResourceCounts, adapters_async,
 };
 pub use head::{HeadInput, HeadOps, HeadStep, Int8Head, LOGIT_ROWS};
 pub use kernels::{Encoding, GemmPlan, GemvPlan, SumPlans, Variant};
@@ -270,7 +270,7 @@ struct Builder<'a> {
 
 impl GpuBackend {
     /// Loads a model on an open device with the plans that [`LoadOptions::tune`] asks for and that pass
-    /// their exactness check there, or with the given one. Matrices with scales of groups have one
+    /// their exactness check there, or with the given ones. Matrices with scales of groups have one
     /// kernel, which is checked too.
     ///
     /// # Errors
@@ -280,11 +280,11 @@ impl GpuBackend {
     pub fn load(
         source: &dyn WeightSource,
         gpu: Gpu,
-        plan: Option<GemvPlan>,
+        plans: Option<SumPlans>,
         options: &LoadOptions,
         progress: OnProgress<'_>,
     ) -> Result<Self> {
-        block_on(Self::load_async(source, gpu, plan, options, progress))
+        block_on(Self::load_async(source, gpu, plans, options, progress))
     }
 
     /// [`GpuBackend::load`] where nothing may block.
@@ -294,7 +294,7 @@ impl GpuBackend {
     pub async fn load_async(
         source: &dyn WeightSource,
         gpu: Gpu,
-        plan: Option<GemvPlan>,
+        plans: Option<SumPlans>,
         options: &LoadOptions,
         progress: OnProgress<'_>,
     ) -> Result<Self> {
@@ -308,8 +308,11 @@ impl GpuBackend {
             });
         }
         let int8 = options.activations(&config)? == Activations::Int8Group;
-        let (plans, gemms, mut notes) = match plan {
-            Some(plan) => (Plans::Asked(plan), GemmPlans::default(), Vec::new()),
+        let (plans, gemms, mut notes) = match plans {
+            Some(SumPlans { gemv, gemm }) => {
+                let gemms = GemmPlans::default().with(gemv.variant.layout(), gemm);
+                (Plans::Asked(gemv), gemms, Vec::new())
+            }
             None => tune::choose(&gpu, &config, options.tune)?,
         };
         let max_batch = max_batch(&gpu, &config, options.max_batch);
@@ -1063,8 +1066,8 @@ impl Builder<'_> {
                         self.op(&call, &[x, &b.codes, &act_scale, &b.code_sum])
                     };
                     plans.gemv.validate(self.gpu, shape.k())?;
-                    plans.gemm.validate(self.gpu)?;
                     let variant = plans.gemv.variant;
+                    plans.gemm.validate(self.gpu, variant.layout(), shape.k())?;
                     let one = quantize(variant.gemv_encoding())?;
                     let many = quantize(gemm_encoding(variant.layout()))?;
                     let mut matmul = self.sums(plans, &run.matrix, &linear.rows, index)?;
@@ -1132,7 +1135,7 @@ impl Builder<'_> {
             by_tokens[0].1.push(op(&gemv, variant.gemv_inputs(inputs))?);
             let gemm = Gemm { layout, shape, tile_base, tiles, max_tokens: self.max_batch };
             for (index, (most, call)) in gemm.calls(plans.gemm).into_iter().enumerate() {
-                let op = op(&call, gemm_inputs(layout, inputs))?;
+                let op = op(&call, gemm_inputs(call.kernel, inputs))?;
                 let most = u32::try_from(most).unwrap_or(u32::MAX);
                 match at {
                     0 => by_tokens.push((most, vec![op])),

@@ -145,14 +145,15 @@ impl Gemms {
         Self { plans, passed: Vec::new(), refused: Vec::new() }
     }
 
-    /// The plan of a layout that is exact here, as `check` says: the preferred one, else the kernels
-    /// of a few tokens for any number of them.
+    /// The plan of a layout that is exact here, as `check` says: the preferred one, else the same tile
+    /// without cooperative matrices, else the kernels of a few tokens for any number of them.
     async fn plan(
         &mut self,
         layout: Layout,
         mut check: impl AsyncFnMut(GemmPlan) -> Result<()>,
     ) -> Result<GemmPlan> {
-        for plan in [self.plans.of(layout), GemmPlan::FEW] {
+        let plan = self.plans.of(layout);
+        for plan in [plan, GemmPlan { cooperative: None, ..plan }, GemmPlan::FEW] {
             if self.passed.contains(&(layout, plan)) {
                 return Ok(plan);
             }
@@ -267,7 +268,7 @@ pub async fn check_async(gpu: &Gpu, plan: GemvPlan) -> Result<()> {
 /// [`Error::SelfTest`] on the first difference.
 pub async fn check_gemm_async(gpu: &Gpu, layout: Layout, plan: GemmPlan) -> Result<()> {
     let shape = MatShape::new(GEMM_SHAPE.0, GEMM_SHAPE.1)?;
-    plan.validate(gpu)?;
+    plan.validate(gpu, layout, shape.k())?;
     let mut random = Random::new(0x5EEC);
     let trits = random.trits(shape.len());
     let packed = Packed::pack(layout, shape, &trits);
@@ -277,7 +278,28 @@ pub async fn check_gemm_async(gpu: &Gpu, layout: Layout, plan: GemmPlan) -> Resu
         let (kernel, found) = multiply_many_async(gpu, &packed, &codes, call).await?;
         compare(gpu, kernel, &found, &cpu_ref::gemm::gemm(&trits, &codes, shape.k()))?;
     }
+    if plan.cooperative.is_some() {
+        check_long_sums(gpu, plan, &mut random).await?;
+    }
     check_quantize(gpu, gemm_encoding(layout), &mut random).await
+}
+
+/// Sums of the longest rows, of more than 2^23, where f32 has no bit to spare: matrix units need not add
+/// up as IEEE 754 says.
+async fn check_long_sums(gpu: &Gpu, plan: GemmPlan, random: &mut Random) -> Result<()> {
+    let shape = MatShape::new(3, kernels::MAX_K)?;
+    let mut trits = vec![1i8; shape.len()];
+    trits[shape.k()..2 * shape.k()].fill(-1);
+    // Up to there, and back to a small sum.
+    trits[2 * shape.k() + shape.k() / 2..].fill(-1);
+    let packed = Packed::pack(Layout::I2, shape, &trits);
+    let codes: Vec<i8> = (0..2 * shape.k())
+        .map(|_| (80 + random.below(48)) as i8)
+        .chain(vec![-128; shape.k()])
+        .collect();
+    let call = |gemm: Gemm| gemm.tiled(plan);
+    let (kernel, found) = multiply_many_async(gpu, &packed, &codes, call).await?;
+    compare(gpu, kernel, &found, &cpu_ref::gemm::gemm(&trits, &codes, shape.k()))
 }
 
 /// Quantises with scale 1, and no value near a tie: a division that is off in the last bit is allowed.
@@ -953,7 +975,7 @@ pub async fn multiply_async(
 ) -> Result<Vec<i32>> {
     let SumPlans { gemv, gemm } = plans;
     gemv.validate(gpu, packed.shape().k())?;
-    gemm.validate(gpu)?;
+    gemm.validate(gpu, packed.layout(), packed.shape().k())?;
     if n_tokens > 1 {
         let call = |shard: Gemm| shard.call_for(gemm, n_tokens);
         return Ok(multiply_many_async(gpu, packed, codes, call).await?.1);
@@ -978,7 +1000,7 @@ pub async fn multiply_many_async(
     let product = Product::upload(gpu, gemm_encoding(layout), packed, codes)?;
     let (tiles, max_tokens) = (product.tiles(), product.n_tokens);
     let call = call(Gemm { layout, shape, tile_base: 0, tiles, max_tokens });
-    let found = product.run(gpu, &call, gemm_inputs(layout, product.inputs())).await?;
+    let found = product.run(gpu, &call, gemm_inputs(call.kernel, product.inputs())).await?;
     Ok((call.kernel.name, found))
 }
 
@@ -1384,7 +1406,7 @@ mod tests {
 
     #[test]
     fn wrong_tiles_are_replaced_and_named() {
-        let tiles = GemmPlan { rows: 64, tokens: 32 };
+        let tiles = GemmPlan::tile(64, 32);
         let mut gemms = Gemms::new(GemmPlans { i2: tiles, ..GemmPlans::default() });
         let mut checks = Vec::new();
         let mut check = |wrong: Option<GemmPlan>, layout| {

@@ -5,7 +5,8 @@
 //!   "capabilities": "Adapter"},
 //!  "plans": {"down 2560x6912 norm": {"variant": "packed_dot", "slices": 8, "rows": 32,
 //!   "unroll": 1, "fused": true}},
-//!  "gemms": {"gemm_i2 13824x2560": {"rows": 64, "tokens": 64}}}
+//!  "gemms": {"gemm_i2 13824x2560": {"rows": 64, "tokens": 64,
+//!   "cooperative": {"size": 16, "subgroup": 32}}}}
 //! ```
 
 use std::collections::BTreeMap;

@@ -69,11 +69,12 @@ pub(super) fn plan(adapter: &AdapterDescription) -> GemvPlan {
     GemvPlan { fused: *fused, ..GemvPlan::from(*variant) }
 }
 
-/// The tiles that are likely to be fastest.
+/// The tiles that are likely to be fastest. Cooperative matrices have to win a race first: some are no
+/// faster, and wgpu calls them experimental.
 pub(super) fn gemms(adapter: &AdapterDescription) -> GemmPlans {
     let plan = match adapter.kind {
         // The fewer workgroups the fewer loads; a few cores need no more of them.
-        AdapterKind::Software => GemmPlan { rows: 128, tokens: 64 },
+        AdapterKind::Software => GemmPlan::tile(128, 64),
         _ => GemmPlan::default(),
     };
     GemmPlans { planes: plan, i2: plan }

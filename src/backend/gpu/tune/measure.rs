@@ -145,7 +145,7 @@ impl<'a> Bench<'a> {
             SumInputs { words: &words, codes: &codes, offset: &offset, code_sum: &code_sum };
         let gemm = Gemm { layout, shape, tile_base: 0, tiles, max_tokens };
         let call = gemm.call_for(plan, max_tokens);
-        let buffers = [gemm_inputs(layout, inputs), vec![&acc]].concat();
+        let buffers = [gemm_inputs(call.kernel, inputs), vec![&acc]].concat();
         gpu.op(&self.pipelines, &call, &self.gemm_uniform, &buffers)
     }
 

@@ -18,7 +18,7 @@ use cpu_ref::layout::TILE_ROWS;
 use cpu_ref::mlp::Activation;
 use serde::Serialize;
 
-use super::device::{AdapterKind, Gpu};
+use super::device::{AdapterKind, Cooperative, Gpu};
 use super::kernels::{GemmPlan, GemvPlan, RowOrder, Variant, padded_rows};
 use crate::backend::Tune;
 use crate::config::{Activations, ModelConfig};
@@ -202,6 +202,20 @@ impl StepShape {
     }
 }
 
+/// What an adapter can run.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct Limits {
+    /// Most lanes of a workgroup.
+    lanes: u32,
+    cooperative: Option<Cooperative>,
+}
+
+impl Limits {
+    fn of(gpu: &Gpu) -> Self {
+        Self { lanes: gpu.lanes(), cooperative: gpu.cooperative() }
+    }
+}
+
 /// A product of many tokens: the largest matrix of a model's layers, on which the tiles of a layout are
 /// raced.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -224,11 +238,14 @@ impl GemmShape {
         format!("{kernel} {}x{}", self.shape.n(), self.shape.k())
     }
 
-    /// The plans that may run it, the default first.
-    fn candidates(default: GemmPlan, lanes: u32) -> Vec<GemmPlan> {
-        let others = GemmPlan::all().into_iter().filter(|&plan| plan != default);
+    /// The plans that may run it: the default first, then those with cooperative matrices, which are
+    /// likely to be faster.
+    fn candidates(&self, default: GemmPlan, limits: Limits) -> Vec<GemmPlan> {
+        let matrices = limits.cooperative.filter(|_| self.layout == Layout::I2);
+        let cooperative = matrices.into_iter().flat_map(GemmPlan::all_of);
+        let others = cooperative.chain(GemmPlan::all()).filter(|&plan| plan != default);
         let mut plans = vec![default];
-        plans.extend(others.filter(|plan| plan.lanes() <= lanes as usize));
+        plans.extend(others.filter(|plan| plan.lanes() <= limits.lanes as usize));
         plans
     }
 }
@@ -403,17 +420,18 @@ fn race(
 fn race_gemms(
     products: &[GemmShape],
     defaults: GemmPlans,
-    lanes: u32,
+    limits: Limits,
     budget: Duration,
     track: &mut impl Track,
 ) -> Vec<GemmRace> {
     let start = |product: &GemmShape| {
-        let plans = GemmShape::candidates(defaults.of(product.layout), lanes).into_iter();
+        let plans = product.candidates(defaults.of(product.layout), limits).into_iter();
         GemmRace { product: *product, candidates: plans.map(|p| (p, Outcome::Waiting)).collect() }
     };
     let mut races: Vec<GemmRace> = products.iter().map(start).collect();
     let mut longest = Duration::ZERO;
-    for at in 0..GemmPlan::all().len() {
+    let most = races.iter().map(|race| race.candidates.len()).max().unwrap_or_default();
+    for at in 0..most {
         for GemmRace { product, candidates } in &mut races {
             let Some((plan, outcome)) = candidates.get_mut(at) else { continue };
             let begin = track.elapsed();
@@ -535,7 +553,7 @@ pub struct GemmReport {
 /// What was measured of tiles.
 #[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct GemmCandidateReport {
-    /// Their `rows` and `tokens`.
+    /// Their `rows`, `tokens` and `cooperative`.
     #[serde(flatten)]
     pub plan: GemmPlan,
     /// Microseconds of the product.
@@ -624,7 +642,7 @@ pub fn tune(
     let races = race(steps, default, gpu.lanes(), budget * 7 / 10, &mut bench);
     let products = products_of(steps, races.iter().map(Race::winner))?;
     let gemms = defaults::gemms(&gpu.adapter);
-    let gemms = race_gemms(&products, gemms, gpu.lanes(), budget * 9 / 10, &mut bench);
+    let gemms = race_gemms(&products, gemms, Limits::of(gpu), budget * 9 / 10, &mut bench);
     let copy_gb_s = bench.copy_gb_s(budget)?;
     let dispatch_us = bench.dispatch_us(budget)?;
     let key = Key::of(gpu);
@@ -717,11 +735,13 @@ impl GemmPlans {
         }
     }
 
-    fn set(&mut self, layout: Layout, plan: GemmPlan) {
+    /// These with another plan for a layout.
+    pub fn with(mut self, layout: Layout, plan: GemmPlan) -> Self {
         match layout {
             Layout::Planes => self.planes = plan,
             Layout::I2 => self.i2 = plan,
         }
+        self
     }
 }
 
@@ -766,11 +786,11 @@ pub(super) fn choose(
         let mut bench = measure::Bench::new(&gpu, missing, start)?;
         let races = race(missing, default, gpu.lanes(), AUTO_BUDGET - AUTO_GEMM, &mut bench);
         let products = products(&races);
-        let gemms = race_gemms(&products, gemms, gpu.lanes(), AUTO_BUDGET, &mut bench);
+        let gemms = race_gemms(&products, gemms, Limits::of(&gpu), AUTO_BUDGET, &mut bench);
         Ok((races, gemms))
     };
     let directory = cache::directory();
-    let adapter = Adapter { default, gemms, lanes: gpu.lanes(), key: Key::of(gpu) };
+    let adapter = Adapter { default, gemms, limits: Limits::of(gpu), key: Key::of(gpu) };
     let (plans, gemms, notes) = kept_or_measured(&steps, &adapter, directory.as_deref(), measure)?;
     Ok((Plans::Preferred(plans, order), gemms, notes))
 }
@@ -779,8 +799,7 @@ pub(super) fn choose(
 struct Adapter {
     default: GemvPlan,
     gemms: GemmPlans,
-    /// Most lanes of a workgroup.
-    lanes: u32,
+    limits: Limits,
     key: Key,
 }
 
@@ -795,7 +814,7 @@ fn kept_or_measured(
         &dyn Fn(&[Race]) -> Vec<GemmShape>,
     ) -> Result<(Vec<Race>, Vec<GemmRace>)>,
 ) -> Result<([GemvPlan; 4], GemmPlans, Vec<String>)> {
-    let Adapter { default, gemms, lanes, ref key } = *adapter;
+    let Adapter { default, gemms, limits, ref key } = *adapter;
     let mut notes = Vec::new();
     let mut kept = match directory {
         Some(directory) => {
@@ -807,10 +826,10 @@ fn kept_or_measured(
     };
     // A file may say anything: only what could have been measured is taken from it.
     let known = |kept: &cache::Kept, step: &StepShape| {
-        kept.plan(&step.id()).filter(|plan| step.candidates(default, lanes).contains(plan))
+        kept.plan(&step.id()).filter(|plan| step.candidates(default, limits.lanes).contains(plan))
     };
     let known_gemm = |kept: &cache::Kept, product: &GemmShape| {
-        let candidates = GemmShape::candidates(gemms.of(product.layout), lanes);
+        let candidates = product.candidates(gemms.of(product.layout), limits);
         kept.gemm(&product.id()).filter(|plan| candidates.contains(plan))
     };
     let products = [Layout::Planes, Layout::I2].map(|layout| GemmShape::of(steps, layout));
@@ -860,7 +879,7 @@ fn kept_or_measured(
     let mut tiles = gemms;
     for product in &products {
         if let Some(plan) = known_gemm(&kept, product) {
-            tiles.set(product.layout, plan);
+            tiles = tiles.with(product.layout, plan);
         }
     }
     Ok((plans, tiles, notes))
