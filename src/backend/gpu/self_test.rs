@@ -1365,7 +1365,7 @@ pub async fn quantize_async(
 
 #[cfg(test)]
 mod tests {
-    use super::super::Variant;
+    use super::super::{Cooperative, Variant};
     use super::*;
     use crate::wait::block_on;
 
@@ -1422,6 +1422,17 @@ mod tests {
         }
         let usual = (Layout::Planes, GemmPlan::default());
         assert_eq!(checks, [(Layout::I2, tiles), (Layout::I2, GemmPlan::FEW), usual]);
+        assert_eq!(gemms.refused.len(), 1);
+        // Cooperative matrices give way to the same tile without.
+        let matrices = Cooperative { size: 16, subgroup: 32 };
+        let [cooperative, _] = GemmPlan::all_of(matrices);
+        let mut gemms = Gemms::new(GemmPlans::default().with(Layout::I2, cooperative));
+        let check = async |plan: GemmPlan| match plan.cooperative {
+            Some(_) => Err(wrong_result()),
+            None => Ok(()),
+        };
+        let plan = block_on(gemms.plan(Layout::I2, check)).unwrap();
+        assert_eq!(plan, GemmPlan { cooperative: None, ..cooperative });
         assert_eq!(gemms.refused.len(), 1);
         // Where nothing is right there is no kernel for a prompt.
         let mut gemms = Gemms::new(GemmPlans::default());
