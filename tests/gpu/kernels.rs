@@ -299,31 +299,30 @@ impl Gemms {
     }
 
     fn cases(self) -> Vec<Case> {
-        let cases: [(&str, fn(&Gpu, Self) -> Result<(), Failed>); 5] = [
-            ("shapes", gemm_shapes),
-            ("token_edges", gemm_tokens),
-            ("extremes", gemm_extremes),
-            ("shards_and_guards", gemm_shards),
-            ("a_corrupted_weight_is_caught", gemm_corrupted),
-        ];
-        let mut all: Vec<Case> = Vec::new();
-        for (case, body) in cases {
-            let name = format!("{}::{case}", self.name());
-            all.push((name, Box::new(move |gpu| body(gpu, self))));
-        }
-        let name = format!("self_test::{}", self.name());
-        all.push((name, Box::new(move |gpu| gemm_self_tests(gpu, self))));
-        all
+        type Test = fn(&Gpu, Gemms) -> Result<(), Failed>;
+        let mut cases: Vec<Case> = Vec::new();
+        let mut add = |name: String, test: Test| {
+            cases.push((name, Box::new(move |gpu| test(gpu, self))));
+        };
+        let kernel = self.name();
+        add(format!("{kernel}::shapes"), gemm_shapes);
+        add(format!("{kernel}::token_edges"), gemm_tokens);
+        add(format!("{kernel}::extremes"), gemm_extremes);
+        add(format!("{kernel}::shards_and_guards"), gemm_shards);
+        add(format!("{kernel}::a_corrupted_weight_is_caught"), gemm_corrupted);
+        add(format!("self_test::{kernel}"), gemm_self_tests);
+        cases
     }
 
     /// The plans that this adapter can run.
     fn plans(self, gpu: &Gpu) -> Vec<GemmPlan> {
-        let plans = match self {
-            Self::Planes | Self::I2 => GemmPlan::all().to_vec(),
-            Self::Cooperative => cooperative(gpu).to_vec(),
-        };
-        let can_run = |plan: &GemmPlan| plan.validate(gpu, self.layout(), 1).is_ok();
-        plans.into_iter().filter(can_run).collect()
+        match self {
+            Self::Planes | Self::I2 => {
+                let can_run = |plan: &GemmPlan| plan.validate(gpu, self.layout(), 1).is_ok();
+                GemmPlan::all().into_iter().filter(can_run).collect()
+            }
+            Self::Cooperative => cooperative(gpu),
+        }
     }
 
     /// Every kernel and tile that this adapter can run.
@@ -335,9 +334,17 @@ impl Gemms {
     }
 }
 
-/// The plans with the adapter's cooperative matrices.
-fn cooperative(gpu: &Gpu) -> [GemmPlan; 2] {
-    GemmPlan::all_of(gpu.cooperative().expect("the tests are for adapters that have them"))
+/// The plans with the adapter's cooperative matrices whose workgroups are not too large for it.
+pub fn cooperative(gpu: &Gpu) -> Vec<GemmPlan> {
+    let matrices = gpu.cooperative().expect("the tests are for adapters that have them");
+    let fits = |plan: &GemmPlan| match plan.validate(gpu, Layout::I2, 1) {
+        Ok(()) => true,
+        Err(Error::GpuLimit { .. }) => false,
+        Err(error) => panic!("{plan:?}: {error}"),
+    };
+    let plans: Vec<_> = GemmPlan::all_of(matrices).into_iter().filter(fits).collect();
+    assert!(!plans.is_empty(), "{matrices:?}");
+    plans
 }
 
 /// A kernel of many tokens.
@@ -388,7 +395,7 @@ fn cooperative_shapes(gpu: &Gpu) -> Result<(), Failed> {
 
 /// What cooperative matrices cannot do is refused.
 fn cooperative_plans(gpu: &Gpu) -> Result<(), Failed> {
-    let [good, _] = cooperative(gpu);
+    let good = cooperative(gpu)[0];
     let matrices = gpu.cooperative().ok_or("there are none")?;
     let max = kernels::MAX_K;
     good.validate(gpu, Layout::I2, max)?;
@@ -426,7 +433,8 @@ fn cooperative_plans(gpu: &Gpu) -> Result<(), Failed> {
 fn cooperative_buffers(gpu: &Gpu) -> Result<(), Failed> {
     let shape = MatShape::new(256, 128)?;
     let gemm = Gemm { layout: Layout::I2, shape, tile_base: 3, tiles: 2, max_tokens: 3 };
-    short_buffers(gpu, &cooperative(gpu).map(|plan| gemm.tiled(plan)))
+    let calls: Vec<_> = cooperative(gpu).into_iter().map(|plan| gemm.tiled(plan)).collect();
+    short_buffers(gpu, &calls)
 }
 
 /// The same bits with every check at run time.

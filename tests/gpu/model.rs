@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 use cpu_ref::attention::{Cached, Heads};
 use libtest_mimic::Failed;
 use sterna::backend::gpu::{
-    Capabilities, GemmPlan, GemvPlan, Gpu, GpuBackend, SumPlans, Variant, WorkDone, self_test,
+    Capabilities, GemvPlan, Gpu, GpuBackend, SumPlans, Variant, WorkDone, self_test,
 };
 use sterna::backend::{
     Backend, Batch, Device, HeadChoice, LoadOptions, Output, Progress, Tap, Tokens, Want,
@@ -26,6 +26,7 @@ use sterna::{Error, Transformer};
 use crate::Case;
 use crate::formats;
 use crate::golden;
+use crate::kernels::cooperative;
 use crate::prefill;
 use crate::util::{close, open, same};
 
@@ -287,19 +288,18 @@ fn prefill_equals_decode(capabilities: Capabilities, plans: SumPlans) -> Result<
 pub fn cooperative_cases() -> Vec<Case> {
     let mut cases: Vec<Case> = Vec::new();
     let plans = |gpu: &Gpu| {
-        let cooperative = gpu.cooperative().expect("the tests are for adapters that have them");
-        GemmPlan::all_of(cooperative).map(|gemm| SumPlans { gemm, ..Variant::PackedDot.into() })
+        let gemms = cooperative(gpu).into_iter();
+        gemms.map(|gemm| SumPlans { gemm, ..Variant::PackedDot.into() })
     };
     cases.push((
         "prefill_equals_decode::gemm_i2_coop".to_owned(),
         Box::new(move |gpu| {
-            let mut all = plans(gpu).into_iter();
-            all.try_for_each(|plans| prefill_equals_decode(Capabilities::Adapter, plans))
+            plans(gpu).try_for_each(|plans| prefill_equals_decode(Capabilities::Adapter, plans))
         }),
     ));
     cases.push((
         "the_built_in_model_reads_a_prompt::gemm_i2_coop".to_owned(),
-        Box::new(move |gpu| plans(gpu).into_iter().try_for_each(built_in_prompt)),
+        Box::new(move |gpu| plans(gpu).try_for_each(built_in_prompt)),
     ));
     cases
 }
