@@ -11,7 +11,7 @@ use super::columns::{Columns, NonZeros, most_nonzeros};
 use super::head::Int8Head;
 use super::load::{Layer, Weights};
 use super::matrix::{Head, Linears, Matrix, Scales};
-use super::pool::{Pool, Split};
+use super::pool::{self, Pool, Split, Table};
 use super::{Activations, Kernels, Level, TokenScale, attention};
 use crate::backend::choices::Choices;
 use crate::backend::{
@@ -65,13 +65,13 @@ struct Work {
     inputs: Vec<f32>,
     /// `[M, 64·chunks]`.
     codes: Vec<i8>,
-    /// `[M, K/group]`, or `[M]` of each run of matrices in turn.
+    /// `[M, K/group]`, or `[M]`.
     scales: Vec<TokenScale>,
-    /// `[tiles][M][32]` of each run of matrices in turn: sums of codes.
+    /// `[tiles][M][32]`: sums of codes.
     acc: Vec<i32>,
     /// As `acc`: results of matrices with scales of groups.
     products: Vec<f32>,
-    /// `[M, N]`.
+    /// `[M, N]`: the results of all matrices that read the same vector.
     rows: Vec<f32>,
     /// The inputs of a matrix by columns.
     nonzeros: NonZeros,
@@ -130,7 +130,7 @@ impl Work {
         };
         let tiled = |linears: &Linears, of_groups: bool| -> usize {
             let runs = linears.runs().iter().filter(|run| run.scales.is_of_groups() == of_groups);
-            runs.map(|run| run.tiles() * TILE_ROWS).sum()
+            runs.map(|run| run.tiles() * TILE_ROWS).max().unwrap_or_default()
         };
         // Whole stripes, where a matrix is there by columns too.
         let acc = |linears: &Linears| match linears.columns() {
@@ -139,8 +139,7 @@ impl Work {
         };
         let columns = all().filter_map(Linears::columns).map(Columns::k).max().unwrap_or_default();
         let scales = |linears: &Linears| {
-            let groups = linears.runs().iter().map(Matrix::groups).max().unwrap_or_default();
-            groups.max(linears.runs().len())
+            linears.runs().iter().map(|run| run.groups().max(1)).max().unwrap_or_default()
         };
         let codes = |linears: &Linears| {
             let of_codes = |run: &&Matrix| int8_groups || !run.scales.is_of_groups();
@@ -180,75 +179,51 @@ impl Work {
         out: &mut [f32],
         finish: impl Fn(&dyn Kernels, usize, &mut [f32], &mut [f32]) + Sync,
     ) {
-        let n_tokens = x.len() / linears.k();
-        let (mut acc_start, mut products_start) = (0, 0);
-        for (index, run) in linears.runs().iter().enumerate() {
-            let len = run.tiles() * n_tokens * TILE_ROWS;
-            match run.scales {
-                Scales::Rows(_) => {
-                    let columns = linears.columns();
-                    self.multiply_codes((run, columns), x, norm, index * n_tokens, acc_start);
-                    acc_start += len;
+        let (n_tokens, n) = (x.len() / linears.k(), linears.n());
+        let mut start = 0;
+        for run in linears.runs() {
+            let columns = start..start + run.shape.n();
+            start = columns.end;
+            match &run.scales {
+                Scales::Rows(scale) => {
+                    let by_columns = linears.columns();
+                    self.multiply_codes((run, scale, by_columns), (x, norm), (n, columns));
                 }
-                Scales::Groups { .. } => {
-                    self.multiply_groups(run, x, norm, products_start);
-                    products_start += len;
-                }
+                Scales::Groups { .. } => self.multiply_groups(run, (x, norm), (n, columns)),
             }
         }
 
-        let Self { pool, kernels, scales, acc, products, rows, .. } = self;
-        let (kernels, n) = (kernels.as_ref(), linears.n());
+        let Self { pool, kernels, rows, .. } = self;
+        let kernels = kernels.as_ref();
         let rows = &mut rows[..n_tokens * n];
         let out_len = out.len() / n_tokens;
         pool.stripes2(rows, Split { len: n, cost: 8 * n }, out, out_len, |first, rows, out| {
             let tokens = rows.chunks_exact_mut(n).zip(out.chunks_exact_mut(out_len));
             for (m, (row, out)) in (first..).zip(tokens) {
-                let (mut rest, mut acc, mut products) = (&mut *row, &acc[..], &products[..]);
-                for (index, run) in linears.runs().iter().enumerate() {
-                    let (y, after) = rest.split_at_mut(run.shape.n());
-                    rest = after;
-                    let len = run.tiles() * n_tokens * TILE_ROWS;
-                    match &run.scales {
-                        Scales::Rows(weight_scale) => {
-                            let act_scale = scales[index * n_tokens + m].act_scale;
-                            let tiled = &acc[..len];
-                            kernels.dequantize(tiled, (m, n_tokens), weight_scale, act_scale, y);
-                            acc = &acc[len..];
-                        }
-                        Scales::Groups { .. } => {
-                            kernels.untile(&products[..len], (m, n_tokens), y);
-                            products = &products[len..];
-                        }
-                    }
-                }
                 finish(kernels, m, row, out);
             }
         });
     }
 
-    /// `acc[tiles][M][32]` from `acc_start` on, and M scales from `first_scale` on. One token goes by
-    /// columns, where there are any and it pays.
+    /// Writes these columns of `rows[M, n]`. One token goes by columns of the matrix, where there are any
+    /// and it pays.
     fn multiply_codes(
         &mut self,
-        (run, columns): (&Matrix, Option<&Columns>),
-        x: &[f32],
-        norm: Option<&[f32]>,
-        first_scale: usize,
-        acc_start: usize,
+        (run, weight_scale, by_columns): (&Matrix, &[f32], Option<&Columns>),
+        (x, norm): (&[f32], Option<&[f32]>),
+        (n, columns): (usize, Range<usize>),
     ) {
         let (k, chunks) = (run.shape.k(), run.chunks());
         let n_tokens = x.len() / k;
         if run.has_input() {
             self.prepare(run, x, norm);
         }
-        let Self { pool, kernels, eps, inputs, codes, scales, acc, nonzeros, by_columns, .. } =
-            self;
+        let Self { pool, kernels, eps, inputs, codes, scales, acc, rows, nonzeros, .. } = self;
         let (kernels, eps) = (kernels.as_ref(), *eps);
         let (x, norm) = if run.has_input() { (&inputs[..n_tokens * k], None) } else { (x, norm) };
 
         let codes = &mut codes[..n_tokens * chunks * CHUNK_K];
-        let scales = &mut scales[first_scale..][..n_tokens];
+        let scales = &mut scales[..n_tokens];
         let per_token = Split { len: chunks * CHUNK_K, cost: 8 * k };
         pool.stripes2(codes, per_token, scales, 1, |first, codes, scales| {
             let x = x[first * k..].chunks_exact(k);
@@ -258,46 +233,82 @@ impl Work {
             }
         });
 
-        if let (Some(columns), 1) = (columns, n_tokens) {
+        let rows = &mut rows[..n_tokens * n];
+        if let (Some(by_columns), 1) = (by_columns, n_tokens) {
             nonzeros.collect(&codes[..k]);
             if most_nonzeros(kernels.level()).is_some_and(|most| nonzeros.at_most(most)) {
-                let nonzeros = &*nonzeros;
-                let acc = &mut acc[acc_start..][..run.shape.n().next_multiple_of(STRIPE_ROWS)];
+                let (nonzeros, act_scale) = (&*nonzeros, scales[0].act_scale);
+                let acc = &mut acc[..by_columns.rows()];
                 let split = Split { len: STRIPE_ROWS, cost: nonzeros.len() * STRIPE_ROWS / 4 };
-                pool.stripes(acc, split, |first, acc| {
-                    let lines = columns.stripes(first, acc.len() / STRIPE_ROWS);
+                let table = Table { values: rows, width: n, columns, chunk: STRIPE_ROWS };
+                pool.stripes_and_columns(acc, split, table, |first, acc, mut y| {
+                    let lines = by_columns.stripes(first, acc.len() / STRIPE_ROWS);
                     kernels.gemv_columns(lines, nonzeros, acc);
+                    let scale = &weight_scale[first * STRIPE_ROWS..][..y.len()];
+                    let acc = &acc[..y.len().next_multiple_of(TILE_ROWS)];
+                    kernels.dequantize(acc, (0, 1), scale, act_scale, y.row(0));
                 });
-                *by_columns += 1;
+                self.by_columns += 1;
                 return;
             }
         }
-        let x = Activations::new(codes, scales, chunks);
-        let acc = &mut acc[acc_start..][..run.tiles() * n_tokens * TILE_ROWS];
+        let (x, scales) = (Activations::new(codes, scales, chunks), &*scales);
+        let tile_len = n_tokens * TILE_ROWS;
+        let acc = &mut acc[..run.tiles() * tile_len];
         let tile_words = run.tile_words();
-        let per_tile =
-            Split { len: n_tokens * TILE_ROWS, cost: n_tokens * tile_words * size_of::<u32>() };
-        pool.stripes(acc, per_tile, |first, acc| {
-            let tiles = acc.len() / (n_tokens * TILE_ROWS);
-            let words = &run.words()[first * tile_words..][..tiles * tile_words];
-            match run.is_base3() {
-                true => kernels.gemm_base3(words, x, acc),
-                false => kernels.gemm(words, x, acc),
+        let per_tile = Split { len: tile_len, cost: n_tokens * tile_words * size_of::<u32>() };
+        let table = Table { values: rows, width: n, columns, chunk: TILE_ROWS };
+        pool.stripes_and_columns(acc, per_tile, table, |first, acc, mut y| {
+            let words = &run.words()[first * tile_words..];
+            // So few tiles that the sums are still in the second-level cache when they are scaled.
+            let tiles = (CACHED_SUMS / tile_len).max(1);
+            let parts = acc.chunks_mut(tiles * tile_len).zip(words.chunks(tiles * tile_words));
+            for (part, (acc, words)) in parts.enumerate() {
+                let words = &words[..acc.len() / tile_len * tile_words];
+                match run.is_base3() {
+                    true => kernels.gemm_base3(words, x, acc),
+                    false => kernels.gemm(words, x, acc),
+                }
+                let start = part * tiles * TILE_ROWS;
+                let rows = start..(start + acc.len() / n_tokens).min(y.len());
+                let weight_scale = &weight_scale[first * TILE_ROWS..][rows.clone()];
+                for (m, scale) in scales.iter().enumerate() {
+                    let y = &mut y.row(m)[rows.clone()];
+                    kernels.dequantize(acc, (m, n_tokens), weight_scale, scale.act_scale, y);
+                }
             }
         });
     }
 
-    /// `products[tiles][M][32]` from `start` on.
-    fn multiply_groups(&mut self, run: &Matrix, x: &[f32], norm: Option<&[f32]>, start: usize) {
+    /// Writes these columns of `rows[M, n]`.
+    fn multiply_groups(
+        &mut self,
+        run: &Matrix,
+        (x, norm): (&[f32], Option<&[f32]>),
+        (n, columns): (usize, Range<usize>),
+    ) {
         let (k, groups) = (run.shape.k(), run.groups());
         let n_tokens = x.len() / k;
         self.prepare(run, x, norm);
-        let Self { pool, kernels, int8_groups, inputs, codes, scales, products, .. } = self;
+        let Self { pool, kernels, int8_groups, inputs, codes, scales, products, rows, .. } = self;
         let kernels = kernels.as_ref();
         let inputs = &inputs[..n_tokens * k];
-        let products = &mut products[start..][..run.tiles() * n_tokens * TILE_ROWS];
+        let tile_len = n_tokens * TILE_ROWS;
+        let products = &mut products[..run.tiles() * tile_len];
+        let values = &mut rows[..n_tokens * n];
+        let table = Table { values, width: n, columns, chunk: TILE_ROWS };
+        let untile = |products: &[f32], mut y: pool::Columns<'_, f32>| {
+            for m in 0..n_tokens {
+                kernels.untile(products, (m, n_tokens), y.row(m));
+            }
+        };
         if !*int8_groups {
-            multiply_floats(pool, kernels, run, inputs, products);
+            let split = Split { len: tile_len, cost: Split::cost_of_pieces(TILES_PER_TABLE) };
+            pool.stripes_and_columns(products, split, table, |first, products, y| {
+                let weights = run.group_weights().part(first, products.len() / tile_len);
+                kernels.group_gemm(weights, inputs, products);
+                untile(products, y);
+            });
             return;
         }
 
@@ -317,11 +328,16 @@ impl Work {
         );
         let x = Activations::of_groups(codes, scales, k / CHUNK_K, groups);
         let cost = n_tokens * run.tile_words() * size_of::<u32>();
-        let per_tile = Split { len: n_tokens * TILE_ROWS, cost };
-        pool.stripes(products, per_tile, |first, products| {
-            let tiles = products.len() / (n_tokens * TILE_ROWS);
-            kernels.group_gemm_int8(run.group_weights().part(first, tiles), x, products);
-        });
+        pool.stripes_and_columns(
+            products,
+            Split { len: tile_len, cost },
+            table,
+            |first, products, y| {
+                let weights = run.group_weights().part(first, products.len() / tile_len);
+                kernels.group_gemm_int8(weights, x, products);
+                untile(products, y);
+            },
+        );
     }
 
     /// Keys and values of `positions`, which the rows hold after `query_size` values, into the cache.
@@ -381,6 +397,9 @@ impl Work {
         });
     }
 }
+
+/// Sums of codes that stay in the second-level cache with what they are made of: 128 KiB.
+const CACHED_SUMS: usize = 32 << 10;
 
 /// Tiles that a thread takes at least: it builds the tables of the products for all of them.
 const TILES_PER_TABLE: usize = 4;

@@ -7,6 +7,7 @@
 #![expect(unsafe_code, reason = "lends borrowed closures and disjoint slices to threads")]
 
 use std::cell::UnsafeCell;
+use std::ops::Range;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering::SeqCst};
@@ -64,6 +65,41 @@ impl Split {
     /// The cost of a chunk of which a piece has at least `chunks`.
     pub(super) const fn cost_of_pieces(chunks: usize) -> usize {
         MIN_PIECE_COST / chunks
+    }
+}
+
+/// A table `[rows, width]` of which some columns are written, `chunk` for each chunk of a slice.
+pub(super) struct Table<'a, T> {
+    pub(super) values: &'a mut [T],
+    pub(super) width: usize,
+    pub(super) columns: Range<usize>,
+    pub(super) chunk: usize,
+}
+
+/// A piece's columns of a table.
+pub(super) struct Columns<'a, T> {
+    values: &'a Base<T>,
+    rows: usize,
+    width: usize,
+    start: usize,
+    end: usize,
+}
+
+impl<T> Columns<'_, T> {
+    /// How many.
+    pub(super) fn len(&self) -> usize {
+        self.end - self.start
+    }
+
+    /// These columns of a row.
+    ///
+    /// # Panics
+    /// If the table has no such row.
+    pub(super) fn row(&mut self, row: usize) -> &mut [T] {
+        assert!(row < self.rows, "a row of the table");
+        // SAFETY: `Pool::stripes_and_columns` borrows the table mutably and gives each column to one
+        // piece; this piece's are borrowed by one row at a time.
+        unsafe { self.values.stripe(row * self.width + self.start, self.len()) }
     }
 }
 
@@ -133,15 +169,53 @@ impl Pool {
         let chunks = data.len() / split.len;
         assert_eq!(data.len(), chunks * split.len, "a whole number of chunks");
         assert_eq!(other.len(), chunks * other_len, "as many chunks as the first slice");
-        let smallest = MIN_PIECE_COST.div_ceil(split.cost.max(1));
+        let (data, other) = (Base(data.as_mut_ptr()), Base(other.as_mut_ptr()));
+        self.pieces(chunks, split.cost, &|first, n| {
+            // SAFETY: chunks first..first + n lie within the slice, which is borrowed mutably
+            // for this call and whose elements are Send; no other piece has any of them.
+            let stripe = unsafe { data.stripe(first * split.len, n * split.len) };
+            // SAFETY: the same.
+            let other = unsafe { other.stripe(first * other_len, n * other_len) };
+            f(first, stripe, other);
+        });
+    }
+
+    /// [`Pool::stripes`] over a slice and the columns of a table: with each of its chunks go the next
+    /// `table.chunk` columns, as far as there are.
+    pub(super) fn stripes_and_columns<T: Send, U: Send>(
+        &mut self,
+        data: &mut [T],
+        split: Split,
+        table: Table<'_, U>,
+        f: impl Fn(usize, &mut [T], Columns<'_, U>) + Sync,
+    ) {
+        let chunks = data.len() / split.len;
+        assert_eq!(data.len(), chunks * split.len, "a whole number of chunks");
+        let Table { values, width, columns, chunk } = table;
+        assert!(columns.start <= columns.end && columns.end <= width, "columns of the table");
+        let rows = values.len() / width;
+        let (data, values) = (Base(data.as_mut_ptr()), Base(values.as_mut_ptr()));
+        self.pieces(chunks, split.cost, &|first, n| {
+            // SAFETY: as in `stripes2`.
+            let stripe = unsafe { data.stripe(first * split.len, n * split.len) };
+            let start = (columns.start + first * chunk).min(columns.end);
+            let end = (start + n * chunk).min(columns.end);
+            f(first, stripe, Columns { values: &values, rows, width, start, end });
+        });
+    }
+
+    /// Calls `f(first, n)` until chunks `first..first + n` have been all of `chunks` once; on several
+    /// threads if it is worth it, where each costs `cost`.
+    fn pieces(&mut self, chunks: usize, cost: usize, f: &(dyn Fn(usize, usize) + Sync)) {
+        let smallest = MIN_PIECE_COST.div_ceil(cost.max(1));
         let piece = chunks.div_ceil(self.threads() * PIECES_PER_THREAD).max(smallest);
         if self.workers.is_empty() || chunks <= piece {
             if chunks > 0 {
-                f(0, data, other);
+                f(0, chunks);
             }
             return;
         }
-        let (data, other) = (Base(data.as_mut_ptr()), Base(other.as_mut_ptr()));
+        // The counter hands out each chunk once.
         let next = AtomicUsize::new(0);
         self.run(&|| {
             loop {
@@ -149,14 +223,7 @@ impl Pool {
                 if first >= chunks {
                     break;
                 }
-                let n = piece.min(chunks - first);
-                // SAFETY: chunks first..first + n lie within the slice, which is borrowed mutably
-                // for this call and whose elements are Send; no other piece overlaps them, because
-                // the counter hands out each chunk once.
-                let stripe = unsafe { data.stripe(first * split.len, n * split.len) };
-                // SAFETY: the same.
-                let other = unsafe { other.stripe(first * other_len, n * other_len) };
-                f(first, stripe, other);
+                f(first, piece.min(chunks - first));
             }
         });
     }
@@ -326,6 +393,37 @@ mod tests {
                     });
                     assert!(data.iter().enumerate().all(|(i, &v)| v == (round + 1) * i));
                     assert!(other.iter().enumerate().all(|(i, &v)| v == (round + 1) * i));
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn every_column_is_visited_once() {
+        for threads in [1, 2, 5] {
+            let mut pool = Pool::new(threads).unwrap();
+            // The last chunk may have fewer columns, or none.
+            for (chunks, columns, width) in
+                [(0, 2..2, 5), (1, 0..3, 3), (7, 4..23, 30), (9, 1..23, 23)]
+            {
+                let (mut data, mut values) = (vec![0; chunks * 2], vec![0; 4 * width]);
+                let table =
+                    Table { values: &mut values, width, columns: columns.clone(), chunk: 3 };
+                let split = Split { len: 2, cost: DEAR };
+                pool.stripes_and_columns(&mut data, split, table, |first, data, mut part| {
+                    data.fill(first + 1);
+                    for row in 0..4 {
+                        for (i, value) in part.row(row).iter_mut().enumerate() {
+                            *value += 100 * row + 3 * first + i + 1;
+                        }
+                    }
+                });
+                assert!(!data.contains(&0));
+                for (at, value) in values.into_iter().enumerate() {
+                    let (row, column) = (at / width, at % width);
+                    let written = columns.clone().position(|other| other == column);
+                    let expected = written.map_or(0, |at| 100 * row + at + 1);
+                    assert_eq!(value, expected, "{row} {column}");
                 }
             }
         }
