@@ -385,10 +385,10 @@ pub enum Sparse {
     /// No.
     #[default]
     Off,
-    /// For models with relu², whose MLPs are mostly 0: `down_proj` is kept by columns too, a quarter of
-    /// a byte more for each of its weights, and a decode step whose inputs of a layer are mostly 0
-    /// reads the columns of the others alone. On levels where that is known to be faster: AVX2 and
-    /// AVX-512.
+    /// For models with relu², whose MLPs are mostly 0: `down_proj` is kept by columns and `up_proj` by
+    /// rows too, a quarter of a byte more for each of their weights. A decode step of a layer whose gates
+    /// are mostly closed reads the rows of the others alone, and one whose inputs of `down_proj` are
+    /// mostly 0 the columns of the others. On levels where that is known to be faster: AVX2 and AVX-512.
     Auto,
 }
 

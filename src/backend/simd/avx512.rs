@@ -18,7 +18,9 @@
 //! 5. Binary weights are bits, 1 for −1: `Σ w·x = Σ x − 2·Σ bit·x`, with eight one-bit fields a byte.
 //! 6. By columns, four of them are interleaved byte by byte: a lane is a row with its four weights, and
 //!    the columns that come later in the list are asked for.
-//! 7. Float activations: a lane is a row, and `vpermps` looks up a nibble ([`super::tables`]).
+//! 7. By rows, a line of a row meets 64 activations a field; four rows share them, and those that come
+//!    later in the list are asked for.
+//! 8. Float activations: a lane is a row, and `vpermps` looks up a nibble ([`super::tables`]).
 #![expect(unsafe_code, reason = "loads, and entry into target features")]
 
 use std::arch::x86_64::*;
@@ -31,6 +33,7 @@ use super::base3::{FEW_BASE3, few_base3, unpack_base3};
 use super::columns::{Line, STEP};
 use super::head::{CODE_WORDS, LimbSums};
 use super::lanes::Lanes;
+use super::rows::{LineCodes, Rows};
 use super::tables::{NibbleTables, i2_column};
 use super::{Activations, CHUNK_WORDS, GroupLayout, GroupScales, Level, impl_kernels};
 
@@ -224,6 +227,50 @@ pub(super) fn stripe_sums(
         store(acc[0], even);
         // A sum of multiples of 4.
         store(_mm512_srai_epi32::<2>(acc[1]), odd);
+    }
+}
+
+/// Rows that are summed at once.
+const OPEN_ROWS: usize = 4;
+
+/// Rows to ask for ahead, as [`AHEAD`].
+const ROWS_AHEAD: usize = 4 * OPEN_ROWS;
+
+/// `Σ (w + 1)·x` of each row in `open`.
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]
+pub(super) fn open_sums(rows: &Rows, x: &[LineCodes], open: &[u32], sums: &mut [i32]) {
+    let (low, high) = (_mm512_set1_epi8(0x03), _mm512_set1_epi8(0x0c));
+    for (first, sums) in (0..).step_by(OPEN_ROWS).zip(sums.chunks_mut(OPEN_ROWS)) {
+        // The last ones again, where there are no more.
+        let at = |i: usize| rows.row(open[i.min(open.len() - 1)]);
+        let now: [_; OPEN_ROWS] = std::array::from_fn(|r| &at(first + r)[..x.len()]);
+        let ahead: [_; OPEN_ROWS] = std::array::from_fn(|r| &at(first + ROWS_AHEAD + r)[..x.len()]);
+        let mut units = [_mm512_setzero_si512(); OPEN_ROWS];
+        let mut fours = [_mm512_setzero_si512(); OPEN_ROWS];
+        for (l, x) in x.iter().enumerate() {
+            let x = [codes(&x[0]), codes(&x[1]), codes(&x[2]), codes(&x[3])];
+            for r in 0..OPEN_ROWS {
+                prefetch::<_MM_HINT_T1>(&ahead[r][l].0, 0);
+                let v = load(&now[r][l].0);
+                let u = _mm512_srli_epi16::<4>(v);
+                units[r] = _mm512_dpbusd_epi32(units[r], _mm512_and_si512(v, low), x[0]);
+                fours[r] = _mm512_dpbusd_epi32(fours[r], _mm512_and_si512(v, high), x[1]);
+                units[r] = _mm512_dpbusd_epi32(units[r], _mm512_and_si512(u, low), x[2]);
+                fours[r] = _mm512_dpbusd_epi32(fours[r], _mm512_and_si512(u, high), x[3]);
+            }
+        }
+        for (units, fours) in units.iter_mut().zip(fours) {
+            // Each lane of `fours` is a sum of multiples of 4.
+            *units = _mm512_add_epi32(*units, _mm512_srai_epi32::<2>(fours));
+        }
+        // After the transposition, element `r` of each lane is of row `r`.
+        let [a, b, c, d] = transpose(units);
+        let lanes = _mm512_add_epi32(_mm512_add_epi32(a, b), _mm512_add_epi32(c, d));
+        let mut wide = [0; 16];
+        store(lanes, &mut wide);
+        for (r, sum) in sums.iter_mut().enumerate() {
+            *sum = wide.iter().skip(r).step_by(OPEN_ROWS).sum();
+        }
     }
 }
 
@@ -538,6 +585,14 @@ fn field<const FIELD: usize>(x: &[i8; CHUNK_K]) -> __m512i {
 fn broadcast(codes: &[i8; 16]) -> __m512i {
     // SAFETY: `codes` has 16 bytes to read, and the load needs no alignment.
     _mm512_broadcast_i32x4(unsafe { _mm_loadu_si128(codes.as_ptr().cast()) })
+}
+
+/// 64 activations.
+#[inline]
+#[target_feature(enable = "avx512f")]
+fn codes(x: &[i8; CHUNK_K]) -> __m512i {
+    // SAFETY: `x` has 64 bytes to read, and the load needs no alignment.
+    unsafe { _mm512_loadu_si512(x.as_ptr().cast()) }
 }
 
 /// Four rows' pieces.

@@ -25,7 +25,7 @@ use cpu_ref::layout::{CHUNK_K, PIECE_WORDS, TILE_ROWS};
 use super::avx2::{PREFETCH_CHUNKS, prefetch};
 use super::avx512::{
     Avx512Vnni, QUAD_WORDS, Vector, build_tables, gemm_tile, limb_sums, load, lookup_chunk,
-    row_order, signs_tile, store, stripe_sums, transpose, widen_scales,
+    open_sums, row_order, signs_tile, store, stripe_sums, transpose, widen_scales,
 };
 use super::base3::Chunk;
 use super::{Activations, CHUNK_WORDS, Level, impl_kernels};

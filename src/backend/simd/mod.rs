@@ -42,6 +42,7 @@ mod neon_i8mm;
 mod packed_file;
 mod pool;
 mod portable;
+mod rows;
 mod scalar;
 #[cfg(all(target_arch = "wasm32", target_feature = "simd128"))]
 mod simd128;
@@ -61,6 +62,7 @@ pub use columns::{Columns, Line, NonZeros};
 pub use cpu::{SimdBackend, description, threads};
 pub(crate) use matrix::Matrix;
 pub use portable::TokenScale;
+pub use rows::{Open, Rows};
 
 /// Words of one chunk of a tile: 32 rows × 16 bytes.
 const CHUNK_WORDS: usize = TILE_ROWS * PIECE_WORDS;
@@ -506,9 +508,14 @@ pub trait Kernels: Send + Sync {
     /// [`Kernels::gemm`] for five weights a byte, `words[tiles][pieces][4][32]`
     /// (`cpu_ref::layout::base3`).
     fn gemm_base3(&self, words: &[u32], x: Activations<'_>, acc: &mut [i32]);
+
     /// `acc[n] = Σ_k w[n,k]·x[k]` of the inputs that are not 0, for whole stripes of a matrix by
     /// columns: `lines[stripes][K]` and `acc[256·stripes]`.
     fn gemv_columns(&self, lines: &[Line], x: &NonZeros, acc: &mut [i32]);
+
+    /// `acc[i] = Σ_k w[n,k]·x[k]` of some rows n = `open[i]` of a matrix by rows, for one token padded
+    /// to [`Rows::chunks`].
+    fn gemv_rows(&self, rows: &Rows, x: Activations<'_>, open: &[u32], acc: &mut [i32]);
 
     /// `y[n,m] = Σ_g d[n,g]·Σ_{k∈g} w[n,k]·x[m,k]` for M tokens `x[M,K]`, into `y[tiles][M][32]`:
     /// `cpu_ref::group_gemv::group_dot` within its bound.
@@ -691,6 +698,17 @@ macro_rules! impl_kernels {
                             stripe_sums(lines, columns, codes, acc);
                             acc.iter_mut().for_each(|acc| *acc -= sum);
                         }
+                    };
+                fn gemv_rows(rows: &super::Rows, x: super::Activations<'_>, open: &[u32],
+                    acc: &mut [i32]) -> ()
+                    where x.n_tokens() == 1 && x.chunks == rows.chunks() && acc.len() == open.len()
+                    => {
+                        if open.is_empty() {
+                            return;
+                        }
+                        open_sums(rows, x.token(0).as_chunks().0, open, acc);
+                        let sum = x.code_sum(0);
+                        acc.iter_mut().for_each(|acc| *acc -= sum);
                     };
                 fn group_gemm(weights: super::GroupWeights<'_>, x: &[f32], y: &mut [f32]) -> ()
                     where x.len().is_multiple_of(weights.k)

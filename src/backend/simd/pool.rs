@@ -76,6 +76,14 @@ pub(super) struct Table<'a, T> {
     pub(super) chunk: usize,
 }
 
+impl<'a, T> Table<'a, T> {
+    /// All of one row.
+    pub(super) fn row(values: &'a mut [T], chunk: usize) -> Self {
+        let width = values.len();
+        Self { values, width, columns: 0..width, chunk }
+    }
+}
+
 /// A piece's columns of a table.
 pub(super) struct Columns<'a, T> {
     values: &'a Base<T>,
