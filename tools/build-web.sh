@@ -101,7 +101,7 @@ done
 
 # What is kept for when there is no network; another version of any of it is another version of all.
 ( cd "$out"
-  page=(index.html page.css page.js page.webmanifest icon.svg sterna.js worker.js download.js
+  page=(index.html page.css page.js page.webmanifest icon.svg sterna.js worker.js cache.js download.js
     sterna_web.js sterna_web_bg.wasm model/*)
   { printf '["./"'; printf ', "%s"' "${page[@]}"; printf ']\n'; } > files.json
   hash=$(cat "${page[@]}" offline.js | sha256sum | cut -c1-16)

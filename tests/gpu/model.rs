@@ -1,5 +1,7 @@
 //! Whole models on the GPU, judged by the original implementation and by the reference backend.
 
+use std::io;
+use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -10,13 +12,14 @@ use sterna::backend::{
     Backend, Batch, Device, HeadChoice, LoadOptions, Output, Progress, Tap, Tokens, Want,
 };
 use sterna::config::{Activations, ModelConfig};
+use sterna::format::{ModelFiles, ReadAt};
 use sterna::kv_cache::{BLOCK, KvFormat, SequenceId};
 use sterna::layout::Packed;
 use sterna::random::Random;
 use sterna::sampler::{Sampler, Sampling};
 use sterna::synthetic::{SyntheticModel, tiny_bitnet, tiny_bonsai, tiny_llama, tiny_normed};
 use sterna::weights::{
-    Codes, Input, LayerWeights, Rotation, Table, TableData, TernaryMatrix, WeightScale,
+    Checkpoint, Codes, Input, LayerWeights, Rotation, Table, TableData, TernaryMatrix, WeightScale,
     WeightSource,
 };
 use sterna::{Error, Transformer};
@@ -123,6 +126,7 @@ pub fn cases(capabilities: Capabilities) -> Vec<Case> {
         cases.push((name.to_owned(), Box::new(move |_| case(capabilities))));
     };
     add("the_built_in_model_writes_the_same_text_as_ref_and_cpu", built_in_model);
+    add("models_that_are_read_in_pieces_give_the_same_logits", read_in_pieces);
     add("sharded_matrices_give_the_same_tokens", sharded);
     add("sharded_groups_give_the_same_tokens", sharded_groups);
     add("the_device_names_its_kernels", names);
@@ -479,6 +483,53 @@ fn built_in_model(capabilities: Capabilities) -> Result<(), Failed> {
         same(variant.gemv().name, &found, &expected)?;
     }
     Ok(())
+}
+
+/// The files of a directory, or one file, in memory but read in pieces.
+fn readers(path: &Path) -> Result<Vec<(String, Arc<dyn ReadAt>)>, Failed> {
+    struct Pieces(Vec<u8>);
+    impl ReadAt for Pieces {
+        fn len_bytes(&self) -> io::Result<u64> {
+            Ok(self.0.len() as u64)
+        }
+
+        fn read_exact_at(&self, offset: u64, buffer: &mut [u8]) -> io::Result<()> {
+            let rest = self.0.get(offset as usize..).unwrap_or_default();
+            io::Read::read_exact(&mut &rest[..], buffer)
+        }
+    }
+    let mut readers = Vec::new();
+    for entry in std::fs::read_dir(path)? {
+        let (name, path) = entry.map(|entry| (entry.file_name(), entry.path()))?;
+        let reader: Arc<dyn ReadAt> = Arc::new(Pieces(std::fs::read(path)?));
+        readers.push((name.to_string_lossy().into_owned(), reader));
+    }
+    Ok(readers)
+}
+
+/// A table that is uploaded piece by piece from its file is the table that is mapped: of every type, with
+/// its int8 rows, over several buffers.
+fn read_in_pieces(capabilities: Capabilities) -> Result<(), Failed> {
+    let of_codes = formats::cases().into_iter().filter(|case| case.has_code_table());
+    let others = formats::cases().into_iter().filter(|case| !case.has_code_table()).take(2);
+    let mut count = 0;
+    for case in of_codes.chain(others) {
+        let directory = tempfile::tempdir()?;
+        let mapped = case.write(directory.path());
+        let read = Checkpoint::new(ModelFiles::from_readers("set", readers(directory.path())?)?)?;
+        if !matches!(read.stored_embedding()?.data(), TableData::Stored(_)) {
+            continue;
+        }
+        count += 1;
+        let answer = |checkpoint: &Checkpoint| -> Result<_, Failed> {
+            let gpu = open(capabilities)?.with_max_binding(64 << 10);
+            let options = LoadOptions { context: Some(64), max_batch: 2, ..LoadOptions::default() };
+            let mut model = transformer(gpu, checkpoint, Variant::PackedDot, &options)?;
+            Ok(formats::answer(&mut model, None)?)
+        };
+        formats::judge_exact(&answer(&mapped)?, &answer(&read)?)?;
+    }
+    if count < 4 { Err(format!("{count} cases").into()) } else { Ok(()) }
 }
 
 /// Texts that the device chooses by itself are the reference's: drawn by the same seeds, and the best

@@ -59,7 +59,7 @@ struct Summary {
 #[wasm_bindgen]
 impl Engine {
     /// Loads a model: `device` is `auto`, `gpu`, `cpu` or `ref`, `options` is JSON, and
-    /// `on_progress(done, total)` hears of layers.
+    /// `on_progress(done, total)` hears of layers. The files are read here and not after.
     ///
     /// # Errors
     /// As `Model::from_checkpoint`, with the variant's name as the `code`.
@@ -72,7 +72,7 @@ impl Engine {
     ) -> Result<Engine, JsValue> {
         let Load { context } = parse("load options", &options)?;
         let device: Device = device.parse().map_err(to_js)?;
-        let files = ModelFiles::in_memory(&label, files.files).map_err(to_js)?;
+        let files = ModelFiles::from_readers(&label, files.files).map_err(to_js)?;
         let checkpoint = Checkpoint::new(files).map_err(to_js)?;
         let options = LoadOptions { context, ..LoadOptions::default() };
         let mut progress = |Progress { done, total }| {

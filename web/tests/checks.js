@@ -170,6 +170,17 @@ export const CHECKS = {
     }
   },
 
+  async gguf_files_give_the_same_tokens({ expected }) {
+    const file = new File([await (await fetch('/gguf/stories.gguf')).arrayBuffer()], 'stories.gguf');
+    for (const device of ['cpu', 'gpu']) {
+      for (const source of [file, '/gguf/stories.gguf']) {
+        await withModel({ source, device }, async (model) => {
+          equal(await tokens(model, { maxTokens: expected.tokens.length }), expected.tokens, device);
+        });
+      }
+    }
+  },
+
   async cut_downloads_are_resumed({ expected }) {
     // The server ends each answer of this directory early.
     let last = 0;
@@ -181,11 +192,139 @@ export const CHECKS = {
     await withModel({ source: '/cut/', device: 'cpu', onProgress }, async (model) => {
       equal(await tokens(model, { maxTokens: 5 }), expected.tokens.slice(0, 5), 'tokens');
     });
-    const { requests } = await (await fetch('/tests/cuts')).json();
-    if (requests < 2) throw new Error(`${requests} requests: nothing was cut`);
-    return { requests };
+    const asked = (await requests('/cut/model.safetensors')).map(({ range }) => range ?? '');
+    // What had come of an answer may be lost with its connection.
+    if (!asked.some((range) => isRest(range, 900_000))) throw new Error(`nothing was resumed: ${asked}`);
+    return asked;
+  },
+
+  async downloads_are_kept_listed_and_deleted({ expected }) {
+    const source = new URL('/kept/', location.href).href;
+    const load = () => withModel({ source, device: 'cpu' }, async (model) => {
+      equal(await tokens(model, { maxTokens: 5 }), expected.tokens.slice(0, 5), 'tokens');
+    });
+    const entry = async () => (await Sterna.cached()).find(({ url }) => url === source);
+    await load();
+    const { length } = await requests('/kept/');
+    await load();
+    equal((await requests('/kept/')).length, length, 'requests of a second load');
+    const { bytes, complete, when } = await entry();
+    equal([complete, bytes > 1_000_000, Date.now() - when < 600_000], [true, true, true], 'the entry');
+    equal(await Sterna.check(source), true, 'the check');
+    equal(await Sterna.forget('/kept/'), true, 'deleted');
+    equal([await Sterna.forget(source), await entry()], [false, undefined], 'after that');
+    await load();
+    equal((await requests('/kept/')).length, 2 * length, 'requests of a load after that');
+  },
+
+  async a_failed_download_goes_on_in_the_next_load({ expected }) {
+    const options = { source: '/broken/', device: 'cpu' };
+    equal(await codeOf(Sterna.load(options.source, options)), 'Download', 'the connection fails');
+    const [{ complete, bytes }] = (await Sterna.cached()).filter(({ url }) => url.endsWith('/broken/'));
+    equal([complete, bytes > 0], [false, true], 'what is there');
+    equal(await Sterna.check(options.source), false, 'the check');
+    await fetch('/tests/mend', { method: 'POST' });
+    const before = (await requests('/broken/model.safetensors')).length;
+    await withModel(options, async (model) => {
+      equal(await tokens(model, { maxTokens: 5 }), expected.tokens.slice(0, 5), 'tokens');
+    });
+    const asked = (await requests('/broken/model.safetensors')).slice(before);
+    const ranges = asked.map(({ range }) => range ?? '');
+    equal(ranges.every((range) => isRest(range, 900_000)), true, `asked for the rest alone (${ranges})`);
+    if (!asked[0].condition) throw new Error('nothing says which version the rest is to be of');
+  },
+
+  async damage_is_found_and_downloaded_again({ expected }) {
+    const source = new URL('/damaged/', location.href).href;
+    const load = (options) => withModel({ source, device: 'cpu', ...options }, async (model) => {
+      equal(await tokens(model, { maxTokens: 5 }), expected.tokens.slice(0, 5), 'tokens');
+    });
+    await load();
+    const asked = async () => (await requests('/damaged/')).map(({ name }) => name.slice(9));
+    const first = await asked();
+    // A weight that is another one, which only the checksum tells.
+    await damage(source, 'model.safetensors', 500_000);
+    await load({ check: true });
+    equal((await asked()).slice(first.length), ['model.safetensors'], 'what was downloaded again');
+    // A header that cannot be read, which the load itself finds; and a file that is too short.
+    await damage(source, 'model.safetensors', 0);
+    await load();
+    await damage(source, 'tokenizer.json', 100, 100);
+    await load();
+    equal((await asked()).slice(first.length + 1), ['model.safetensors', 'tokenizer.json'], 'and again');
+    await damage(source, 'model.safetensors', 500_000);
+    equal([await Sterna.check(source), await Sterna.check(source)], [false, false], 'checks');
+    await load();
+    equal(await Sterna.check(source), true, 'the check of what is whole again');
+  },
+
+  async without_storage_the_server_is_read_in_ranges({ expected }) {
+    for (const [how, source] of [['no-storage', '/ranges/'], ['no-room', '/room/']]) {
+      await withModel({ source, device: 'cpu', worker: worker(how) }, async (model) => {
+        equal(await tokens(model, { maxTokens: 5 }), expected.tokens.slice(0, 5), how);
+      });
+      const kept = (await Sterna.cached()).filter(({ url, bytes }) => url.endsWith(source) && bytes > 0);
+      equal(kept, [], 'what is kept');
+      const asked = await requests(`${source}model.safetensors`);
+      if (!asked.some(({ range }) => /^bytes=[1-9]\d*-\d+$/.test(range))) throw new Error(`${how}: no ranges`);
+    }
+  },
+
+  async large_model({ expected }) {
+    if (!expected.large) return 'skipped: LARGE names no model';
+    const found = { bytes: expected.large.bytes };
+    let last = 0;
+    const onProgress = ({ stage, file, done, total, secondsLeft }) => {
+      if (stage !== 'download' || file !== 'model.safetensors') return;
+      if (done < last) throw new Error(`began again at ${last}`);
+      if (total !== expected.large.bytes || !(secondsLeft >= 0)) throw new Error(`${total} bytes, ${secondsLeft} s left`);
+      last = done;
+    };
+    for (const pass of ['first', 'second']) {
+      const begin = performance.now();
+      await withModel({ source: '/large/', device: 'gpu', context: 256, onProgress }, async (model) => {
+        const loadSeconds = (performance.now() - begin) / 1000;
+        equal(await tokens(model, { maxTokens: 6 }), expected.large.tokens, `tokens of the ${pass} load`);
+        const { memoryBytes } = model.info;
+        if (memoryBytes >= 512 << 20) throw new Error(`${memoryBytes} bytes of memory`);
+        const { tokensPerSecond } = await model.generate(PROMPT, { maxTokens: 6 }).summary;
+        found[pass] = { loadSeconds, memoryBytes, tokensPerSecond };
+      });
+      const asked = (await requests('/large/model.safetensors')).map(({ range }) => range ?? '');
+      const isResumed = isRest(asked[1] ?? '', Math.floor(expected.large.bytes / 2));
+      equal([asked.length, asked[0], isResumed], [2, '', true], `${asked}: ranges after the ${pass} load`);
+      found.ranges = asked;
+    }
+    await Sterna.forget('/large/');
+    return found;
   },
 };
+
+/** What the server was asked for. */
+async function requests(of) {
+  return (await fetch(`/tests/requests?of=${encodeURIComponent(of)}`)).json();
+}
+
+/** Whether a range is the rest of a file of which no more than `most` bytes have come. */
+function isRest(range, most) {
+  const first = Number(/^bytes=(\d+)-$/.exec(range)?.[1] ?? 0);
+  return first > 0 && first <= most;
+}
+
+/** Overwrites bytes of a kept file, or cuts it. */
+async function damage(url, name, at, length) {
+  const models = await (await navigator.storage.getDirectory()).getDirectoryHandle('sterna-models');
+  for await (const directory of models.values()) {
+    const record = JSON.parse(await (await (await directory.getFileHandle('record.json')).getFile()).text());
+    if (record.url !== url) continue;
+    const index = record.files.findIndex((file) => file.name === name);
+    const file = await (await directory.getFileHandle(String(index))).createWritable({ keepExistingData: true });
+    if (length !== undefined) await file.truncate(length);
+    else await file.write({ type: 'write', position: at, data: new Uint8Array([255, 254, 253, 252, 251, 250, 249, 248]) });
+    return file.close();
+  }
+  throw new Error(`${url} is not kept`);
+}
 
 /** Runs the checks and reports each. */
 export async function run(expected, report) {

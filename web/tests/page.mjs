@@ -91,6 +91,44 @@ export async function usePage(browser, server, outDir) {
       await page.keyboard.press('Escape');
       if (!/verified/.test(await page.innerText('#device'))) throw new Error('the header does not say so');
     },
+    async keeps_models_of_urls_and_takes_dropped_files() {
+      const greedily = async (what) => {
+        await page.click('#clear');
+        await settings(() => page.fill('#max-tokens', '60'));
+        await send('Once upon a time');
+        await page.waitForFunction(() => document.querySelectorAll('#texts li').length === 2, null, PATIENCE);
+        await idle();
+        equal(await text(), greedy, what);
+      };
+      await page.click('#open-settings');
+      await page.selectOption('#source', 'url');
+      await page.fill('#url', `${origin}/kept/`);
+      await page.click('#load-model');
+      await page.waitForFunction(() => document.getElementById('about').textContent.startsWith('http'), null, PATIENCE);
+      await idle();
+      await greedily('the text of a model of a URL');
+      await page.click('#open-settings');
+      equal(await page.locator('#kept-models li').count(), 1, 'kept models');
+      await page.locator('#kept').scrollIntoViewIfNeeded();
+      await picture('kept');
+      await page.click('#kept-models button:has-text("Delete")');
+      await idle();
+      equal(await page.locator('#kept').isHidden(), true, 'a list without models');
+      await page.evaluate(async () => {
+        const dataTransfer = new DataTransfer();
+        const bytes = await (await fetch('/gguf/stories.gguf')).arrayBuffer();
+        dataTransfer.items.add(new File([bytes], 'dropped.gguf'));
+        dispatchEvent(new DragEvent('drop', { dataTransfer, bubbles: true, cancelable: true }));
+      });
+      await page.waitForFunction(() => document.getElementById('about').textContent.startsWith('dropped'), null, PATIENCE);
+      await idle();
+      await greedily('the text of a dropped file');
+      await page.click('#open-settings');
+      await page.selectOption('#source', 'built-in');
+      await page.click('#load-model');
+      await page.waitForFunction(() => document.getElementById('about').textContent.startsWith('built-in'), null, PATIENCE);
+      await idle();
+    },
     async works_by_keyboard_alone() {
       await page.focus('#open-settings');
       await page.keyboard.press('Enter');

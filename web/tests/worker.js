@@ -1,8 +1,14 @@
-// The package's worker, with something done to WebGPU first.
+// The package's worker, with something done to WebGPU or the storage first.
 
 const how = new URL(self.location.href).search.slice(1);
 if (how === 'no-gpu') {
   Object.defineProperty(navigator, 'gpu', { value: undefined });
+}
+if (how === 'no-storage') {
+  navigator.storage.getDirectory = async () => { throw new DOMException('', 'SecurityError'); };
+}
+if (how === 'no-room') {
+  navigator.storage.estimate = async () => ({ quota: 1_000_000, usage: 0 });
 }
 if (how === 'destroys') {
   const devices = [];

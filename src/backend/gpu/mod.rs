@@ -347,7 +347,7 @@ impl GpuBackend {
         progress(Progress { done: total, total });
         let gemv = builder.methods.names();
         notes.extend(builder.methods.refusals());
-        let (embedding_rows, head_rows) = (source.embedding()?, source.lm_head()?);
+        let (embedding_rows, head_rows) = (source.stored_embedding()?, source.stored_lm_head()?);
         let embedding = builder.table("embedding", &embedding_rows).await?;
         let lm_head = match &head_rows {
             Some(table) => Some(builder.table("lm_head", table).await?),
@@ -902,7 +902,7 @@ impl Builder<'_> {
 
     /// Uploads a table.
     async fn table(&mut self, what: &str, table: &Table) -> Result<GpuTable> {
-        let table = GpuTable::upload(self.gpu, what, table)?;
+        let table = GpuTable::upload(self.gpu, what, table).await?;
         if let GpuTableData::Groups(..) = table.data {
             self.methods.groups(false).await?;
         }
@@ -1024,7 +1024,7 @@ impl Builder<'_> {
             }
             Err(error) => return Err(error),
         }
-        let Some(int8) = Int8Head::upload(self.gpu, "int8 head", rows)? else {
+        let Some(int8) = Int8Head::upload(self.gpu, "int8 head", rows).await? else {
             return Ok((None, exact_name.to_owned()));
         };
         let b = self.buffers;

@@ -32,6 +32,7 @@ use crate::kv_cache::{BLOCK, KvFormat};
 use crate::layout::{Layout, Packed};
 use crate::random::Random;
 use crate::shape::MatShape;
+use crate::wait::block_on;
 use crate::weights::{Alphabet, Table, TableData, TernaryMatrix};
 
 /// The methods in use on an adapter: each is checked when the first matrix that needs it is met.
@@ -453,9 +454,24 @@ impl<'a> Heads<'a> {
     /// # Panics
     /// If the table has no int8 head.
     pub fn new(gpu: &'a Gpu, table: &Table, norm: Option<(&[f32], f32)>) -> Result<Self> {
+        block_on(Self::new_async(gpu, table, norm))
+    }
+
+    /// [`Heads::new`] where nothing may block.
+    ///
+    /// # Errors
+    /// As for [`Heads::new`].
+    ///
+    /// # Panics
+    /// As for [`Heads::new`].
+    pub async fn new_async(
+        gpu: &'a Gpu,
+        table: &Table,
+        norm: Option<(&[f32], f32)>,
+    ) -> Result<Self> {
         let (v, k) = (table.shape().n(), table.shape().k());
-        let on_gpu = GpuTable::upload(gpu, "lm_head", table)?;
-        let int8 = Int8Head::upload(gpu, "int8 lm_head", table)?.expect("a float table");
+        let on_gpu = GpuTable::upload(gpu, "lm_head", table).await?;
+        let int8 = Int8Head::upload(gpu, "int8 lm_head", table).await?.expect("a float table");
         let storage = |len_words| gpu.storage("head", len_words);
         let (pipelines, uniform) = (gpu.pipelines(), gpu.params_buffer());
         let rows = |len_words: usize| storage(LOGIT_ROWS * len_words);
@@ -620,7 +636,7 @@ pub async fn check_head_async(gpu: &Gpu) -> Result<()> {
         }
     }
     let table = Table::new(shape, TableData::F32(w.into()));
-    let heads = Heads::new(gpu, &table, Some((&norm, 1e-5)))?;
+    let heads = Heads::new_async(gpu, &table, Some((&norm, 1e-5))).await?;
     let negative: Vec<f32> = hidden.iter().map(|value| -value).collect();
     let none = vec![0; shape.n().div_ceil(32)];
     for hidden in [&hidden, &negative] {
@@ -681,7 +697,8 @@ async fn check_head_bits(gpu: &Gpu, shape: MatShape, random: &mut Random) -> Res
     let mut last_bit = |w: &f32| f32::from_bits(w.to_bits() ^ random.bits() as u32 & 1);
     let w: Vec<f32> =
         (0..shape.n()).flat_map(|_| first.iter().map(&mut last_bit).collect::<Vec<_>>()).collect();
-    let heads = Heads::new(gpu, &Table::new(shape, TableData::F32(w.clone().into())), None)?;
+    let table = Table::new(shape, TableData::F32(w.clone().into()));
+    let heads = Heads::new_async(gpu, &table, None).await?;
     let none = vec![0; shape.n().div_ceil(32)];
     for _ in 0..4 {
         let hidden = random.floats(shape.k(), 3.0);

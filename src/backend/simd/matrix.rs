@@ -359,5 +359,6 @@ pub(super) fn table_rows(table: &Table) -> TableRows<'_> {
             TableRows::Codes { group: *group, codes, scale, min }
         }
         TableData::Groups(_) => unreachable!("`Head::pack` packs it"),
+        TableData::Stored(_) => unreachable!("not of `embedding` and `lm_head`"),
     }
 }
