@@ -485,8 +485,11 @@ fn built_in_model(capabilities: Capabilities) -> Result<(), Failed> {
     Ok(())
 }
 
-/// The files of a directory, or one file, in memory but read in pieces.
-fn readers(path: &Path) -> Result<Vec<(String, Arc<dyn ReadAt>)>, Failed> {
+/// A file by name.
+type NamedReader = (String, Arc<dyn ReadAt>);
+
+/// The files of a directory, in memory but read in pieces.
+fn readers(path: &Path) -> Result<Vec<NamedReader>, Failed> {
     struct Pieces(Vec<u8>);
     impl ReadAt for Pieces {
         fn len_bytes(&self) -> io::Result<u64> {
@@ -523,7 +526,13 @@ fn read_in_pieces(capabilities: Capabilities) -> Result<(), Failed> {
         count += 1;
         let answer = |checkpoint: &Checkpoint| -> Result<_, Failed> {
             let gpu = open(capabilities)?.with_max_binding(64 << 10);
-            let options = LoadOptions { context: Some(64), max_batch: 2, ..LoadOptions::default() };
+            // Activations are not sharded, nor is a block of the KV cache.
+            let options = LoadOptions {
+                context: Some(64),
+                kv: Some(KvFormat::Int8),
+                max_batch: 2,
+                ..LoadOptions::default()
+            };
             let mut model = transformer(gpu, checkpoint, Variant::PackedDot, &options)?;
             Ok(formats::answer(&mut model, None)?)
         };

@@ -33,13 +33,16 @@ impl ReadAt for OnDisk {
     }
 }
 
+/// A file by name.
+type NamedReader = (String, Arc<dyn ReadAt>);
+
 /// Readers of a file, or of the files of a directory.
-fn readers(path: &Path, longest: &Arc<AtomicUsize>) -> Vec<(String, Arc<dyn ReadAt>)> {
+fn readers(path: &Path, longest: &Arc<AtomicUsize>) -> Vec<NamedReader> {
     let paths = match path.is_dir() {
         true => std::fs::read_dir(path).unwrap().map(|entry| entry.unwrap().path()).collect(),
         false => vec![path.to_owned()],
     };
-    let reader = |path: &Path| -> (String, Arc<dyn ReadAt>) {
+    let reader = |path: &Path| -> NamedReader {
         let file = Mutex::new(File::open(path).unwrap());
         let name = path.file_name().unwrap().to_str().unwrap().to_owned();
         (name, Arc::new(OnDisk { file, longest: longest.clone() }))

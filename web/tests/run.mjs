@@ -34,7 +34,7 @@ const only = process.env.ONLY ?? '';
 const expected = { hash: native.integer_hash, tokens: native.generations[0].token_ids, only };
 const large = process.env.LARGE;
 if (large) {
-  const how = ['run', '--model', large, '--device', 'cpu', '--json', '--temp', '0', '--tokens', '6', '--context', '256'];
+  const how = ['run', '--model', large, '--device', 'cpu', '--json', '--temp', '0', '--tokens', '5', '--context', '256'];
   const { token_ids: tokens } = JSON.parse(execFileSync(sterna, [...how, 'Once upon a time'], { maxBuffer: 1 << 26 }));
   expected.large = { tokens, bytes: fs.statSync(path.join(large, 'model.safetensors')).size };
 }
@@ -86,7 +86,8 @@ class Server {
     if (url.pathname === '/tests/expected.json') return json(expected);
     let name = decodeURIComponent(url.pathname);
     if (name === '/tests/requests') {
-      return json(this.requests.filter(({ name }) => name.startsWith(url.searchParams.get('of'))));
+      const of = url.searchParams.get('of');
+      return json(this.requests.filter(({ name }) => name === of || (of.endsWith('/') && name.startsWith(of))));
     }
     const [, first] = name.split('/');
     const range = /^bytes=(\d+)-(\d*)$/.exec(request.headers.range ?? '');
