@@ -525,7 +525,7 @@ fn read_in_pieces(capabilities: Capabilities) -> Result<(), Failed> {
         }
         count += 1;
         let answer = |checkpoint: &Checkpoint| -> Result<_, Failed> {
-            let gpu = open(capabilities)?.with_max_binding(64 << 10);
+            let gpu = open(capabilities)?.with_max_binding(72 << 10);
             // Activations are not sharded, nor is a block of the KV cache.
             let options = LoadOptions {
                 context: Some(64),
