@@ -513,8 +513,10 @@ fn readers(path: &Path) -> Result<Vec<NamedReader>, Failed> {
 /// A table that is uploaded piece by piece from its file is the table that is mapped: of every type, with
 /// its int8 rows, over several buffers.
 fn read_in_pieces(capabilities: Capabilities) -> Result<(), Failed> {
-    let of_codes = formats::cases().into_iter().filter(|case| case.has_code_table());
-    let others = formats::cases().into_iter().filter(|case| !case.has_code_table()).take(2);
+    // What the files do not say, nobody says here.
+    let cases = || formats::cases().into_iter().filter(|case| !case.name().contains("Arm64"));
+    let of_codes = cases().filter(|case| case.has_code_table());
+    let others = cases().filter(|case| !case.has_code_table()).take(2);
     let mut count = 0;
     for case in of_codes.chain(others) {
         let directory = tempfile::tempdir()?;
@@ -536,7 +538,8 @@ fn read_in_pieces(capabilities: Capabilities) -> Result<(), Failed> {
             let mut model = transformer(gpu, checkpoint, Variant::PackedDot, &options)?;
             Ok(formats::answer(&mut model, None)?)
         };
-        formats::judge_exact(&answer(&mapped)?, &answer(&read)?)?;
+        let judged = formats::judge_exact(&answer(&mapped)?, &answer(&read)?);
+        judged.map_err(|problem| format!("{}: {problem}", case.name()))?;
     }
     if count < 4 { Err(format!("{count} cases").into()) } else { Ok(()) }
 }
