@@ -515,8 +515,8 @@ fn readers(path: &Path) -> Result<Vec<NamedReader>, Failed> {
 fn read_in_pieces(capabilities: Capabilities) -> Result<(), Failed> {
     // What the files do not say, nobody says here.
     let cases = || formats::cases().into_iter().filter(|case| !case.name().contains("Arm64"));
-    let of_codes = cases().filter(|case| case.has_code_table());
-    let others = cases().filter(|case| !case.has_code_table()).take(2);
+    let of_codes = cases().filter(|case| case.has_code_table()).take(4);
+    let others = cases().filter(|case| !case.has_code_table()).take(3);
     let mut count = 0;
     for case in of_codes.chain(others) {
         let directory = tempfile::tempdir()?;
