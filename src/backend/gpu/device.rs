@@ -126,8 +126,21 @@ pub fn adapters() -> Vec<AdapterDescription> {
 
 /// Every adapter, in the order that `gpu:N` counts. A browser has one, or none.
 pub async fn adapters_async() -> Vec<AdapterDescription> {
-    let adapters = adapters_of(&instance()).await;
-    adapters.iter().enumerate().map(|(i, adapter)| describe(i, &adapter.get_info())).collect()
+    describe_all(&adapters_of(&instance()).await).await
+}
+
+async fn describe_all(adapters: &[wgpu::Adapter]) -> Vec<AdapterDescription> {
+    let all = adapters.iter().enumerate();
+    let all = all.map(|(index, adapter)| describe(index, &adapter.get_info())).collect();
+    #[cfg(target_family = "wasm")]
+    let all = {
+        let mut all: Vec<AdapterDescription> = all;
+        if let (Some(adapter), Some(info)) = (all.first_mut(), super::browser::info().await) {
+            info.complete(adapter);
+        }
+        all
+    };
+    all
 }
 
 /// Numbers of driver objects.
@@ -188,8 +201,7 @@ impl Gpu {
     pub async fn open_async(index: Option<usize>, capabilities: Capabilities) -> Result<Self> {
         let instance = instance();
         let mut all = adapters_of(&instance).await;
-        let descriptions: Vec<_> =
-            all.iter().enumerate().map(|(i, adapter)| describe(i, &adapter.get_info())).collect();
+        let descriptions = describe_all(&all).await;
         let best = || {
             let usable = |d: &&AdapterDescription| d.api != "gl";
             descriptions.iter().filter(usable).min_by_key(|d| (d.kind, d.index)).map(|d| d.index)
@@ -211,8 +223,8 @@ impl Gpu {
     ///
     /// # Errors
     /// As for [`Gpu::open`].
-    pub(super) fn open_again(&self) -> Result<Self> {
-        let other = Self::open(Some(self.adapter.index), self.capabilities)?;
+    pub(super) async fn open_again(&self) -> Result<Self> {
+        let other = Self::open_async(Some(self.adapter.index), self.capabilities).await?;
         Ok(if self.checked { other.with_runtime_checks() } else { other })
     }
 
@@ -499,6 +511,12 @@ impl Gpu {
             return Err(Error::GpuLimit { adapter, what, needed, limit });
         }
         Ok(())
+    }
+
+    /// Frees everything on the device, which a browser would do at some time after it was dropped. It can
+    /// be used no more.
+    pub(super) fn destroy(&self) {
+        self.device.destroy();
     }
 
     /// Bytes of the largest storage binding; larger matrices are sharded by rows.

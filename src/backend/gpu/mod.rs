@@ -7,6 +7,8 @@
 
 #[cfg(not(target_family = "wasm"))]
 pub mod account;
+#[cfg(any(test, target_family = "wasm"))]
+mod browser;
 mod buffer;
 mod cache;
 mod device;
@@ -310,7 +312,7 @@ impl GpuBackend {
         let int8 = options.activations(&config)? == Activations::Int8Group;
         let (plans, gemms, mut notes) = match plan {
             Some(plan) => (Plans::Asked(plan), GemmPlans::default(), Vec::new()),
-            None => tune::choose(&gpu, &config, options.tune)?,
+            None => tune::choose(&gpu, &config, options.tune).await?,
         };
         let max_batch = max_batch(&gpu, &config, options.max_batch);
         let max_logit_rows = max_logit_rows(&gpu, &config, max_batch);

@@ -2,7 +2,8 @@
 //!
 //! No driver says whether it runs a packed dot product in one instruction or in twenty, so the plans
 //! are raced: each step of a decoded token on weights that no cache holds, whole steps against whole
-//! steps, within a budget of time. The winners are kept in a file, by adapter, driver and kernels.
+//! steps, within a budget of time. The winners are kept, by adapter, driver and kernels: in a file, or
+//! where there are none by whoever hosts the program.
 //! Where nothing is measured, a table by vendor decides. A plan that is wrong on an adapter is no
 //! candidate there, however fast; and whatever is chosen is checked again before a model runs.
 
@@ -25,8 +26,10 @@ use crate::config::{Activations, ModelConfig};
 use crate::error::{Error, Result};
 use crate::layout::Layout;
 use crate::shape::MatShape;
+use crate::wait::block_on;
+use cache::Place;
 
-pub use cache::{Key, directory};
+pub use cache::{Key, directory, remember, remembered};
 #[cfg(feature = "measure")]
 pub(crate) use measure::copy_gb_s;
 
@@ -327,19 +330,19 @@ trait Track {
     /// Since the budget began.
     fn elapsed(&self) -> Duration;
     /// Whether a plan is exact here.
-    fn check(&mut self, plan: GemvPlan) -> Result<()>;
+    async fn check(&mut self, plan: GemvPlan) -> Result<()>;
     /// The time of one step; `None` if there is not enough left until `end`.
-    fn measure(
+    async fn measure(
         &mut self,
         step: &StepShape,
         plan: GemvPlan,
         end: Duration,
     ) -> Result<Option<Duration>>;
     /// Whether the kernels of many tokens of a layout are exact here.
-    fn check_gemm(&mut self, layout: Layout, plan: GemmPlan) -> Result<()>;
+    async fn check_gemm(&mut self, layout: Layout, plan: GemmPlan) -> Result<()>;
     /// The time of one product of [`Self::gemm_tokens`]; `None` if there is not enough left until
     /// `end`.
-    fn measure_gemm(
+    async fn measure_gemm(
         &mut self,
         product: &GemmShape,
         plan: GemmPlan,
@@ -353,7 +356,7 @@ trait Track {
 /// and so on, in the order of [`Race::next`]; those who beat the default do it once more.
 ///
 /// A candidate that fails is refused, not the race: the driver may reject one kernel only.
-fn race(
+async fn race(
     steps: &[StepShape],
     default: GemvPlan,
     lanes: u32,
@@ -378,7 +381,7 @@ fn race(
             }
             is_over = false;
             let plan = race.candidates[at].0;
-            race.candidates[at].1 = run(&race.step, plan, budget, track);
+            race.candidates[at].1 = run(&race.step, plan, budget, track).await;
             longest = longest.max(track.elapsed().saturating_sub(begin));
         }
     }
@@ -390,7 +393,7 @@ fn race(
         for (plan, outcome) in &mut race.candidates {
             let again = [default, winner].contains(plan) && track.elapsed() + longest < budget;
             if let (true, Outcome::Time(time)) = (again, &mut *outcome)
-                && let Outcome::Time(second) = run(&race.step, *plan, budget, track)
+                && let Outcome::Time(second) = run(&race.step, *plan, budget, track).await
             {
                 *time = (*time).min(second);
             }
@@ -400,7 +403,7 @@ fn race(
 }
 
 /// Races the tiles of products of many tokens until the budget ends, the defaults first.
-fn race_gemms(
+async fn race_gemms(
     products: &[GemmShape],
     defaults: GemmPlans,
     lanes: u32,
@@ -421,17 +424,27 @@ fn race_gemms(
             if begin + longest >= budget {
                 return races;
             }
-            let checked = track.check_gemm(product.layout, *plan);
-            *outcome =
-                outcome_of(checked.and_then(|()| track.measure_gemm(product, *plan, budget)));
+            let measured = match track.check_gemm(product.layout, *plan).await {
+                Ok(()) => track.measure_gemm(product, *plan, budget).await,
+                Err(error) => Err(error),
+            };
+            *outcome = outcome_of(measured);
             longest = longest.max(track.elapsed().saturating_sub(begin));
         }
     }
     races
 }
 
-fn run(step: &StepShape, plan: GemvPlan, budget: Duration, track: &mut impl Track) -> Outcome {
-    outcome_of(track.check(plan).and_then(|()| track.measure(step, plan, budget)))
+async fn run(
+    step: &StepShape,
+    plan: GemvPlan,
+    budget: Duration,
+    track: &mut impl Track,
+) -> Outcome {
+    outcome_of(match track.check(plan).await {
+        Ok(()) => track.measure(step, plan, budget).await,
+        Err(error) => Err(error),
+    })
 }
 
 fn outcome_of(measured: Result<Option<Duration>>) -> Outcome {
@@ -617,16 +630,25 @@ pub fn tune(
     budget: Duration,
     directory: Option<&Path>,
 ) -> Result<Report> {
+    block_on(tune_async(gpu, steps, budget, directory))
+}
+
+async fn tune_async(
+    gpu: &Gpu,
+    steps: &[StepShape; 4],
+    budget: Duration,
+    directory: Option<&Path>,
+) -> Result<Report> {
     let start = Instant::now();
-    let mut bench = measure::Bench::new(gpu, steps, start)?;
+    let mut bench = measure::Bench::new(gpu, steps, start).await?;
     // The races are what the budget is for; what is left is enough for the rest.
     let default = defaults::plan(&gpu.adapter);
-    let races = race(steps, default, gpu.lanes(), budget * 7 / 10, &mut bench);
+    let races = race(steps, default, gpu.lanes(), budget * 7 / 10, &mut bench).await;
     let products = products_of(steps, races.iter().map(Race::winner))?;
     let gemms = defaults::gemms(&gpu.adapter);
-    let gemms = race_gemms(&products, gemms, gpu.lanes(), budget * 9 / 10, &mut bench);
-    let copy_gb_s = bench.copy_gb_s(budget)?;
-    let dispatch_us = bench.dispatch_us(budget)?;
+    let gemms = race_gemms(&products, gemms, gpu.lanes(), budget * 9 / 10, &mut bench).await;
+    let copy_gb_s = bench.copy_gb_s(budget).await?;
+    let dispatch_us = bench.dispatch_us(budget).await?;
     let key = Key::of(gpu);
     let kept = match directory {
         _ if gpu.adapter.kind == AdapterKind::Software => {
@@ -634,10 +656,10 @@ pub fn tune(
         }
         None => Err(NO_DIRECTORY.to_owned()),
         Some(directory) => {
-            let (mut kept, _) = cache::Kept::read(directory, &key);
+            let (mut kept, _) = cache::Kept::read(&Place::Directory(directory.to_owned()), &key);
             kept.add(&winners(&races));
             kept.add_gemms(&gemm_winners(&gemms));
-            kept.write(directory).map_err(|error| error.to_string())
+            kept.write_file(directory).map_err(|error| error.to_string())
         }
     };
     let (kept, not_kept) = match kept {
@@ -742,7 +764,7 @@ pub(super) enum Plans {
 ///
 /// # Errors
 /// [`Error::Dimension`] if a matrix is too large.
-pub(super) fn choose(
+pub(super) async fn choose(
     gpu: &Gpu,
     config: &ModelConfig,
     tune: Tune,
@@ -756,22 +778,24 @@ pub(super) fn choose(
     if tune == Tune::Off || gpu.adapter.kind == AdapterKind::Software {
         return Ok((Plans::Preferred(defaults, order), gemms, Vec::new()));
     }
-    if cfg!(target_family = "wasm") {
-        let note = "not tuned: measuring waits for the GPU, which a browser does not allow";
-        return Ok((Plans::Preferred(defaults, order), gemms, vec![note.to_owned()]));
-    }
-    let measure = |missing: &[StepShape], products: &dyn Fn(&[Race]) -> Vec<GemmShape>| {
+    let lanes = gpu.lanes();
+    let measure = async |missing: &[StepShape], products: &dyn Fn(&[Race]) -> Vec<GemmShape>| {
         let start = Instant::now();
-        let gpu = gpu.open_again()?;
-        let mut bench = measure::Bench::new(&gpu, missing, start)?;
-        let races = race(missing, default, gpu.lanes(), AUTO_BUDGET - AUTO_GEMM, &mut bench);
-        let products = products(&races);
-        let gemms = race_gemms(&products, gemms, gpu.lanes(), AUTO_BUDGET, &mut bench);
-        Ok((races, gemms))
+        let gpu = gpu.open_again().await?;
+        let raced = async {
+            let mut bench = measure::Bench::new(&gpu, missing, start).await?;
+            let races = race(missing, default, lanes, AUTO_BUDGET - AUTO_GEMM, &mut bench).await;
+            let products = products(&races);
+            let gemms = race_gemms(&products, gemms, lanes, AUTO_BUDGET, &mut bench).await;
+            Ok((races, gemms))
+        };
+        let raced = raced.await;
+        gpu.destroy();
+        raced
     };
-    let directory = cache::directory();
-    let adapter = Adapter { default, gemms, lanes: gpu.lanes(), key: Key::of(gpu) };
-    let (plans, gemms, notes) = kept_or_measured(&steps, &adapter, directory.as_deref(), measure)?;
+    let place = Place::of_this_program();
+    let adapter = Adapter { default, gemms, lanes, key: Key::of(gpu) };
+    let (plans, gemms, notes) = kept_or_measured(&steps, &adapter, place.as_ref(), measure).await?;
     Ok((Plans::Preferred(plans, order), gemms, notes))
 }
 
@@ -786,20 +810,20 @@ struct Adapter {
 
 /// The plans in the cache, those of a race for what is not in it, and the defaults for what was not
 /// reached. What goes wrong with measuring is not worth failing for: it is a note.
-fn kept_or_measured(
+async fn kept_or_measured(
     steps: &[StepShape; 4],
     adapter: &Adapter,
-    directory: Option<&Path>,
-    measure: impl FnOnce(
+    place: Option<&Place>,
+    measure: impl AsyncFnOnce(
         &[StepShape],
         &dyn Fn(&[Race]) -> Vec<GemmShape>,
     ) -> Result<(Vec<Race>, Vec<GemmRace>)>,
 ) -> Result<([GemvPlan; 4], GemmPlans, Vec<String>)> {
     let Adapter { default, gemms, lanes, ref key } = *adapter;
     let mut notes = Vec::new();
-    let mut kept = match directory {
-        Some(directory) => {
-            let (kept, problem) = cache::Kept::read(directory, key);
+    let mut kept = match place {
+        Some(place) => {
+            let (kept, problem) = cache::Kept::read(place, key);
             notes.extend(problem);
             kept
         }
@@ -835,7 +859,7 @@ fn kept_or_measured(
         steps.iter().filter(|step| known(&kept, step).is_none()).copied().collect();
     if !missing.is_empty() || !missing_gemms(&[]).is_empty() {
         let start = Instant::now();
-        match measure(&missing, &missing_gemms) {
+        match measure(&missing, &missing_gemms).await {
             Ok((races, gemm_races)) => {
                 let (winners, gemm_winners) = (winners(&races), gemm_winners(&gemm_races));
                 let count = winners.len() + gemm_winners.len();
@@ -846,7 +870,7 @@ fn kept_or_measured(
                 notes.extend(gemm_refusals(&gemm_races));
                 kept.add(&winners);
                 kept.add_gemms(&gemm_winners);
-                let problem = match directory.map(|directory| kept.write(directory)) {
+                let problem = match place.map(|place| kept.write(place)) {
                     Some(Ok(_)) => None,
                     Some(Err(error)) => Some(error.to_string()),
                     None => Some(NO_DIRECTORY.to_owned()),

@@ -51,12 +51,12 @@ impl<F: Fn(&StepShape, GemvPlan) -> u32> Track for Fake<F> {
         self.now
     }
 
-    fn check(&mut self, plan: GemvPlan) -> Result<()> {
+    async fn check(&mut self, plan: GemvPlan) -> Result<()> {
         self.now += 10 * MS;
         if self.wrong == Some(plan.variant) { Err(wrong()) } else { Ok(()) }
     }
 
-    fn measure(
+    async fn measure(
         &mut self,
         step: &StepShape,
         plan: GemvPlan,
@@ -74,12 +74,12 @@ impl<F: Fn(&StepShape, GemvPlan) -> u32> Track for Fake<F> {
         Ok(Some(Duration::from_micros((self.time)(step, plan).into())))
     }
 
-    fn check_gemm(&mut self, layout: Layout, plan: GemmPlan) -> Result<()> {
+    async fn check_gemm(&mut self, layout: Layout, plan: GemmPlan) -> Result<()> {
         self.now += 10 * MS;
         if self.wrong_tiles == Some((layout, plan)) { Err(wrong()) } else { Ok(()) }
     }
 
-    fn measure_gemm(
+    async fn measure_gemm(
         &mut self,
         product: &GemmShape,
         plan: GemmPlan,
@@ -97,6 +97,42 @@ impl<F: Fn(&StepShape, GemvPlan) -> u32> Track for Fake<F> {
     fn gemm_tokens(&self) -> usize {
         256
     }
+}
+
+fn race(
+    steps: &[StepShape],
+    default: GemvPlan,
+    lanes: u32,
+    budget: Duration,
+    track: &mut impl Track,
+) -> Vec<Race> {
+    pollster::block_on(super::race(steps, default, lanes, budget, track))
+}
+
+fn race_gemms(
+    products: &[GemmShape],
+    defaults: GemmPlans,
+    lanes: u32,
+    budget: Duration,
+    track: &mut impl Track,
+) -> Vec<GemmRace> {
+    pollster::block_on(super::race_gemms(products, defaults, lanes, budget, track))
+}
+
+fn kept_or_measured(
+    steps: &[StepShape; 4],
+    adapter: &Adapter,
+    directory: Option<&Path>,
+    measure: impl FnOnce(
+        &[StepShape],
+        &dyn Fn(&[Race]) -> Vec<GemmShape>,
+    ) -> Result<(Vec<Race>, Vec<GemmRace>)>,
+) -> Result<([GemvPlan; 4], GemmPlans, Vec<String>)> {
+    let place = directory.map(|directory| Place::Directory(directory.to_owned()));
+    let measure = async |missing: &[StepShape], products: &dyn Fn(&[Race]) -> Vec<GemmShape>| {
+        measure(missing, products)
+    };
+    pollster::block_on(super::kept_or_measured(steps, adapter, place.as_ref(), measure))
 }
 
 #[test]
@@ -393,7 +429,7 @@ fn a_file_cannot_ask_for_what_there_is_not() {
         kept.add(&steps().map(|step| (step.id(), good)));
         kept.add(&[(steps()[1].id(), wrong)]);
         kept.add_gemms(&[(product.id(), GemmPlan::FEW)]);
-        kept.write(directory.path()).unwrap();
+        kept.write_file(directory.path()).unwrap();
         let (plans, _, _) =
             kept_or_measured(&steps(), &adapter(), Some(directory.path()), |missing, products| {
                 assert_eq!(missing, &steps()[1..2]);
@@ -406,7 +442,7 @@ fn a_file_cannot_ask_for_what_there_is_not() {
         let mut kept = cache::Kept::new(&key());
         kept.add(&steps().map(|step| (step.id(), good)));
         kept.add_gemms(&[(product.id(), wrong)]);
-        kept.write(directory.path()).unwrap();
+        kept.write_file(directory.path()).unwrap();
         let measure = |missing: &[StepShape], products: &dyn Fn(&[Race]) -> Vec<GemmShape>| {
             assert_eq!((missing.len(), products(&[])), (0, vec![product]));
             measured(missing, products)
