@@ -220,6 +220,7 @@ pub struct Activations<'a> {
     groups: usize,
     group: usize,
     /// Whether they meet weights that were unpacked into a cache, so that none are to be asked for.
+    #[cfg_attr(not(target_arch = "x86_64"), expect(dead_code, reason = "only x86-64 asks ahead"))]
     in_cache: bool,
 }
 
