@@ -370,6 +370,9 @@ pub struct LoadOptions {
     pub head: HeadChoice,
     /// How ternary matrices lie in memory; only the CPU has a choice.
     pub packing: Packing,
+    /// Most rows of logits of one pass on a GPU, at most 64. 1 is enough for text without drafts, and saves
+    /// the kernels of more, which take time to compile.
+    pub max_logit_rows: usize,
     /// Whether packed weights are kept in a file for the next load; only the CPU backend does.
     pub keep_packed: KeepPacked,
     /// Whether kernels are chosen by measuring them; only GPUs have a choice.
@@ -466,6 +469,7 @@ impl Default for LoadOptions {
             context: None,
             kv: None,
             max_batch: 512,
+            max_logit_rows: 64,
             threads: None,
             int8_activations: false,
             head: HeadChoice::default(),

@@ -368,6 +368,7 @@ impl LoadArguments {
             keep_packed,
             tune,
             sparse,
+            ..LoadOptions::default()
         }
     }
 }

@@ -58,6 +58,8 @@ pub struct HeadStep<'a> {
     pub tokens: &'a Slice,
     /// How many exact logits each took, from `token_out` on.
     pub counts: &'a Slice,
+    /// Most rows of logits of a pass.
+    pub rows: usize,
 }
 
 /// The operations of a step, in their order.
@@ -142,7 +144,8 @@ impl Int8Head {
             }
         };
         let mut tiles = LogitTile::ALL.map(|_| Vec::new());
-        for (ops, tile) in tiles.iter_mut().zip(LogitTile::ALL) {
+        let needed = LogitTile::up_to(step.rows.min(LOGIT_ROWS) as u32);
+        for (ops, &tile) in tiles.iter_mut().zip(needed) {
             for (tiles, words) in &self.shards {
                 let call = kernels::head_int8(self.shape, tiles.clone(), tile);
                 let buffers = [words, &self.token, step.seen, step.logits, &self.bounds];

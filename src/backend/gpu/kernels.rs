@@ -466,6 +466,12 @@ impl LogitTile {
         }
     }
 
+    /// Those that passes of at most so many rows of logits need.
+    pub fn up_to(rows: u32) -> &'static [Self] {
+        const ALL: &[LogitTile] = &LogitTile::ALL;
+        &ALL[..=Self::index_for(rows)]
+    }
+
     /// Which of [`Self::ALL`] so many rows of logits are computed with: the smallest that holds them.
     pub fn index_for(rows: u32) -> usize {
         let last = Self::ALL.len() - 1;

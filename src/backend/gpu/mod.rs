@@ -86,7 +86,8 @@ pub struct GpuBackend {
     layers: Vec<LayerOps>,
     embed: Vec<Op>,
     head: Head,
-    argmax: Op,
+    /// The best of exact logits; `None` where the int8 head chooses.
+    argmax: Option<Op>,
     /// The int8 head, where there is one.
     int8_head: Option<HeadOps>,
     head_work: HeadWork,
@@ -262,6 +263,7 @@ struct Builder<'a> {
     pipelines: Pipelines,
     config: &'a ModelConfig,
     max_batch: usize,
+    max_logit_rows: usize,
     /// Whether matrices with scales of groups get int8 activations.
     int8: bool,
     methods: self_test::Methods<'a>,
@@ -315,13 +317,14 @@ impl GpuBackend {
             None => tune::choose(&gpu, &config, options.tune).await?,
         };
         let max_batch = max_batch(&gpu, &config, options.max_batch);
-        let max_logit_rows = max_logit_rows(&gpu, &config, max_batch);
+        let max_logit_rows = max_logit_rows(&gpu, &config, max_batch.min(options.max_logit_rows));
         let buffers = Buffers::new(&gpu, &config, max_batch, max_logit_rows)?;
         let mut builder = Builder {
             gpu: &gpu,
             pipelines: gpu.pipelines(),
             config: &config,
             max_batch,
+            max_logit_rows,
             int8,
             methods: self_test::Methods::new(&gpu, plans, gemms),
             buffers: &buffers,
@@ -365,7 +368,13 @@ impl GpuBackend {
             HeadChoice::Int8 => builder.int8_head(rows, exact, &final_norm).await?,
         };
         let b = &buffers;
-        let argmax = builder.op(&kernels::argmax(config.vocab_size), &[&b.logits, &b.tokens])?;
+        let argmax = match &int8_head {
+            Some(_) => None,
+            None => {
+                let call = kernels::argmax(config.vocab_size);
+                Some(builder.op(&call, &[&b.logits, &b.tokens])?)
+            }
+        };
         let sample = builder.sample().await?;
         let (weight_bytes, pipelines) = (builder.weight_bytes, builder.pipelines);
         // Frees the staging memory of what was uploaded last.
@@ -958,7 +967,8 @@ impl Builder<'_> {
         let vocab_size = self.config.vocab_size;
         let (before, x) = self.head_before(table, norm)?;
         let mut tables = LogitTile::ALL.map(|_| Vec::new());
-        for (ops, tile) in tables.iter_mut().zip(LogitTile::ALL) {
+        let needed = LogitTile::up_to(self.max_logit_rows as u32);
+        for (ops, &tile) in tables.iter_mut().zip(needed) {
             match &table.data {
                 GpuTableData::Dense(shards) => {
                     for rows in shards {
@@ -991,7 +1001,7 @@ impl Builder<'_> {
             return Err(Error::Dimension { name, found: vocab_size, max });
         }
         if !self.gpu.is_dry() {
-            self_test::check_sample_async(self.gpu).await?;
+            self_test::check_sample_async(self.gpu, vocab_size).await?;
         }
         let blocks = [&b.logits, &b.seen, &b.bits, &b.block_max];
         let weights = [&b.bits, &b.block_max, &b.weights, &b.levels];
@@ -1017,7 +1027,7 @@ impl Builder<'_> {
         // A dry device computes nothing that could be checked.
         let checked = match self.gpu.is_dry() {
             true => Ok(()),
-            false => self_test::check_head_async(self.gpu).await,
+            false => self_test::check_head_async(self.gpu, self.max_logit_rows).await,
         };
         match checked {
             Ok(()) => {}
@@ -1041,6 +1051,7 @@ impl Builder<'_> {
             seen: &b.seen,
             tokens: &b.tokens,
             counts: &b.counts,
+            rows: self.max_logit_rows,
         };
         let mut ops = int8.ops(self.gpu, &self.pipelines, &b.params, &step)?;
         if exact.rotation.is_some() {
@@ -1606,9 +1617,9 @@ impl Backend for GpuBackend {
     fn choose(&mut self) -> Result<()> {
         let is_greedy = self.sampler.sampling() == Sampling::Greedy;
         // These choose for every row of logits; a draw is of one.
-        let (ops, parameters) = match &self.int8_head {
-            Some(int8) if is_greedy => (int8.greedy.as_slice(), &[][..]),
-            None if self.sampler.is_argmax() => (from_ref(&self.argmax), &[][..]),
+        let (ops, parameters) = match (&self.int8_head, &self.argmax) {
+            (Some(int8), _) if is_greedy => (int8.greedy.as_slice(), &[][..]),
+            (None, Some(argmax)) if self.sampler.is_argmax() => (from_ref(argmax), &[][..]),
             _ => (self.sample.as_slice(), self.rows.as_slice()),
         };
         let parameters = if parameters.is_empty() { from_ref(&self.batch) } else { parameters };
