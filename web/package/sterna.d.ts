@@ -25,6 +25,11 @@ export interface LoadOptions {
   signal?: AbortSignal;
   /** Most positions of a text. */
   context?: number;
+  /**
+   * How the kernels of a GPU are chosen, all of which are checked: by speed (the default), which the
+   * first load on a GPU measures for less than two seconds and later ones know, or by what it is.
+   */
+  tune?: 'auto' | 'off';
   /** Where the worker is, for bundlers that move it. */
   worker?: string | URL;
 }

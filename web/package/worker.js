@@ -1,7 +1,8 @@
 // The worker: loads models and runs them, one text at a time. Its other end is sterna.js.
 
-import init, { Engine, Files, verify } from './sterna_web.js';
+import init, { Engine, Files, measured, remember, verify } from './sterna_web.js';
 import { download, named } from './download.js';
+import { keep, kept } from './measured.js';
 
 /** The files of the built-in model, beside this one. */
 const BUILT_IN = [
@@ -53,9 +54,15 @@ async function load({ source, device, options }, emit) {
   const layers = (done, total) => onProgress({ stage: 'layers', done, total });
   engine?.free();
   engine = undefined;
+  const before = measured() ?? (await kept());
+  if (before !== undefined) remember(before);
   engine = await Engine.load(label, files, device, JSON.stringify(options), layers);
   request = { source, device, options };
-  return info();
+  const after = measured();
+  const problem = after === before ? undefined : await keep(after);
+  const loaded = await info();
+  if (problem) loaded.notes.push(`what was measured is not kept: ${problem}`);
+  return loaded;
 }
 
 /** What there is to know of the model, with what the browser tells of the GPU. */

@@ -4,7 +4,7 @@ use std::ops::ControlFlow;
 
 use js_sys::{Function, Promise};
 use serde::Serialize;
-use sterna::backend::Progress;
+use sterna::backend::{Progress, Tune, gpu};
 use sterna::format::ModelFiles;
 use sterna::generate::Generation;
 use sterna::weights::WeightSource;
@@ -14,7 +14,7 @@ use wasm_bindgen_futures::JsFuture;
 
 use crate::error::to_js;
 use crate::files::Files;
-use crate::options::{Generate, Load, Prompt, parse};
+use crate::options::{Generate, Load, Prompt, TuneChoice, parse};
 
 /// A model on a device.
 #[wasm_bindgen]
@@ -70,11 +70,16 @@ impl Engine {
         options: String,
         on_progress: Function,
     ) -> Result<Engine, JsValue> {
-        let Load { context } = parse("load options", &options)?;
+        let Load { context, tune } = parse("load options", &options)?;
         let device: Device = device.parse().map_err(to_js)?;
         let files = ModelFiles::in_memory(&label, files.files).map_err(to_js)?;
         let checkpoint = Checkpoint::new(files).map_err(to_js)?;
-        let options = LoadOptions { context, ..LoadOptions::default() };
+        let tune = match tune {
+            TuneChoice::Auto => Tune::Auto,
+            TuneChoice::Off => Tune::Off,
+        };
+        // Nothing drafts here.
+        let options = LoadOptions { context, tune, max_logit_rows: 1, ..LoadOptions::default() };
         let mut progress = |Progress { done, total }| {
             // Who listens may fail: that is no reason to stop.
             let _ = on_progress.call2(&JsValue::NULL, &done.into(), &total.into());
@@ -192,6 +197,19 @@ pub async fn verify(device: String) -> Result<String, JsValue> {
     let variants: Vec<Variant> = variants.collect();
     let passed = variants.iter().all(|variant| variant.passed);
     Ok(json(&Report { passed, integer_hash: verify::integer_hash(), variants }))
+}
+
+/// Hands over what [`measured`] returned in another session: any text, which is used if it is of this
+/// adapter and these kernels.
+#[wasm_bindgen]
+pub fn remember(measured: String) {
+    gpu::tune::remember(measured);
+}
+
+/// What is known of the GPU's kernels, as text to be kept for other sessions.
+#[wasm_bindgen]
+pub fn measured() -> Option<String> {
+    gpu::tune::remembered()
 }
 
 /// The value, or what it promises.
