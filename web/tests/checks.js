@@ -26,6 +26,24 @@ async function tokens(model, options) {
   return found;
 }
 
+/** The files of the built-in model, some with other text. */
+async function builtInFiles(changes = {}) {
+  const names = ['config.json', 'model.safetensors', 'tokenizer.json', 'tokenizer_config.json'];
+  return Promise.all(names.map(async (name) => {
+    const response = await fetch(`/model/${name}`);
+    const bytes = changes[name] ? changes[name](await response.text()) : await response.arrayBuffer();
+    return new File([bytes], name);
+  }));
+}
+
+/** That the model can chat, of a kind. */
+const CHATS = {
+  'tokenizer_config.json': (text) => {
+    const template = '{% for message in messages %}{{ message.content }} {% endfor %}';
+    return JSON.stringify({ ...JSON.parse(text), chat_template: template });
+  },
+};
+
 async function withModel(options, run) {
   const model = await Sterna.load(options.source ?? 'built-in', options);
   try {
@@ -135,19 +153,67 @@ export const CHECKS = {
     });
   },
 
-  async a_lost_device_is_said_and_replaced({ expected }) {
-    return withModel({ device: 'gpu', worker: worker('destroys') }, async (model) => {
-      equal(await tokens(model, { maxTokens: 5 }), expected.tokens.slice(0, 5), 'before');
+  async a_conversation_outlives_its_device({ expected }) {
+    const options = { device: 'gpu', source: await builtInFiles(CHATS), worker: worker('destroys') };
+    return withModel(options, async (model) => {
+      const asked = [PROMPT, 'One day she', 'In the end'];
+      let messages;
+      const ask = async (turn) => {
+        messages.push({ role: 'user', content: asked[turn] });
+        const answer = { role: 'assistant', content: '', tokens: [] };
+        for await (const { token, text } of model.generate(messages.map(({ role, content }) => ({ role, content })), { maxTokens: 12 })) {
+          answer.tokens.push(token);
+          answer.content += text;
+        }
+        messages.push(answer);
+        return answer.tokens;
+      };
+      messages = [];
+      const undisturbed = [await ask(0), await ask(1), await ask(2)];
+      messages = [];
+      equal([await ask(0), await ask(1)], undisturbed.slice(0, 2), 'the same conversation again');
       const destroy = new BroadcastChannel('sterna-test');
-      const text = model.generate('A long story', { maxTokens: 400 });
       const code = await codeOf((async () => {
         let count = 0;
-        for await (const _ of text) if (++count === 3) destroy.postMessage('destroy');
+        for await (const _ of model.generate('A long story', { maxTokens: 400 })) if (++count === 3) destroy.postMessage('destroy');
       })());
       destroy.close();
       equal(code, 'DeviceLost', 'code');
-      equal(await tokens(model, { maxTokens: 5 }), expected.tokens.slice(0, 5), 'after');
+      equal(await ask(2), undisturbed[2], 'after the loss');
+      equal(model.info.device, 'gpu:0', 'device');
+      equal(await tokens(model, { maxTokens: 5 }), expected.tokens.slice(0, 5), 'another text');
     });
+  },
+
+  async kernels_are_measured_and_remembered({ expected }) {
+    const load = (use) => withModel({ device: 'gpu', worker: worker('unknown-gpu') }, use);
+    const cache = await caches.open('measured-by-sterna');
+    const put = (text) => cache.put('/measured.json', new Response(text));
+    const says = (model, words) => model.info.notes.some((note) => words.test(note));
+    try {
+      await put('{"key": "of nobody"}');
+      const found = await load(async (model) => {
+        equal([says(model, /not used/), says(model, /^tuned \d+ matrix steps for tests/)], [true, true], 'notes');
+        return model.info.notes;
+      });
+      // What a longer race might have found, as a later visit finds it.
+      const kept = await (await cache.match('/measured.json')).json();
+      equal(kept.key.adapter, 'tests', 'adapter');
+      const plan = { variant: 'bit_serial', slices: 4, rows: 32, unroll: 1, fused: false };
+      const steps = ['qkv 512x256 heads 4/2x64 norm', 'o 256x256 norm', 'gate_up 1536x256 relu2 norm', 'down 256x768 norm'];
+      const few = { rows: 32, tokens: 8 };
+      kept.plans = Object.fromEntries(steps.map((step) => [step, plan]));
+      kept.gemms = { 'gemm_planes 1536x256': few, 'gemm_i2 1536x256': few };
+      await put(JSON.stringify(kept));
+      return await load(async (model) => {
+        equal(model.info.notes, [], 'notes of the second load');
+        equal(model.info.kernels, 'gemv_planes (split, 4 slices)', 'kernels');
+        equal(await tokens(model, { maxTokens: 5 }), expected.tokens.slice(0, 5), 'tokens');
+        return found;
+      });
+    } finally {
+      await cache.delete('/measured.json');
+    }
   },
 
   async without_webgpu_the_wasm_takes_over({ expected }) {
@@ -159,11 +225,7 @@ export const CHECKS = {
   },
 
   async files_and_urls_are_loaded({ expected }) {
-    const names = ['config.json', 'model.safetensors', 'tokenizer.json', 'tokenizer_config.json'];
-    const files = await Promise.all(names.map(async (name) => {
-      return new File([await (await fetch(`/model/${name}`)).arrayBuffer()], name);
-    }));
-    for (const source of [files, '/model/', new URL('/model/', location.href)]) {
+    for (const source of [await builtInFiles(), '/model/', new URL('/model/', location.href)]) {
       await withModel({ source, device: 'cpu' }, async (model) => {
         equal(await tokens(model, { maxTokens: 5 }), expected.tokens.slice(0, 5), 'tokens');
       });

@@ -12,11 +12,14 @@ function equal(found, expected, what) {
 /** Returns how many steps failed. */
 export async function usePage(browser, server, outDir) {
   const origin = await server.start();
-  const context = await browser.newContext({ viewport: NARROW, colorScheme: 'light' });
-  const page = await context.newPage();
-  page.on('pageerror', (error) => console.log(`[page error] ${error}`));
   const foreign = [];
-  page.on('request', (request) => { if (!request.url().startsWith(origin)) foreign.push(request.url()); });
+  let page;
+  const open = async (serviceWorkers) => {
+    const context = await browser.newContext({ viewport: NARROW, colorScheme: 'light', serviceWorkers });
+    page = await context.newPage();
+    page.on('pageerror', (error) => console.log(`[page error] ${error}`));
+    page.on('request', (request) => { if (!request.url().startsWith(origin)) foreign.push(request.url()); });
+  };
 
   const idle = () => page.waitForFunction(() => !document.getElementById('send').disabled, null, PATIENCE);
   const text = () => page.locator('#texts li').last().innerText();
@@ -44,6 +47,11 @@ export async function usePage(browser, server, outDir) {
 
   const steps = {
     async loads_on_the_gpu() {
+      await open('block');
+      // Workers whose devices can be destroyed.
+      const headers = { 'Content-Type': 'text/javascript', 'Cross-Origin-Embedder-Policy': 'require-corp' };
+      const destroyable = { headers, body: "import '/tests/worker.js?destroys';" };
+      await page.route('**/worker.js', (route) => route.fulfill(destroyable), { times: 2 });
       await page.goto(`${origin}/`);
       await idle();
       await page.click('#open-settings');
@@ -91,6 +99,21 @@ export async function usePage(browser, server, outDir) {
       await page.keyboard.press('Escape');
       if (!/verified/.test(await page.innerText('#device'))) throw new Error('the header does not say so');
     },
+    async outlives_its_device() {
+      await page.evaluate(() => new BroadcastChannel('sterna-test').postMessage('destroy'));
+      await settings(() => page.fill('#max-tokens', '60'));
+      await page.click('#again');
+      await page.waitForFunction(() => !document.getElementById('problem').hidden, null, PATIENCE);
+      await idle();
+      const said = await page.innerText('#problem');
+      if (!/device was lost.*still here/s.test(said)) throw new Error(`the page says ${said}`);
+      equal(await page.locator('#texts li').first().innerText(), 'Once upon a time', 'what was asked');
+      await picture('lost');
+      await page.click('#again');
+      await page.waitForFunction(() => document.querySelectorAll('#texts li').length === 2, null, PATIENCE);
+      await idle();
+      equal(await text(), greedy, 'the same text on another device');
+    },
     async works_by_keyboard_alone() {
       await page.focus('#open-settings');
       await page.keyboard.press('Enter');
@@ -102,6 +125,10 @@ export async function usePage(browser, server, outDir) {
       equal(unnamed.join(), '', 'controls without a name');
     },
     async reloads_without_a_network() {
+      await page.context().close();
+      await open('allow');
+      await page.goto(`${origin}/`);
+      await idle();
       await page.evaluate(() => navigator.serviceWorker.ready.then(() => {}));
       server.offline = true;
       await page.reload();
@@ -135,7 +162,7 @@ export async function usePage(browser, server, outDir) {
       if (said) console.log(`page says ${said}`);
     }
   }
-  await context.close();
+  await page.context().close();
   server.http.closeAllConnections();
   server.http.close();
   return failed;

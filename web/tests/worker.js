@@ -4,6 +4,13 @@ const how = new URL(self.location.href).search.slice(1);
 if (how === 'no-gpu') {
   Object.defineProperty(navigator, 'gpu', { value: undefined });
 }
+if (how === 'unknown-gpu') {
+  // Software adapters are not measured.
+  const values = { isFallbackAdapter: false, vendor: 'tests', architecture: '', device: '', description: '' };
+  for (const [name, value] of Object.entries(values)) {
+    Object.defineProperty(GPUAdapterInfo.prototype, name, { get: () => value });
+  }
+}
 if (how === 'destroys') {
   const devices = [];
   const requestDevice = GPUAdapter.prototype.requestDevice;
