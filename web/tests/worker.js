@@ -1,6 +1,7 @@
-// The package's worker, with something done to WebGPU first.
+// The package's worker, with something done to WebGPU first. Where this is served in its place, the query
+// below is what tells the two apart.
 
-const how = new URL(self.location.href).search.slice(1);
+const how = new URL(import.meta.url).search.slice(1);
 if (how === 'no-gpu') {
   Object.defineProperty(navigator, 'gpu', { value: undefined });
 }
@@ -25,5 +26,5 @@ if (how === 'destroys') {
 // Nothing that arrives before the package listens is lost.
 const early = [];
 self.onmessage = (event) => early.push(event);
-await import('/worker.js');
+await import('/worker.js?tested');
 for (const event of early) self.onmessage(event);
