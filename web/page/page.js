@@ -168,6 +168,7 @@ async function write(signal) {
     show({ stop: '', length: 'the most tokens asked for', context: 'the context is full', abort: 'stopped' }[finishReason]);
   } finally {
     item.classList.remove('writing');
+    if (!first) $('stats').textContent = '';
     if (answer.content) messages.push(answer);
     else item.remove();
     showDevice();

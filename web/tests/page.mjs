@@ -63,7 +63,7 @@ export async function usePage(browser, server, outDir) {
     async writes_and_regenerates() {
       await settings(async () => {
         await page.fill('#temperature', '0');
-        await page.fill('#max-tokens', '60');
+        await page.fill('#max-tokens', '24');
       });
       await send('Once upon a time');
       await page.waitForFunction(() => !document.getElementById('stop').disabled, null, PATIENCE);
@@ -101,7 +101,7 @@ export async function usePage(browser, server, outDir) {
     },
     async outlives_its_device() {
       await page.evaluate(() => new BroadcastChannel('sterna-test').postMessage('destroy'));
-      await settings(() => page.fill('#max-tokens', '60'));
+      await settings(() => page.fill('#max-tokens', '24'));
       await page.click('#again');
       await page.waitForFunction(() => !document.getElementById('problem').hidden, null, PATIENCE);
       await idle();
@@ -135,7 +135,7 @@ export async function usePage(browser, server, outDir) {
       await idle();
       await settings(async () => {
         await page.fill('#temperature', '0');
-        await page.fill('#max-tokens', '60');
+        await page.fill('#max-tokens', '24');
       });
       await send('Once upon a time');
       await page.waitForFunction(() => document.querySelectorAll('#texts li').length === 2, null, PATIENCE);
