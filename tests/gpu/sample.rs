@@ -203,21 +203,22 @@ const DISTRIBUTIONS: [(&str, Sampling); 5] = [
     ),
 ];
 
-/// Random numbers that are spread evenly over [0, 1): of so many, a token whose probability is p gets
-/// p times as many, but for one at either end of what belongs to it.
-const DRAWS: usize = 10_000;
-/// Draws that a token may have more or less: those at the ends, which rounding may move.
-const AT_THE_ENDS: f64 = 2.0;
+const DRAWS: usize = 100_000;
+/// Draws of one dispatch: no driver may take it for hung.
+const DRAWS_AT_ONCE: usize = 10_000;
 
 /// How often each token of the tests' logits is drawn.
 fn count_draws(gpu: &Gpu, how: &Sampling) -> Result<Vec<usize>, Failed> {
     let (logits, seen) = tested_logits();
-    let uniforms: Vec<f32> =
-        (0..DRAWS).map(|at| ((at as f64 + 0.5) / DRAWS as f64) as f32).collect();
-    let (pipelines, params) = (gpu.pipelines(), pass(how, DRAWS));
+    let mut random = Random::new(5);
     let mut counts = vec![0; logits.len()];
-    for token in draw_tokens(gpu, &pipelines, &logits, &seen, params, &uniforms)?.tokens {
-        counts[token as usize] += 1;
+    let pipelines = gpu.pipelines();
+    for _ in 0..DRAWS / DRAWS_AT_ONCE {
+        let uniforms = uniforms(&mut random, DRAWS_AT_ONCE);
+        let params = pass(how, DRAWS_AT_ONCE);
+        for token in draw_tokens(gpu, &pipelines, &logits, &seen, params, &uniforms)?.tokens {
+            counts[token as usize] += 1;
+        }
     }
     Ok(counts)
 }
@@ -229,30 +230,49 @@ fn tested_logits() -> (Vec<f32>, Vec<u32>) {
     (logits.collect(), random_seen(&mut random, 300))
 }
 
-/// What is wrong with counts, by the twin's distribution: a token that is drawn too often or too rarely,
-/// or that cannot be drawn.
-fn misfit(counts: &[usize], candidates: &[Candidate]) -> Option<String> {
+/// χ² of counts against the twin's distribution, and its degrees of freedom. Tokens expected fewer
+/// than five times count together; one that cannot be drawn makes it infinite.
+fn chi_square(counts: &[usize], candidates: &[Candidate]) -> (f64, f64) {
+    let draws: usize = counts.iter().sum();
     let total = total_weight(candidates);
-    let mut expected = vec![0.0; counts.len()];
-    for candidate in candidates {
-        expected[candidate.token] = DRAWS as f64 * candidate.weight / total;
-    }
-    let is_wrong = |(&count, &expected): (&usize, &f64)| match expected == 0.0 {
-        true => count > 0,
-        false => (count as f64 - expected).abs() > AT_THE_ENDS,
+    let (mut drawn, mut sum, mut classes) = (0, 0.0, 0.0);
+    let (mut rare, mut rare_expected) = (0, 0.0);
+    let mut add = |count: usize, expected: f64| {
+        sum += (count as f64 - expected).powi(2) / expected;
+        classes += 1.0;
     };
-    let token = counts.iter().zip(&expected).position(is_wrong)?;
-    Some(format!("token {token}: expected {:.1} draws, found {}", expected[token], counts[token]))
+    for candidate in candidates {
+        let (count, expected) = (counts[candidate.token], draws as f64 * candidate.weight / total);
+        drawn += count;
+        if expected < 5.0 {
+            (rare, rare_expected) = (rare + count, rare_expected + expected);
+        } else {
+            add(count, expected);
+        }
+    }
+    if rare_expected > 0.0 {
+        add(rare, rare_expected);
+    }
+    (if drawn == draws { sum } else { f64::INFINITY }, classes - 1.0)
+}
+
+/// What χ² exceeds once in a thousand seeds (Wilson and Hilferty's approximation).
+fn critical(degrees: f64) -> f64 {
+    let variance = 2.0 / (9.0 * degrees);
+    degrees * (1.0 - variance + 3.090 * variance.sqrt()).powi(3)
 }
 
 fn follows_the_distribution(gpu: &Gpu, how: Sampling) -> Result<(), Failed> {
     let (logits, seen) = tested_logits();
     let counts = count_draws(gpu, &how)?;
     let expected = candidates(&logits, &seen, &how).expect("the logits are finite");
-    match misfit(&counts, &expected) {
-        None => Ok(()),
-        Some(problem) => Err(format!("{how:?}: {problem}").into()),
+    let (chi_square, degrees) = chi_square(&counts, &expected);
+    let limit = critical(degrees);
+    if chi_square > limit {
+        let what = format!("χ² {chi_square} of {} tokens is above {limit}", expected.len());
+        return Err(format!("{how:?}: {what}").into());
     }
+    Ok(())
 }
 
 /// The test of distributions must reject draws of a temperature, a cut or a penalty that is a little off.
@@ -260,13 +280,14 @@ fn the_judge_objects(gpu: &Gpu) -> Result<(), Failed> {
     let (logits, seen) = tested_logits();
     let counts = count_draws(gpu, &PLAIN)?;
     for wrong in [
-        Sampling { temperature: PLAIN.temperature * 0.95, ..PLAIN },
+        Sampling { temperature: 0.9, ..PLAIN },
         Sampling { top_k: 290, ..PLAIN },
         Sampling { penalty: 1.15, ..PLAIN },
     ] {
         let expected = candidates(&logits, &seen, &wrong).expect("the logits are finite");
-        if misfit(&counts, &expected).is_none() {
-            return Err(format!("{wrong:?} passes for {PLAIN:?}").into());
+        let (chi_square, degrees) = chi_square(&counts, &expected);
+        if chi_square <= critical(degrees) {
+            return Err(format!("{wrong:?} passes for {PLAIN:?}: χ² {chi_square}").into());
         }
     }
     Ok(())
