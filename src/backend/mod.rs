@@ -147,7 +147,10 @@ pub enum Tap {
 /// and `choose` if the [`Want`] asks for them, then `finish`. A step may run at once or be recorded
 /// and run later, at `take` at the latest. `model.rs` is the only caller that needs to know the
 /// order.
-pub trait Backend: Send {
+///
+/// It may go from thread to thread, except in a browser, where WebGPU's objects stay where they were
+/// made.
+pub trait Backend: wgpu::WasmNotSend {
     /// The device and the variants in use, for people.
     fn device(&self) -> &DeviceInfo;
     /// Most tokens of one pass.

@@ -463,7 +463,7 @@ impl Gpu {
 
     /// Something that destroys the device when it is called, wherever the device is then: what a
     /// lost adapter looks like to a program.
-    pub fn kill_switch(&self) -> impl Fn() + Send + 'static {
+    pub fn kill_switch(&self) -> impl Fn() + wgpu::WasmNotSend + 'static {
         let device = self.device.clone();
         move || device.destroy()
     }
