@@ -30,6 +30,7 @@ mod base3;
 mod columns;
 mod cpu;
 mod head;
+mod helpers;
 mod lanes;
 mod load;
 mod matrix;
@@ -61,6 +62,7 @@ pub use columns::{Columns, Line, NonZeros};
 pub use cpu::{SimdBackend, description, threads};
 pub(crate) use matrix::Matrix;
 pub use portable::TokenScale;
+pub use helpers::{lend_thread, lent_thread_crashed, lent_threads};
 
 /// Words of one chunk of a tile: 32 rows × 16 bytes.
 const CHUNK_WORDS: usize = TILE_ROWS * PIECE_WORDS;

@@ -10,12 +10,14 @@ use std::cell::UnsafeCell;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering::SeqCst};
-use std::thread::JoinHandle;
+use std::thread::{JoinHandle, Thread};
 
+use super::helpers::{self, Busy};
 use crate::error::{Error, Result};
 
 /// Turns of the wait loop before a worker sleeps: some 100 µs, longer than any pause within a pass.
-const SPINS: u32 = 4000;
+/// WebAssembly has no instruction to pause with, and its turns are shorter.
+const SPINS: u32 = if cfg!(target_family = "wasm") { 40_000 } else { 4000 };
 
 /// Cost below which a piece is not worth taking, in the unit of [`Split::cost`]: some 2 µs.
 const MIN_PIECE_COST: usize = 32 << 10;
@@ -28,7 +30,14 @@ type Job<'a> = dyn Fn() + Sync + 'a;
 /// A fixed set of threads, the caller being one of them.
 pub(super) struct Pool {
     shared: Arc<Shared>,
-    workers: Vec<JoinHandle<()>>,
+    workers: Vec<Worker>,
+}
+
+/// A thread that is not the caller.
+enum Worker {
+    /// The pool's own.
+    Started(JoinHandle<()>),
+    Lent(Busy),
 }
 
 struct Shared {
@@ -90,14 +99,13 @@ impl Pool {
         let mut pool = Self { shared, workers: Vec::with_capacity(threads - 1) };
         for index in 0..threads - 1 {
             let shared = Arc::clone(&pool.shared);
-            let worker = std::thread::Builder::new()
-                .name(format!("sterna-cpu-{}", index + 1))
-                .spawn(move || shared.work(index))
+            let worker = Worker::new(index, move || shared.work(index))
                 .map_err(|error| fail(error.to_string()))?;
             pool.workers.push(worker);
         }
         // A thread's start takes time and memory: have it here, not in the first pass.
         while pool.shared.active.load(SeqCst) != 0 {
+            helpers::abort_if_crashed();
             std::thread::yield_now();
         }
         Ok(pool)
@@ -164,6 +172,7 @@ impl Pool {
     /// Runs `job` on the caller and on every worker that comes in time; returns when all that
     /// began have ended.
     fn run(&mut self, job: &Job<'_>) {
+        helpers::abort_if_crashed();
         let shared = &*self.shared;
         let job_pointer: *const Job<'_> = job;
         // SAFETY: erases the lifetime only. No worker reads the pointer after `close` has been
@@ -192,8 +201,32 @@ impl Drop for Pool {
         self.shared.stop.store(true, SeqCst);
         for worker in self.workers.drain(..) {
             worker.thread().unpark();
+            worker.join();
+        }
+    }
+}
+
+impl Worker {
+    /// A lent thread that runs `work`, or else a new one.
+    fn new(index: usize, work: impl FnOnce() + Send + 'static) -> std::io::Result<Self> {
+        helpers::take(work).map(Self::Lent).or_else(|work| {
+            let name = format!("sterna-cpu-{}", index + 1);
+            std::thread::Builder::new().name(name).spawn(work).map(Self::Started)
+        })
+    }
+
+    fn thread(&self) -> &Thread {
+        match self {
+            Self::Started(worker) => worker.thread(),
+            Self::Lent(worker) => worker.thread(),
+        }
+    }
+
+    fn join(self) {
+        match self {
             // A worker catches its job's panics, and that job's caller has reported them.
-            let _ = worker.join();
+            Self::Started(worker) => drop(worker.join()),
+            Self::Lent(worker) => worker.join(),
         }
     }
 }
@@ -276,6 +309,7 @@ impl Drop for Close<'_> {
                 spins += 1;
                 std::hint::spin_loop();
             } else {
+                helpers::abort_if_crashed();
                 std::thread::yield_now();
             }
         }
