@@ -21,7 +21,8 @@ pub(super) fn most_nonzeros(level: Level) -> Option<usize> {
     match level {
         Level::Avx512Vbmi | Level::Avx512Vnni => Some(40),
         Level::AvxVnni | Level::Avx2 => Some(30),
-        Level::NeonI8mm | Level::NeonDotprod | Level::Neon | Level::Simd128 | Level::Scalar => None,
+        Level::NeonI8mm | Level::NeonDotprod | Level::Neon => None,
+        Level::RelaxedSimd | Level::Simd128 | Level::Scalar => None,
     }
 }
 

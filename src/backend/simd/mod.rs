@@ -43,6 +43,8 @@ mod neon_i8mm;
 mod packed_file;
 mod pool;
 mod portable;
+#[cfg(all(target_arch = "wasm32", target_feature = "relaxed-simd"))]
+mod relaxed_simd;
 mod scalar;
 #[cfg(all(target_arch = "wasm32", target_feature = "simd128"))]
 mod simd128;
@@ -60,9 +62,9 @@ use crate::kv_cache::{HeadChunk, HeadChunkMut};
 pub use attention::{Attended, Queries, Softmax, attention};
 pub use columns::{Columns, Line, NonZeros};
 pub use cpu::{SimdBackend, description, threads};
+pub use helpers::{lend_thread, lent_thread_crashed, lent_threads};
 pub(crate) use matrix::Matrix;
 pub use portable::TokenScale;
-pub use helpers::{lend_thread, lent_thread_crashed, lent_threads};
 
 /// Words of one chunk of a tile: 32 rows × 16 bytes.
 const CHUNK_WORDS: usize = TILE_ROWS * PIECE_WORDS;
@@ -94,6 +96,8 @@ pub enum Level {
     NeonDotprod,
     /// AArch64 without it.
     Neon,
+    /// WebAssembly with relaxed SIMD.
+    RelaxedSimd,
     /// WebAssembly with 128-bit SIMD.
     Simd128,
     /// Whatever the compiler makes of plain loops.
@@ -102,7 +106,7 @@ pub enum Level {
 
 impl Level {
     /// All levels, best first.
-    pub const ALL: [Self; 9] = [
+    pub const ALL: [Self; 10] = [
         Self::Avx512Vbmi,
         Self::Avx512Vnni,
         Self::AvxVnni,
@@ -110,6 +114,7 @@ impl Level {
         Self::NeonI8mm,
         Self::NeonDotprod,
         Self::Neon,
+        Self::RelaxedSimd,
         Self::Simd128,
         Self::Scalar,
     ];
@@ -124,6 +129,7 @@ impl Level {
             Self::NeonI8mm => "neon-i8mm",
             Self::NeonDotprod => "neon-dotprod",
             Self::Neon => "neon",
+            Self::RelaxedSimd => "relaxed-simd",
             Self::Simd128 => "simd128",
             Self::Scalar => "scalar",
         }
@@ -139,6 +145,7 @@ impl Level {
             Self::NeonI8mm => "NEON int8 matrix product",
             Self::NeonDotprod => "NEON dot product",
             Self::Neon => "NEON",
+            Self::RelaxedSimd => "WebAssembly relaxed SIMD",
             Self::Simd128 => "WebAssembly SIMD",
             Self::Scalar => "scalar",
         }
@@ -199,6 +206,8 @@ impl Level {
             Self::NeonDotprod => Some(Box::new(neon_dotprod::NeonDotprod::new()?)),
             #[cfg(all(target_arch = "aarch64", target_endian = "little"))]
             Self::Neon => Some(Box::new(neon::Neon::new()?)),
+            #[cfg(all(target_arch = "wasm32", target_feature = "relaxed-simd"))]
+            Self::RelaxedSimd => Some(Box::new(relaxed_simd::RelaxedSimd::new()?)),
             #[cfg(all(target_arch = "wasm32", target_feature = "simd128"))]
             Self::Simd128 => Some(Box::new(simd128::Simd128::new()?)),
             Self::Scalar => Some(Box::new(scalar::Scalar::new()?)),
