@@ -25,6 +25,11 @@ export interface LoadOptions {
   signal?: AbortSignal;
   /** Most positions of a text. */
   context?: number;
+  /**
+   * Threads of `cpu`. More than one takes a cross-origin isolated page and a browser with relaxed SIMD;
+   * `Info.notes` tells where there are fewer than asked for.
+   */
+  threads?: number;
   /** Where the worker is, for bundlers that move it. */
   worker?: string | URL;
 }

@@ -117,13 +117,13 @@ export class Sterna {
     this.#info = info;
   }
 
-  static async load(source = 'built-in', { onProgress, device = 'auto', signal, context, worker } = {}) {
+  static async load(source = 'built-in', { onProgress, device = 'auto', signal, context, threads, worker } = {}) {
     signal?.throwIfAborted();
     const remote = new Remote(worker ?? new URL('worker.js', import.meta.url));
     const abort = () => remote.end(signal.reason);
     signal?.addEventListener('abort', abort, { once: true });
     try {
-      const args = { source: portable(source), device, options: { context } };
+      const args = { source: portable(source), device, options: { context, threads } };
       const info = await remote.call('load', args, { progress: onProgress }).done;
       return new Sterna(remote, info);
     } catch (error) {

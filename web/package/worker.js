@@ -1,6 +1,6 @@
 // The worker: loads models and runs them, one text at a time. Its other end is sterna.js.
 
-import init, { Engine, Files, verify } from './sterna_web.js';
+import { openBuild } from './builds.js';
 import { download, named } from './download.js';
 
 /** The files of the built-in model, beside this one. */
@@ -13,10 +13,13 @@ const SIDE_FILES = [
   'config.json', 'tokenizer.json', 'generation_config.json', 'tokenizer_config.json', 'chat_template.jinja',
 ];
 
-let wasm;
+/** The engine for this browser, once it is wanted. */
+let build;
 /** The last load: how to have the model again. */
 let request;
 let engine;
+/** What there is to tell about its threads. */
+let threadNotes = [];
 /** Texts that are to end. */
 const stopped = new Set();
 
@@ -43,17 +46,20 @@ async function filesOf(source, onProgress) {
 }
 
 async function load({ source, device, options }, emit) {
-  wasm ??= init();
-  await wasm;
+  build ??= openBuild();
+  const { wasm: { Engine, Files, resolve }, threads } = await build;
   const onProgress = (progress) => emit('progress', progress);
-  const found = await filesOf(source, onProgress);
   const files = new Files();
-  for (const [name, bytes] of found) files.add(name, bytes);
+  for (const [name, bytes] of await filesOf(source, onProgress)) files.add(name, bytes);
   const label = source.builtIn ? 'built-in model' : source.url ?? source.files[0].name;
   const layers = (done, total) => onProgress({ stage: 'layers', done, total });
   engine?.free();
   engine = undefined;
-  engine = await Engine.load(label, files, device, JSON.stringify(options), layers);
+  const chosen = await resolve(device);
+  const found = chosen === 'cpu' ? await threads(options.threads) : { notes: [] };
+  threadNotes = found.notes;
+  const loadOptions = JSON.stringify({ ...options, threads: found.threads });
+  engine = await Engine.load(label, files, chosen, loadOptions, layers);
   request = { source, device, options };
   return info();
 }
@@ -61,6 +67,7 @@ async function load({ source, device, options }, emit) {
 /** What there is to know of the model, with what the browser tells of the GPU. */
 async function info() {
   const found = JSON.parse(engine.info());
+  found.notes.push(...threadNotes);
   if (!found.device.startsWith('gpu')) return found;
   const adapter = (await navigator.gpu?.requestAdapter())?.info;
   const words = [adapter?.vendor, adapter?.architecture, adapter?.device, adapter?.description].filter(Boolean);
@@ -124,6 +131,7 @@ async function cause(error) {
 
 async function check() {
   const device = request.device === 'auto' && engine ? JSON.parse(engine.info()).device : request.device;
+  const { verify } = (await build).wasm;
   return JSON.parse(await verify(device.replace(/:\d+$/, '')));
 }
 

@@ -4,7 +4,7 @@ use std::ops::ControlFlow;
 
 use js_sys::{Function, Promise};
 use serde::Serialize;
-use sterna::backend::Progress;
+use sterna::backend::{self, Progress};
 use sterna::format::ModelFiles;
 use sterna::generate::Generation;
 use sterna::weights::WeightSource;
@@ -70,11 +70,11 @@ impl Engine {
         options: String,
         on_progress: Function,
     ) -> Result<Engine, JsValue> {
-        let Load { context } = parse("load options", &options)?;
+        let Load { context, threads } = parse("load options", &options)?;
         let device: Device = device.parse().map_err(to_js)?;
         let files = ModelFiles::in_memory(&label, files.files).map_err(to_js)?;
         let checkpoint = Checkpoint::new(files).map_err(to_js)?;
-        let options = LoadOptions { context, ..LoadOptions::default() };
+        let options = LoadOptions { context, threads, ..LoadOptions::default() };
         let mut progress = |Progress { done, total }| {
             // Who listens may fail: that is no reason to stop.
             let _ = on_progress.call2(&JsValue::NULL, &done.into(), &total.into());
@@ -140,6 +140,22 @@ impl Engine {
         }
         Ok(json(&Summary::of(&generation, is_stopped)))
     }
+}
+
+/// The device that a name stands for in this browser: for `auto` that is `gpu:` with a number, or `cpu`.
+///
+/// # Errors
+/// If the name is not one of a device, with the variant's name as the `code`.
+#[wasm_bindgen]
+pub async fn resolve(device: String) -> Result<String, JsValue> {
+    let resolved = match device.parse().map_err(to_js)? {
+        Device::Auto => backend::resolve_auto_async().await,
+        _ => return Ok(device),
+    };
+    Ok(match resolved {
+        Device::Gpu(Some(index)) => format!("gpu:{index}"),
+        _ => "cpu".to_owned(),
+    })
 }
 
 /// Checks every kernel of a device against the reference: JSON, as `sterna verify --json` has it for its

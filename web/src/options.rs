@@ -58,6 +58,8 @@ impl Generate {
 pub(crate) struct Load {
     /// Most positions of a text.
     pub(crate) context: Option<usize>,
+    /// Of the CPU.
+    pub(crate) threads: Option<usize>,
 }
 
 /// A text, a conversation, or tokens.

@@ -45,8 +45,8 @@ function shared(device) {
 
 /** The checks by name; each returns what is worth a line. */
 export const CHECKS = {
-  async isolated() {
-    equal(crossOriginIsolated, true, 'crossOriginIsolated');
+  async isolated({ expected }) {
+    equal(crossOriginIsolated, expected.isolated, 'crossOriginIsolated');
   },
 
   async gpu_generates_the_native_tokens({ expected }) {
@@ -85,6 +85,64 @@ export const CHECKS = {
     const { passed, variants } = await model.verify();
     equal([passed, ...variants.map((v) => v.integerHash)], [true, ...variants.map(() => expected.hash)], 'verdict');
     return variants.map(({ variant }) => variant);
+  },
+
+  async threads_generate_the_native_tokens({ expected }) {
+    const found = {};
+    for (const threads of [1, 2, 3]) {
+      await withModel({ device: 'cpu', threads }, async (model) => {
+        const what = `WebAssembly relaxed SIMD, ${threads} thread${threads === 1 ? '' : 's'}`;
+        equal([model.info.description, model.info.notes], [what, []], 'description and notes');
+        equal(await tokens(model, { maxTokens: expected.tokens.length }), expected.tokens, 'tokens');
+        found[threads] = (await model.generate(PROMPT, { maxTokens: 100 }).summary).tokensPerSecond;
+      });
+    }
+    equal(await codeOf(Sterna.load('built-in', { device: 'cpu', threads: 0 })), 'Threads', 'no threads');
+    return found;
+  },
+
+  async threads_that_do_not_start_are_said_and_not_waited_for({ expected }) {
+    const options = { device: 'cpu', threads: 3, worker: worker('helpers-fail') };
+    await withModel(options, async (model) => {
+      equal(model.info.description, 'WebAssembly relaxed SIMD, 2 threads', 'description');
+      const [note, ...more] = model.info.notes;
+      if (!note?.startsWith('2 of 3 threads: ') || more.length > 0) throw new Error(`notes: ${model.info.notes}`);
+      equal(await tokens(model, { maxTokens: 20 }), expected.tokens.slice(0, 20), 'tokens');
+    });
+  },
+
+  async a_crashed_thread_ends_the_engine() {
+    await withModel({ device: 'cpu', threads: 2, worker: worker('helpers-crash') }, async (model) => {
+      const crash = new BroadcastChannel('sterna-test');
+      const text = model.generate(PROMPT, { maxTokens: 2000 });
+      const code = await codeOf((async () => {
+        let count = 0;
+        for await (const _ of text) if (++count === 3) crash.postMessage('crash');
+      })());
+      crash.close();
+      equal(code, 'Crashed', 'code');
+    });
+  },
+
+  async threads_end_with_their_model() {
+    // The helpers of this worker hold locks as long as they live.
+    const alive = async () => (await navigator.locks.query()).held.filter(({ name }) => name === 'sterna-helper').length;
+    const model = await Sterna.load('built-in', { device: 'cpu', threads: 3, worker: worker('helpers-lock') });
+    equal([model.info.notes, await alive()], [[], 2], 'notes and helpers');
+    model.dispose();
+    const end = performance.now() + 10_000;
+    while ((await alive()) > 0) {
+      if (performance.now() > end) throw new Error(`${await alive()} helpers live on`);
+      await new Promise((wake) => setTimeout(wake, 50));
+    }
+  },
+
+  async without_isolation_there_is_one_thread({ expected }) {
+    await withModel({ device: 'cpu', threads: 2 }, async (model) => {
+      equal(model.info.description, 'WebAssembly SIMD, 1 thread', 'description');
+      equal(model.info.notes, ['one thread and no relaxed SIMD: the page is not cross-origin isolated'], 'notes');
+      equal(await tokens(model, { maxTokens: 20 }), expected.tokens.slice(0, 20), 'tokens');
+    });
   },
 
   async texts_are_drawn_as_the_seed_says() {
@@ -187,9 +245,19 @@ export const CHECKS = {
   },
 };
 
+/** Checks that an isolated page does not pass. */
+const NOT_ISOLATED = ['without_isolation_there_is_one_thread'];
+
+/** Of the others, those that run in a page that is not isolated as well: what its engine computes. */
+const BOTH = [
+  'isolated', 'gpu_generates_the_native_tokens', 'wasm_generates_the_native_tokens', 'wasm_verifies', 'texts_are_aborted',
+];
+
 /** Runs the checks and reports each. */
 export async function run(expected, report) {
-  for (const [name, check] of Object.entries(CHECKS).filter(([name]) => name.includes(expected.only))) {
+  const wanted = (name) => name.includes(expected.only)
+    && (expected.isolated ? !NOT_ISOLATED.includes(name) : [...NOT_ISOLATED, ...BOTH].includes(name));
+  for (const [name, check] of Object.entries(CHECKS).filter(([name]) => wanted(name))) {
     const begin = performance.now();
     let [problem, found] = [null, null];
     try {

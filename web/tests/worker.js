@@ -1,4 +1,4 @@
-// The package's worker, with something done to WebGPU first.
+// The package's worker, with something done to WebGPU or to its threads first.
 
 const how = new URL(self.location.href).search.slice(1);
 if (how === 'no-gpu') {
@@ -13,6 +13,24 @@ if (how === 'destroys') {
     return device;
   };
   new BroadcastChannel('sterna-test').onmessage = () => devices.forEach((device) => device.destroy());
+}
+if (how.startsWith('helpers-')) {
+  const { Worker } = self;
+  let first = true;
+  self.Worker = class extends Worker {
+    constructor(url, options) {
+      if (how === 'helpers-lock') url = '/tests/helper.js?lock';
+      if (how === 'helpers-fail' && first) url = '/tests/nothing.js';
+      first = false;
+      super(url, options);
+    }
+
+    postMessage(message) {
+      super.postMessage(message);
+      // One more on the same memory.
+      if (how === 'helpers-crash') new Worker('/tests/helper.js?crash', { type: 'module' }).postMessage(message);
+    }
+  };
 }
 
 // Nothing that arrives before the package listens is lost.
