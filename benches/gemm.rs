@@ -1,6 +1,6 @@
 //! `gemm_i2`, `gemm_planes`: packed ternary matrix × M int8 vectors, in tiles of every size and by the
-//! kernels of a few tokens, in operations per second (a multiplication
-//! and an addition a weight and token). The CPU rows use one thread, and all; GPU rows where there is
+//! kernels of a few tokens, in operations per second (a multiplication and an addition a weight and
+//! token); `gemm_i2_coop8`, `gemm_i2_coop16`: the same on cooperative matrices, where the adapter has them. The CPU rows use one thread, and all; GPU rows where there is
 //! an adapter. `group_gemm_*`: the same for matrices with scales of groups, as in the bench `gemv`.
 
 mod shapes;
@@ -45,14 +45,18 @@ fn gemm(criterion: &mut Criterion) {
             group.finish();
             let Some(gpu) = gpu.as_ref().filter(|_| n_tokens > 1) else { continue };
             for variant in [Variant::BitSerial, Variant::PackedDot] {
-                for tiles in GemmPlan::all() {
+                let cooperative = gpu.cooperative().filter(|_| variant == Variant::PackedDot);
+                let cooperative = cooperative.into_iter().flat_map(GemmPlan::all_of);
+                for tiles in GemmPlan::all().into_iter().chain(cooperative) {
                     let mut group = criterion.benchmark_group(tiles.kernel(variant.layout()).name);
                     group.throughput(Throughput::Elements(2 * (n * k * n_tokens) as u64));
                     group.sampling_mode(SamplingMode::Flat).sample_size(10);
                     let call = gpu::Call::new(gpu, variant, tiles, &product, 1);
                     call.check(&product);
-                    let id =
-                        BenchmarkId::new(format!("{n_tokens}x{n}x{k}"), format!("gpu-{tiles}"));
+                    let id = BenchmarkId::new(
+                        format!("{n_tokens}x{n}x{k}"),
+                        format!("gpu-{tiles}").replace(' ', "-"),
+                    );
                     group.bench_function(id, |bencher| {
                         bencher.iter_custom(|count| call.time(count));
                     });

@@ -8,6 +8,8 @@
 //! `gemv_columns`: `down_proj` by columns, with 50 to 90 % of the inputs 0, beside the whole product; one
 //! thread, in bytes of the whole matrix.
 //!
+//! `gemv_rows`: `up_proj` by rows, with 50 to 90 % of the gates closed, in bytes of the whole matrix, too.
+//!
 //! `group_gemv_*`: the same for ternary (`i2`) and binary (`signs`) matrices with a scale for every
 //! 128 inputs, with float and with int8 activations.
 
@@ -15,7 +17,7 @@ mod shapes;
 
 use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
 use sterna::backend::gpu::{GemmPlan, Gpu, Variant};
-use sterna::backend::simd::{Columns, Level, NonZeros};
+use sterna::backend::simd::{Activations, Columns, Level, NonZeros, Open, Rows, TokenScale};
 use sterna::random::Random;
 
 use shapes::{Product, cpu, gpu, group, group_matrices, is_test, matrices};
@@ -167,6 +169,11 @@ fn gemv_columns(criterion: &mut Criterion) {
             product.x.iter_mut().filter(|_| random.below(100) < zeros).for_each(|x| *x = 0);
             let mut inputs = NonZeros::new(k);
             let mut acc = vec![0; columns[0].rows()];
+            inputs.collect(&product.x);
+            kernels.gemv_columns(columns[0].whole(), &inputs, &mut acc);
+            let mut whole = cpu::Call::new(&product);
+            whole.run(kernels.as_ref(), product.packed.words());
+            assert_eq!(acc[..n], whole.acc[..n], "a wrong product");
             group.bench_function(BenchmarkId::new(format!("{zeros}%"), level.name()), |bencher| {
                 bencher.iter(|| {
                     i += 1;
@@ -174,9 +181,53 @@ fn gemv_columns(criterion: &mut Criterion) {
                     kernels.gemv_columns(columns[i % copies].whole(), &inputs, &mut acc);
                 });
             });
-            let mut whole = cpu::Call::new(&product);
-            whole.run(kernels.as_ref(), product.packed.words());
-            assert_eq!(acc[..n], whole.acc[..n], "a wrong product");
+        }
+    }
+    group.finish();
+}
+
+fn gemv_rows(criterion: &mut Criterion) {
+    let Some(&(n, k)) = matrices().get(2).or(matrices().first()) else { return };
+    // `up_proj` alone, and tokens of whole lines.
+    let (n, k) = (n / 2, k.next_multiple_of(256));
+    let product = Product::new(n, k, 1);
+    let copies = if is_test() { 2 } else { COLD_BYTES.div_ceil(product.len_bytes()) };
+    let rows = vec![Rows::pack(&product.packed, 0..n); copies];
+    let words: Vec<_> = vec![product.packed.clone(); copies];
+    let code_sum = product.x.iter().map(|&code| i32::from(code)).sum();
+    let scales = [TokenScale { act_scale: 1.0, code_sum }];
+    let x = Activations::new(&product.x, &scales, k / 64);
+    let mut group = criterion.benchmark_group("gemv_rows");
+    group.throughput(Throughput::Bytes(product.len_bytes() as u64)).sample_size(20);
+    group.measurement_time(std::time::Duration::from_secs(1));
+    for level in Level::available() {
+        let kernels = level.kernels().expect("an available level");
+        let mut i = 0;
+        let mut call = cpu::Call::new(&product).checked(kernels.as_ref(), &product);
+        group.bench_function(BenchmarkId::new("whole", level.name()), |bencher| {
+            bencher.iter(|| {
+                i += 1;
+                call.run(kernels.as_ref(), words[i % copies].words());
+            });
+        });
+        for closed in [50, 60, 70, 80, 90] {
+            let mut random = Random::new(closed as u64);
+            let gate = |_| if random.below(100) < closed { -1.0 } else { 1.0 };
+            let gates: Vec<f32> = (0..n).map(gate).collect();
+            let mut open = Open::new(n);
+            let mut acc = vec![0; n];
+            open.collect(&gates);
+            kernels.gemv_rows(&rows[0], x, open.rows(), &mut acc[..open.rows().len()]);
+            let is_right = |(&row, &sum): (&u32, &i32)| sum == product.y[row as usize];
+            assert!(open.rows().iter().zip(&acc).all(is_right), "a wrong product");
+            group.bench_function(BenchmarkId::new(format!("{closed}%"), level.name()), |bencher| {
+                bencher.iter(|| {
+                    i += 1;
+                    open.collect(&gates);
+                    let open = open.rows();
+                    kernels.gemv_rows(&rows[i % copies], x, open, &mut acc[..open.len()]);
+                });
+            });
         }
     }
     group.finish();
@@ -217,5 +268,5 @@ fn group_gemv(criterion: &mut Criterion) {
     }
 }
 
-criterion_group!(benches, gemv, gemv_columns, group_gemv);
+criterion_group!(benches, gemv, gemv_columns, gemv_rows, group_gemv);
 criterion_main!(benches);

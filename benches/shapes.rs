@@ -414,7 +414,7 @@ pub mod gpu {
                     SumInputs { words: &w, codes: &x, offset: &offset, code_sum: &code_sum };
                 let mut buffers = match n_tokens {
                     1 => variant.gemv_inputs(inputs),
-                    _ => kernels::gemm_inputs(variant.layout(), inputs),
+                    _ => kernels::gemm_inputs(call.kernel, inputs),
                 };
                 buffers.push(&acc);
                 gpu.op(&pipelines, &call, &uniform, &buffers).expect("a pipeline")

@@ -389,8 +389,8 @@ pub enum Error {
         /// The driver's words.
         problem: String,
     },
-    /// A plan for a GEMV on a GPU has a value that its kernels do not.
-    #[error("GEMV plan: {field}: expected one of {allowed:?}, found {found}")]
+    /// A plan for a matrix product on a GPU has a value that its kernels do not.
+    #[error("plan of a matrix product: {field}: expected one of {allowed:?}, found {found}")]
     Plan {
         /// Which number.
         field: &'static str,
@@ -398,6 +398,20 @@ pub enum Error {
         found: usize,
         /// The values there are.
         allowed: &'static [usize],
+    },
+    /// A plan for a GEMM on a GPU needs cooperative matrices that the device does not have.
+    #[error(
+        "{adapter}: expected cooperative matrices of {size}x{size}, f16 with f32 sums, on subgroups of up to {subgroup} lanes, found {found}"
+    )]
+    Cooperative {
+        /// The adapter.
+        adapter: String,
+        /// Rows and columns.
+        size: usize,
+        /// Lanes of a subgroup.
+        subgroup: usize,
+        /// What the device has.
+        found: String,
     },
     /// Every variant of a kernel failed its exactness check on this adapter.
     #[error("{device}: kernel {kernel} gives wrong results here: {problem}")]

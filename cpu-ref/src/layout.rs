@@ -89,6 +89,37 @@ pub mod columns {
     }
 }
 
+/// The layout by rows, for products of which few outputs are wanted: each row by itself, a cache line for
+/// 256 columns,
+///
+/// ```text
+/// words[n][line = k/256][16]
+/// ```
+///
+/// Bits `2f+1..2f` of byte `b` of a line hold `w + 1` of column `256·line + 64·f + b`. K is padded to whole
+/// lines with weights of 0.
+pub mod rows {
+    /// Columns of a line.
+    pub const LINE_K: usize = 256;
+    /// u32 words of a line.
+    pub const LINE_WORDS: usize = 16;
+
+    /// Words of a packed `[N,K]` matrix.
+    pub fn len_words(n: usize, k: usize) -> usize {
+        n * k.div_ceil(LINE_K) * LINE_WORDS
+    }
+
+    /// Weight `w[n,k]` of a matrix with `columns` = K; `None` for the code 3.
+    pub fn get(words: &[u32], columns: usize, n: usize, k: usize) -> Option<i8> {
+        let line = (n * columns.div_ceil(LINE_K) + k / LINE_K) * LINE_WORDS;
+        let (field, byte) = (k % LINE_K / 64, k % 64);
+        match words[line + byte / 4].to_le_bytes()[byte % 4] >> (2 * field) & 3 {
+            3 => None,
+            code => Some(code as i8 - 1),
+        }
+    }
+}
+
 /// The bit-plane layout: words 0 and 1 of a piece are the non-zero plane of k 0–31 and 32–63 of
 /// the chunk, words 2 and 3 the sign plane (1 for −1). The sign plane is a subset of the other.
 pub mod planes {

@@ -42,7 +42,7 @@ pub enum Scaling {
 impl Scaling {
     /// YaRN's `attention_factor` where the model gives none.
     pub fn yarn_attention_factor(factor: f32) -> f32 {
-        if factor <= 1.0 { 1.0 } else { 0.1 * factor.ln() + 1.0 }
+        if factor <= 1.0 { 1.0 } else { 0.1 * f64::from(factor).ln() as f32 + 1.0 }
     }
 }
 
@@ -58,10 +58,14 @@ pub struct Frequencies {
 /// `inv_freq[i] = theta^(−2i/D)` for `i < D/2`, in f32 as the published code computes it, and then
 /// scaled.
 ///
+/// The power alone is taken in f64 and rounded: the f32 power functions of platforms differ in the last
+/// bit, and so would the texts that a browser and a program make of one model.
+///
 /// Source: Su et al. 2021, arXiv:2104.09864; transformers `modeling_rope_utils.py`.
 pub fn frequencies(theta: f32, head_dim: usize, scaling: Scaling) -> Frequencies {
     let dim = head_dim as f32;
-    let plain = (0..head_dim / 2).map(|i| 1.0 / theta.powf((2 * i) as f32 / dim));
+    let power = |exponent: f32| f64::from(theta).powf(f64::from(exponent)) as f32;
+    let plain = (0..head_dim / 2).map(|i| 1.0 / power((2 * i) as f32 / dim));
     let (inv_freq, attention_factor) = match scaling {
         Scaling::None => (plain.collect(), 1.0),
         Scaling::Linear { factor } => (plain.map(|inv| inv / factor).collect(), 1.0),

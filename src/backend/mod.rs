@@ -147,7 +147,10 @@ pub enum Tap {
 /// and `choose` if the [`Want`] asks for them, then `finish`. A step may run at once or be recorded
 /// and run later, at `take` at the latest. `model.rs` is the only caller that needs to know the
 /// order.
-pub trait Backend: Send {
+///
+/// It may go from thread to thread, except in a browser, where WebGPU's objects stay where they were
+/// made.
+pub trait Backend: wgpu::WasmNotSend {
     /// The device and the variants in use, for people.
     fn device(&self) -> &DeviceInfo;
     /// Most tokens of one pass.
@@ -370,6 +373,9 @@ pub struct LoadOptions {
     pub head: HeadChoice,
     /// How ternary matrices lie in memory; only the CPU has a choice.
     pub packing: Packing,
+    /// Most rows of logits of one pass on a GPU, at most 64. 1 is enough for text without drafts, and saves
+    /// the kernels of more, which take time to compile.
+    pub max_logit_rows: usize,
     /// Whether packed weights are kept in a file for the next load; only the CPU backend does.
     pub keep_packed: KeepPacked,
     /// Whether kernels are chosen by measuring them; only GPUs have a choice.
@@ -385,10 +391,10 @@ pub enum Sparse {
     /// No.
     #[default]
     Off,
-    /// For models with relu², whose MLPs are mostly 0: `down_proj` is kept by columns too, a quarter of
-    /// a byte more for each of its weights, and a decode step whose inputs of a layer are mostly 0
-    /// reads the columns of the others alone. On levels where that is known to be faster: AVX2 and
-    /// AVX-512.
+    /// For models with relu², whose MLPs are mostly 0: `down_proj` is kept by columns and `up_proj` by
+    /// rows too, a quarter of a byte more for each of their weights. A decode step of a layer whose gates
+    /// are mostly closed reads the rows of the others alone, and one whose inputs of `down_proj` are
+    /// mostly 0 the columns of the others. On levels where that is known to be faster: AVX2 and AVX-512.
     Auto,
 }
 
@@ -466,6 +472,7 @@ impl Default for LoadOptions {
             context: None,
             kv: None,
             max_batch: 512,
+            max_logit_rows: 64,
             threads: None,
             int8_activations: false,
             head: HeadChoice::default(),

@@ -1,15 +1,15 @@
 //! The tensors of a GGUF file as a model's weights.
 
-use super::{Check, Checkpoint, OpenOptions, rotation::Rotations};
+use super::{Checkpoint, OpenOptions, Read, rotation::Rotations};
 use crate::config::{Activations, File, ModelConfig, WeightForm, gguf};
 use crate::error::{Error, Result};
-use crate::format::float::{Float, first_non_finite};
+use crate::format::float::Float;
 use crate::format::ggml::{FloatType, GgmlType, TernaryType, i2s_scale};
 use crate::format::gguf::Metadata;
 use crate::format::{Dtype, ModelFiles, TensorInfo, TensorView, quoted};
 use crate::shape::MatShape;
 use crate::tensor_names::{K_PROJ, LINEARS, Linear, Naming, Q_PROJ};
-use crate::weights::{Codes, Table, TableData, TernaryMatrix, WeightScale};
+use crate::weights::{Table, TableData, TernaryMatrix, WeightScale};
 
 /// Which of its two layouts an I2_S tensor has; the file does not say.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -250,7 +250,7 @@ impl Checkpoint {
     }
 
     /// The embedding table or the LM head.
-    pub(super) fn ggml_table(&self, name: &str, check: Check) -> Result<Table> {
+    pub(super) fn ggml_table(&self, name: &str, read: Read) -> Result<Table> {
         self.check_ggml_table(name)?;
         let shape = MatShape::new(self.config.vocab_size, self.config.hidden_size)?;
         let info = self.info(name, None)?;
@@ -259,10 +259,7 @@ impl Checkpoint {
             (Some(ternary), _) => {
                 TableData::Groups(Box::new(self.reader().ternary(info, shape, ternary)?))
             }
-            (None, Some(float)) => match float.plain() {
-                Some(float) => self.plain_table(info, float, check)?,
-                None => TableData::Codes(self.codes(info, shape, float)?),
-            },
+            (None, Some(float)) => self.float_table(info, float, read)?,
             (None, None) => unreachable!("a type is one or the other"),
         };
         let rotation = match &self.rotations {
@@ -270,53 +267,6 @@ impl Checkpoint {
             None => None,
         };
         Ok(Table::new(shape, data).with_rotation(rotation))
-    }
-
-    /// A quantised table as int8 codes, read in pieces.
-    fn codes(&self, info: &TensorInfo, shape: MatShape, ty: FloatType) -> Result<Codes> {
-        use rayon::prelude::*;
-        let (n, k) = (shape.n(), shape.k());
-        let (group, row_bytes) = match (ty.group(), ty.row_bytes(k)) {
-            (Some(group), Some(row_bytes)) => (group, row_bytes),
-            _ => {
-                return Err(self.value_error(info, "rows of whole blocks", format!("{k} columns")));
-            }
-        };
-        let groups = k / group;
-        let has_min = ty == FloatType::Q4K;
-        let mut codes = vec![0; n * k];
-        let mut scale = vec![0.0; n * groups];
-        let mut min = vec![0.0; if has_min { n * groups } else { 0 }];
-        let rows = super::COPY_BYTES.div_ceil(row_bytes);
-        let pieces = codes.par_chunks_mut(rows * k).zip(scale.par_chunks_mut(rows * groups));
-        let mins = if has_min { rows * groups } else { 0 };
-        let min_pieces: Vec<&mut [f32]> = match mins {
-            0 => (0..n.div_ceil(rows)).map(|_| Default::default()).collect(),
-            len => min.chunks_mut(len).collect(),
-        };
-        pieces.zip(min_pieces).enumerate().try_for_each(|(i, ((codes, scale), min))| {
-            let count = codes.len() / k;
-            let start = i * rows * row_bytes;
-            let bytes = self.files.slice(info, start..start + count * row_bytes)?;
-            let mut unused = vec![0.0; groups];
-            let rows_of = codes.chunks_exact_mut(k).zip(scale.chunks_exact_mut(groups));
-            for (row, ((codes, scale), bytes)) in
-                rows_of.zip(bytes.chunks_exact(row_bytes)).enumerate()
-            {
-                let min = match has_min {
-                    true => &mut min[row * groups..][..groups],
-                    false => &mut unused[..],
-                };
-                ty.decode_codes(bytes, codes, scale, min);
-                if let Some(g) = first_non_finite(scale).or_else(|| first_non_finite(min)) {
-                    let at =
-                        format!("NaN or infinity at row {}, column {}", i * rows + row, g * group);
-                    return Err(self.value_error(info, "finite scales", at));
-                }
-            }
-            Ok(())
-        })?;
-        Ok(Codes { group, codes, scale, min })
     }
 
     /// Bytes that a matrix takes once it is packed, scales included.

@@ -6,39 +6,38 @@ mod rotation;
 use std::collections::BTreeSet;
 use std::path::Path;
 
-use rayon::prelude::*;
-
 pub use ggml::I2sLayout;
 use rotation::Rotations;
 
 use crate::config::{Architecture, ModelConfig, WeightForm, gguf};
 use crate::error::{Error, Result};
 use crate::format::float::{Float, first_non_finite};
-use crate::format::{Dtype, Elements, ModelFiles, TensorInfo, TensorView, quoted};
+use crate::format::ggml::FloatType;
+use crate::format::{Dtype, ModelFiles, TensorInfo, TensorView, quoted};
 use crate::session::{Identity, IdentityHash};
 use crate::shape::MatShape;
 use crate::tensor_names::{
     ATTN_SUB_NORM, DOWN_PROJ, FFN_SUB_NORM, GATE_PROJ, INPUT_LAYERNORM, K_NORM, K_PROJ, LINEARS,
     Linear, Naming, Norm, O_PROJ, POST_ATTENTION_LAYERNORM, Q_NORM, Q_PROJ, UP_PROJ, V_PROJ, norms,
 };
-use crate::weights::{Input, LayerWeights, Stamp, Table, TableData, TernaryMatrix, WeightSource};
+use crate::weights::{
+    Input, LayerWeights, Stamp, StoredRows, Table, TableData, TernaryMatrix, WeightSource,
+};
 
 const CONFIG: &str = "config.json";
 
 /// What divides each rotary frequency, in GGUF files of Llama 3.1 and later.
 const ROPE_FACTORS: &str = "rope_freqs.weight";
 
-/// Bytes of a large tensor that are mapped at a time while it is checked or copied: the pages of the file
-/// never stand in memory as a whole.
-const COPY_BYTES: usize = 4 << 20;
-
-/// Whether elements are checked to be finite.
+/// How a table is going to be read.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Check {
-    /// Now.
-    Now,
-    /// When this file was read before.
-    Before,
+enum Read {
+    /// Again and again.
+    Often,
+    /// Again and again; it was checked to be finite when the file was read before.
+    CheckedBefore,
+    /// Row by row, once: it may stay in its file.
+    Once,
 }
 
 /// Bytes at each end of a tensor that tell a model from others.
@@ -488,84 +487,39 @@ impl Checkpoint {
         }
     }
 
-    /// A table in the file's precision: see [`Checkpoint::elements`].
-    fn table(&self, name: &str, check: Check) -> Result<Table> {
+    /// A table in the file's precision: see [`Checkpoint::float_table`].
+    fn table(&self, name: &str, read: Read) -> Result<Table> {
         let shape = MatShape::new(self.config.vocab_size, self.config.hidden_size)?;
         if let WeightForm::Mlx { bits, group } = self.config.weight_form {
             let matrix = self.mlx_matrix(shape, name, bits, group)?;
             return Ok(Table::new(shape, TableData::Groups(Box::new(matrix))));
         }
         if self.is_ggml() {
-            return self.ggml_table(name, check);
+            return self.ggml_table(name, read);
         }
         let (info, float) = self.float_info(name, &[shape.n(), shape.k()], None)?;
-        Ok(Table::new(shape, self.plain_table(info, float, check)?))
+        Ok(Table::new(shape, self.float_table(info, float.into(), read)?))
     }
 
-    /// A table of floats as they are.
-    fn plain_table(&self, info: &TensorInfo, float: Float, check: Check) -> Result<TableData> {
-        Ok(match float {
-            Float::Bf16 => {
-                TableData::Bf16(
-                    self.elements(info, check, u16::from_le_bytes, |bits| bits & 0x7f80 != 0x7f80)?,
-                )
-            }
-            Float::F16 => {
-                TableData::F16(
-                    self.elements(info, check, u16::from_le_bytes, |bits| bits & 0x7c00 != 0x7c00)?,
-                )
-            }
-            Float::F32 => {
-                TableData::F32(self.elements(info, check, f32::from_le_bytes, f32::is_finite)?)
-            }
-        })
-    }
-
-    /// Elements as the file has them, in the mapped file if they can be read there, else copied. All are
-    /// read once, to be checked, unless that was done before and nothing else reads them.
-    fn elements<T: bytemuck::Pod + Send + Sync, const SIZE: usize>(
-        &self,
-        info: &TensorInfo,
-        check: Check,
-        from_le_bytes: impl Fn([u8; SIZE]) -> T + Sync,
-        is_finite: impl Fn(T) -> bool + Sync,
-    ) -> Result<Elements<T>> {
-        // The header has been checked against the file, so that this is no more than the file.
-        let len_bytes = info.len_bytes as usize;
-        let check_piece = |start: usize, bytes: &[u8]| {
-            let elements = bytes.as_chunks().0.iter().map(|&bytes| from_le_bytes(bytes));
-            // No early exit: the loop vectorises, and the answer is nearly always "all".
-            if elements.clone().fold(true, |finite, element| finite & is_finite(element)) {
-                return Ok(());
-            }
-            let before = elements.take_while(|&element| is_finite(element)).count();
-            let (at, k) = (start / SIZE + before, self.config.hidden_size);
-            let found = format!("NaN or infinity at row {}, column {}", at / k, at % k);
-            Err(self.value_error(info, "finite elements", found))
-        };
-        let bytes = self.files.slice(info, 0..len_bytes)?;
-        let in_place = Elements::in_place(&bytes).filter(|_| cfg!(target_endian = "little"));
-        if let Some(elements) = in_place {
-            if check == Check::Before {
-                return Ok(elements);
-            }
-            (0..len_bytes.div_ceil(COPY_BYTES)).into_par_iter().try_for_each(|i| {
-                let start = i * COPY_BYTES;
-                let end = len_bytes.min(start + COPY_BYTES);
-                check_piece(start, &self.files.slice(info, start..end)?)
-            })?;
-            return Ok(elements);
+    /// A float table: in its mapped file if it can be read there, else copied. All elements are read once,
+    /// to be checked, unless that was done before and nothing else reads them.
+    fn float_table(&self, info: &TensorInfo, ty: FloatType, read: Read) -> Result<TableData> {
+        let shape = MatShape::new(self.config.vocab_size, self.config.hidden_size)?;
+        let tensor = self.files.stored(info);
+        let is_in_place = tensor.is_in_place();
+        let rows = StoredRows::new(tensor, shape, ty)?;
+        if read == Read::Once && !is_in_place {
+            return Ok(TableData::Stored(rows));
         }
-        let mut elements = vec![T::zeroed(); len_bytes / SIZE];
-        elements.par_chunks_mut(COPY_BYTES / SIZE).enumerate().try_for_each(|(i, piece)| {
-            let start = i * COPY_BYTES;
-            let bytes = self.files.slice(info, start..start + piece.len() * SIZE)?;
-            for (element, &bytes) in piece.iter_mut().zip(bytes.as_chunks().0) {
-                *element = from_le_bytes(bytes);
+        match rows.in_place()? {
+            Some(data) => {
+                if read != Read::CheckedBefore {
+                    rows.check()?;
+                }
+                Ok(data)
             }
-            check_piece(start, &bytes)
-        })?;
-        Ok(elements.into())
+            None => rows.read(0..shape.n()),
+        }
     }
 
     fn matrix(&self, layer: usize, linear: &Linear) -> Result<TernaryMatrix> {
@@ -646,25 +600,36 @@ impl WeightSource for Checkpoint {
     }
 
     fn embedding(&self) -> Result<Table> {
-        self.table(self.naming().embedding(), Check::Now)
+        self.table(self.naming().embedding(), Read::Often)
     }
 
     fn lm_head(&self) -> Result<Option<Table>> {
         if self.config.tie_word_embeddings {
             return Ok(None);
         }
-        self.table(self.naming().lm_head(), Check::Now).map(Some)
+        self.table(self.naming().lm_head(), Read::Often).map(Some)
     }
 
     fn checked_embedding(&self) -> Result<Table> {
-        self.table(self.naming().embedding(), Check::Before)
+        self.table(self.naming().embedding(), Read::CheckedBefore)
     }
 
     fn checked_lm_head(&self) -> Result<Option<Table>> {
         if self.config.tie_word_embeddings {
             return Ok(None);
         }
-        self.table(self.naming().lm_head(), Check::Before).map(Some)
+        self.table(self.naming().lm_head(), Read::CheckedBefore).map(Some)
+    }
+
+    fn stored_embedding(&self) -> Result<Table> {
+        self.table(self.naming().embedding(), Read::Once)
+    }
+
+    fn stored_lm_head(&self) -> Result<Option<Table>> {
+        if self.config.tie_word_embeddings {
+            return Ok(None);
+        }
+        self.table(self.naming().lm_head(), Read::Once).map(Some)
     }
 
     fn stamp(&self) -> Result<Option<Stamp>> {

@@ -165,9 +165,10 @@ struct LoadArguments {
 
     /// Whether a CPU leaves out weights whose inputs are 0, for models with relu² (BitNet)
     ///
-    /// "auto" keeps down_proj a second time, by columns, and reads only those whose input is not 0
-    /// wherever that is faster: the same text, sooner, for a sixth more memory or so. "sterna inspect
-    /// --sparsity" says how much of a model is 0. Other models and devices take no notice.
+    /// "auto" keeps down_proj a second time by columns and up_proj by rows, and reads only those whose
+    /// input is not 0, or whose gate is open, wherever that is faster: the same text, sooner, for a third
+    /// more memory or so. "sterna inspect --sparsity" says how much of a model is 0. Other models and
+    /// devices take no notice.
     #[arg(long, value_enum, value_name = "WHEN", default_value = "off")]
     sparse: SparseChoice,
 
@@ -368,6 +369,7 @@ impl LoadArguments {
             keep_packed,
             tune,
             sparse,
+            ..LoadOptions::default()
         }
     }
 }

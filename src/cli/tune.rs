@@ -61,8 +61,8 @@ pub(super) struct Arguments {
     /// rotated_bytes, copy_gb_s, dispatch_us, seconds, kept, not_kept, and shapes: of each step (qkv,
     /// o, gate_up, down) n, k, candidates and the winner. A candidate has variant, slices, rows, unroll, fused, us,
     /// gb_s, share, exact and refused. gemms has kernel, m, n, k, candidates and the winner of the
-    /// tiles of prompts; a candidate has rows, tokens, us, gop_s, exact and refused. What was not
-    /// reached in time is null.
+    /// tiles of prompts; a candidate has rows, tokens, cooperative (size and subgroup, or null), us,
+    /// gop_s, exact and refused. What was not reached in time is null.
     #[arg(long)]
     json: bool,
 }

@@ -299,6 +299,7 @@ impl Encoder {
                     self.check(name, matrix, summary)?;
                     self.ty
                 }
+                TableData::Stored(_) => unreachable!("not of `embedding` and `lm_head`"),
             };
             Ok(plan(name, ty, &[table.shape().n(), table.shape().k()]))
         };

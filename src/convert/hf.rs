@@ -297,6 +297,7 @@ fn plan(source: &dyn WeightSource) -> Result<Vec<Planned>> {
             TableData::Codes(_) | TableData::Groups(_) => {
                 return Err(refused("its embedding table is quantised"));
             }
+            TableData::Stored(_) => unreachable!("not of `embedding` and `lm_head`"),
         };
         let shape = vec![table.shape().n(), table.shape().k()];
         Ok(Planned { name: name.to_owned(), dtype, shape })
@@ -365,6 +366,7 @@ pub(super) fn write_table<W: Write>(out: &mut Out<'_, W>, table: &Table) -> Resu
         TableData::Codes(_) | TableData::Groups(_) => {
             Err(refused("its embedding table is quantised"))
         }
+        TableData::Stored(_) => unreachable!("not of `embedding` and `lm_head`"),
     }
 }
 

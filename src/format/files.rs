@@ -7,11 +7,13 @@ use std::fs::File;
 use std::io::{self, Read};
 use std::ops::Range;
 use std::path::{Component, Path, PathBuf};
+use std::sync::Arc;
 
 use serde::Deserialize;
 
 use super::ggml::{self, GgmlType};
 use super::gguf::{self, Metadata};
+use super::reader::{ReadAt, Reader};
 use super::safetensors::{self, LENGTH_BYTES, UniqueMap};
 use super::{Bytes, Dtype, TensorInfo, TensorView, quoted, shortened};
 use crate::error::{Error, Result};
@@ -22,15 +24,19 @@ const INDEX: &str = "model.safetensors.index.json";
 /// The longest side file (configuration, tokenizer, index) that is read into memory.
 const MAX_FILE_BYTES: u64 = 1 << 28;
 
-/// The files of a checkpoint: a directory, a GGUF file, or parts of the program.
+/// Bytes of a GGUF file that is not mapped which are read to find out how long its header is: that of a
+/// model without a vocabulary is shorter.
+const FIRST_HEADER_BYTES: u64 = 1 << 18;
+
+/// The files of a checkpoint: a directory, a GGUF file, parts of the program, or whatever can be read.
 ///
-/// Opening reads and checks the headers only. A tensor's bytes are mapped when it is asked for and
-/// leave memory when its view is dropped.
+/// Opening reads and checks the headers only. A tensor's bytes are mapped (or read) when it is asked
+/// for and leave memory when its view is dropped.
 #[derive(Debug)]
 pub struct ModelFiles {
     label: String,
     source: Source,
-    shards: Vec<Shard>,
+    shards: Vec<Arc<Shard>>,
     tensors: BTreeMap<String, TensorInfo>,
     metadata: Option<Metadata>,
 }
@@ -42,6 +48,8 @@ enum Source {
     GgufOnly(PathBuf),
     /// Whole files by name.
     Memory(Vec<(String, Bytes)>),
+    /// Files by name, in pieces.
+    Readers(Vec<(String, Reader)>),
 }
 
 /// One safetensors or GGUF file.
@@ -56,6 +64,7 @@ struct Shard {
 enum ShardData {
     File { path: PathBuf, file: File },
     Memory(Bytes),
+    Reader(Reader),
 }
 
 /// `model.safetensors.index.json`; `metadata` is of no use here.
@@ -116,6 +125,19 @@ impl ModelFiles {
         Self::load(label.to_owned(), Source::Memory(files.into_iter().map(owned).collect()))
     }
 
+    /// The same for files `(name, reader)` that are read in pieces: no more of them stands in memory than
+    /// who loads a model needs at a time.
+    ///
+    /// # Errors
+    /// As [`ModelFiles::open`].
+    pub fn from_readers(
+        label: &str,
+        files: impl IntoIterator<Item = (String, Arc<dyn ReadAt>)>,
+    ) -> Result<Self> {
+        let files = files.into_iter().map(|(name, reader)| (name, Reader(reader)));
+        Self::load(label.to_owned(), Source::Readers(files.collect()))
+    }
+
     fn empty(label: String, source: Source) -> Self {
         Self { label, source, shards: Vec::new(), tensors: BTreeMap::new(), metadata: None }
     }
@@ -162,6 +184,7 @@ impl ModelFiles {
     fn names(&self) -> Result<Vec<OsString>> {
         match &self.source {
             Source::Memory(files) => Ok(files.iter().map(|(name, _)| name.into()).collect()),
+            Source::Readers(files) => Ok(files.iter().map(|(name, _)| name.into()).collect()),
             Source::Directory(directory) | Source::GgufOnly(directory) => {
                 let names = std::fs::read_dir(directory)
                     .and_then(|entries| entries.map(|entry| Ok(entry?.file_name())).collect());
@@ -265,10 +288,17 @@ impl ModelFiles {
             source: io::ErrorKind::NotFound.into(),
         })?;
         let file_len = shard.len()?;
-        // How long the header is shows only in reading it; pages that are not read cost nothing.
-        let start = shard.slice(0, file_len.min(gguf::MAX_HEADER_BYTES) as usize)?;
-        let header = gguf::parse(&shard.label, &start, file_len, self.shards.len())?;
-        Ok((shard, header))
+        // How long the header is shows only in reading it. Pages that are not read cost nothing, bytes
+        // of a reader do.
+        let most = file_len.min(gguf::MAX_HEADER_BYTES);
+        let mut len = if shard.is_in_place() { most } else { most.min(FIRST_HEADER_BYTES) };
+        loop {
+            let start = shard.slice(0, len as usize)?;
+            if let Some(header) = gguf::parse(&shard.label, &start, file_len, self.shards.len())? {
+                return Ok((shard, header));
+            }
+            len = (4 * len).min(most);
+        }
     }
 
     fn add(&mut self, shard: Shard, tensors: Vec<TensorInfo>) -> Result<()> {
@@ -286,7 +316,7 @@ impl ModelFiles {
                 }
             }
         }
-        self.shards.push(shard);
+        self.shards.push(Arc::new(shard));
         Ok(())
     }
 
@@ -294,8 +324,12 @@ impl ModelFiles {
         let name = name.as_ref();
         let label = self.join(name);
         let data = match &self.source {
-            Source::Memory(files) => match in_memory(files, name) {
+            Source::Memory(files) => match named(files, name) {
                 Some(bytes) => ShardData::Memory(bytes.clone()),
+                None => return Ok(None),
+            },
+            Source::Readers(files) => match named(files, name) {
+                Some(reader) => ShardData::Reader(reader.clone()),
                 None => return Ok(None),
             },
             Source::Directory(directory) | Source::GgufOnly(directory) => {
@@ -316,7 +350,10 @@ impl ModelFiles {
     /// If it cannot be read or is larger than 256 MiB.
     pub fn file(&self, name: &str) -> Result<Option<Bytes>> {
         let directory = match &self.source {
-            Source::Memory(files) => return Ok(in_memory(files, Path::new(name)).cloned()),
+            Source::Memory(files) => return Ok(named(files, Path::new(name)).cloned()),
+            Source::Readers(files) => {
+                return named(files, Path::new(name)).map(|file| self.read(name, file)).transpose();
+            }
             Source::GgufOnly(_) => return Ok(None),
             Source::Directory(directory) => directory,
         };
@@ -333,7 +370,16 @@ impl ModelFiles {
         }
     }
 
-    /// The directory or GGUF file, or the label of files in memory: for messages.
+    /// The whole of a side file.
+    fn read(&self, name: &str, file: &Reader) -> Result<Bytes> {
+        let bytes = file.len().and_then(|len| match len {
+            0..=MAX_FILE_BYTES => file.read(0, len as usize),
+            _ => Err(io::ErrorKind::FileTooLarge.into()),
+        });
+        bytes.map_err(|source| Error::Io { path: self.join(name).into(), source })
+    }
+
+    /// The directory or GGUF file, or the label of files that are elsewhere: for messages.
     pub fn label(&self) -> &str {
         &self.label
     }
@@ -342,7 +388,7 @@ impl ModelFiles {
     pub fn join(&self, name: impl AsRef<Path>) -> String {
         let directory = match &self.source {
             Source::GgufOnly(directory) => directory,
-            Source::Directory(_) | Source::Memory(_) => Path::new(&self.label),
+            Source::Directory(_) | Source::Memory(_) | Source::Readers(_) => Path::new(&self.label),
         };
         directory.join(name).display().to_string()
     }
@@ -373,10 +419,10 @@ impl ModelFiles {
         self.shards.get(info.shard).map_or(&self.label, |shard| &shard.label)
     }
 
-    /// A tensor, mapped; `None` if there is none of that name.
+    /// A tensor, mapped or read; `None` if there is none of that name.
     ///
     /// # Errors
-    /// If its type is not a [`Dtype`], or its bytes cannot be mapped.
+    /// If its type is not a [`Dtype`], or its bytes cannot be had.
     pub fn tensor(&self, name: &str) -> Result<Option<TensorView>> {
         let Some(info) = self.info(name) else {
             return Ok(None);
@@ -421,7 +467,7 @@ impl ModelFiles {
     }
 
     /// What changes when the files do: length and time of last change of each file of tensors. `None` for
-    /// files in memory.
+    /// files in memory and readers.
     ///
     /// # Errors
     /// [`Error::Io`] if the system does not tell.
@@ -438,10 +484,18 @@ impl ModelFiles {
         Ok(Some(stamp))
     }
 
-    /// Part of a tensor's bytes, mapped: for reading a large one piece by piece.
+    /// A tensor by itself, to be read when it is needed.
+    ///
+    /// # Panics
+    /// If `info` is of another set of files.
+    pub fn stored(&self, info: &TensorInfo) -> StoredTensor {
+        StoredTensor { shard: self.shards[info.shard].clone(), info: info.clone() }
+    }
+
+    /// Part of a tensor's bytes, mapped or read: for reading a large one piece by piece.
     ///
     /// # Errors
-    /// If they cannot be mapped.
+    /// If they cannot be mapped or read.
     ///
     /// # Panics
     /// If the range is not inside the tensor, or `info` is of another set of files.
@@ -451,10 +505,52 @@ impl ModelFiles {
     }
 }
 
+/// A tensor in its file.
+#[derive(Debug, Clone)]
+pub struct StoredTensor {
+    shard: Arc<Shard>,
+    info: TensorInfo,
+}
+
+impl StoredTensor {
+    /// What the header says of it.
+    pub fn info(&self) -> &TensorInfo {
+        &self.info
+    }
+
+    /// The file (or shard) it is in, for messages.
+    pub fn file(&self) -> &str {
+        &self.shard.label
+    }
+
+    /// Whether its bytes are mapped or in memory, so that all of them may be asked for at once, and by
+    /// several threads.
+    pub fn is_in_place(&self) -> bool {
+        self.shard.is_in_place()
+    }
+
+    /// Part of its bytes, mapped or read.
+    ///
+    /// # Errors
+    /// If they cannot be mapped or read.
+    ///
+    /// # Panics
+    /// If the range is not inside the tensor.
+    pub fn slice(&self, range: Range<usize>) -> Result<Bytes> {
+        assert!(range.start <= range.end && range.end as u64 <= self.info.len_bytes);
+        self.shard.slice(self.info.offset + range.start as u64, range.len())
+    }
+}
+
 impl Shard {
+    fn is_in_place(&self) -> bool {
+        !matches!(self.data, ShardData::Reader(_))
+    }
+
     fn len(&self) -> Result<u64> {
         match &self.data {
             ShardData::Memory(bytes) => Ok(bytes.len() as u64),
+            ShardData::Reader(reader) => reader.len().map_err(|source| self.io_error(source)),
             ShardData::File { path, file } => match file.metadata() {
                 Ok(metadata) => Ok(metadata.len()),
                 Err(source) => Err(Error::Io { path: path.clone(), source }),
@@ -469,7 +565,14 @@ impl Shard {
             ShardData::Memory(bytes) => Ok(bytes.part(offset as usize, len)),
             ShardData::File { path, file } => Bytes::map(file, offset, len)
                 .map_err(|source| Error::Io { path: path.clone(), source }),
+            ShardData::Reader(reader) => {
+                reader.read(offset, len).map_err(|source| self.io_error(source))
+            }
         }
+    }
+
+    fn io_error(&self, source: io::Error) -> Error {
+        Error::Io { path: self.label.clone().into(), source }
     }
 }
 
@@ -532,8 +635,8 @@ impl<'a> SplitName<'a> {
     }
 }
 
-fn in_memory<'a>(files: &'a [(String, Bytes)], name: &Path) -> Option<&'a Bytes> {
-    files.iter().find(|(file, _)| Path::new(file) == name).map(|(_, bytes)| bytes)
+fn named<'a, T>(files: &'a [(String, T)], name: &Path) -> Option<&'a T> {
+    files.iter().find(|(file, _)| Path::new(file) == name).map(|(_, file)| file)
 }
 
 fn has_gguf_extension(path: &Path) -> bool {

@@ -6,13 +6,15 @@ pub mod float;
 pub mod ggml;
 pub mod gguf;
 mod mapped;
+mod reader;
 mod safetensors;
 
 use std::ops::Range;
 use std::sync::Arc;
 
 pub use elements::Elements;
-pub use files::ModelFiles;
+pub use files::{ModelFiles, StoredTensor};
+pub use reader::ReadAt;
 
 /// Element types that checkpoints in scope use.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -64,9 +66,9 @@ pub enum Bytes {
     /// A mapped range of a file.
     Mapped(Arc<memmap2::Mmap>),
     /// Read into memory.
-    Owned(Arc<[u8]>),
+    Owned(Arc<Vec<u8>>),
     /// A range of a file that is in memory.
-    Part(Arc<[u8]>, Range<usize>),
+    Part(Arc<Vec<u8>>, Range<usize>),
     /// Part of the program.
     Static(&'static [u8]),
 }

@@ -6,8 +6,9 @@ use cpu_ref::head_int8::{MAX_K, quantize_row};
 use cpu_ref::layout::{TILE_ROWS, int8_rows};
 use rayon::prelude::*;
 
-use super::{Table, TableData};
+use super::{Rows, Table, TableData};
 use crate::error::Result;
+use crate::format::float::Float;
 
 /// Smallest normal f16: a GPU may read smaller ones as 0.
 const LEAST_F16: f32 = 6.103_515_6e-5;
@@ -28,6 +29,10 @@ impl<'a> Int8Rows<'a> {
             TableData::Bf16(_) | TableData::F32(_) => 0.0,
             TableData::F16(_) => LEAST_F16,
             TableData::Codes(_) | TableData::Groups(_) => return None,
+            TableData::Stored(rows) => match rows.ty().plain()? {
+                Float::Bf16 | Float::F32 => 0.0,
+                Float::F16 => LEAST_F16,
+            },
         };
         (table.shape().k() <= MAX_K).then_some(Self { table, least_normal })
     }
@@ -45,33 +50,36 @@ impl<'a> Int8Rows<'a> {
     /// The words of some tiles, packed in parallel.
     ///
     /// # Errors
-    /// None of a float table: those of [`Table::row`].
+    /// None of a float table that is in memory: those of [`Table::rows`].
     ///
     /// # Panics
     /// If the tiles are not inside the table.
     pub fn pack(self, tiles: Range<usize>) -> Result<Vec<u32>> {
         assert!(tiles.end <= self.tiles());
-        /// Tiles whose rows of a mapped table stand in memory at a time.
-        const BLOCK: usize = 128;
+        /// Tiles whose rows of a mapped or stored table stand in memory at a time.
+        const BLOCK: usize = 64;
         let mut words = vec![0; tiles.len() * self.tile_words()];
         for (block, words) in words.chunks_mut(BLOCK * self.tile_words()).enumerate() {
             let first = tiles.start + block * BLOCK;
+            let last = first + words.len() / self.tile_words();
+            let n = self.table.shape().n();
+            let rows = self.table.rows(first * TILE_ROWS..n.min(last * TILE_ROWS))?;
             words
                 .par_chunks_exact_mut(self.tile_words())
                 .enumerate()
-                .try_for_each(|(tile, words)| self.pack_tile(first + tile, words))?;
+                .try_for_each(|(tile, words)| self.pack_tile(&rows, first + tile, words))?;
             self.table.release();
         }
         Ok(words)
     }
 
-    fn pack_tile(self, tile: usize, words: &mut [u32]) -> Result<()> {
+    fn pack_tile(self, rows: &Rows<'_>, tile: usize, words: &mut [u32]) -> Result<()> {
         let (n, k) = (self.table.shape().n(), self.table.shape().k());
         let chunks = int8_rows::chunks(k);
         let mut w = vec![0.0; k];
         let mut codes = vec![0; chunks * int8_rows::CHUNK_K];
         for lane in 0..TILE_ROWS.min(n - tile * TILE_ROWS) {
-            self.table.row(tile * TILE_ROWS + lane, &mut w)?;
+            rows.row(tile * TILE_ROWS + lane, &mut w)?;
             let row = quantize_row(&w, self.least_normal, &mut codes[..k]);
             for (chunk, codes) in codes.chunks_exact(int8_rows::CHUNK_K).enumerate() {
                 let piece = &mut words[int8_rows::piece_index(chunks, lane, chunk)..][..4];

@@ -2,6 +2,7 @@
 
 mod int8_rows;
 mod packed;
+mod stored;
 mod table;
 mod ternary;
 
@@ -10,7 +11,8 @@ use std::sync::Arc;
 pub use crate::checkpoint::{Checkpoint, MemorySummary};
 pub use int8_rows::Int8Rows;
 pub use packed::{PackedRun, RunScales, is_binary};
-pub use table::{Codes, Table, TableData};
+pub use stored::StoredRows;
+pub use table::{Codes, Rows, Table, TableData};
 pub use ternary::{Alphabet, TernaryMatrix, WeightScale};
 
 use crate::config::ModelConfig;
@@ -157,6 +159,21 @@ pub trait WeightSource {
     /// # Errors
     /// As [`WeightSource::lm_head`].
     fn checked_lm_head(&self) -> Result<Option<Table>> {
+        self.lm_head()
+    }
+    /// [`WeightSource::embedding`] for who goes through it once: its rows may still be in their file
+    /// ([`TableData::Stored`]).
+    ///
+    /// # Errors
+    /// As [`WeightSource::embedding`].
+    fn stored_embedding(&self) -> Result<Table> {
+        self.embedding()
+    }
+    /// The same for [`WeightSource::lm_head`].
+    ///
+    /// # Errors
+    /// As [`WeightSource::lm_head`].
+    fn stored_lm_head(&self) -> Result<Option<Table>> {
         self.lm_head()
     }
     /// What tells whether the source's files are still the same; `None` if it is not made of files.

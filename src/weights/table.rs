@@ -1,8 +1,9 @@
 //! The embedding table and the LM head.
 
+use std::ops::Range;
 use std::sync::Arc;
 
-use super::{Rotation, TernaryMatrix, WeightScale};
+use super::{Rotation, StoredRows, TernaryMatrix, WeightScale};
 use crate::error::Result;
 use crate::format::Elements;
 use crate::format::float::{bf16_to_f32, f16_to_f32};
@@ -29,6 +30,44 @@ pub enum TableData {
     Codes(Codes),
     /// Binary or ternary with a scale for each group.
     Groups(Box<TernaryMatrix>),
+    /// One of the others but the last, still in its file: only of
+    /// [`WeightSource::stored_embedding`](super::WeightSource::stored_embedding) and its like.
+    Stored(StoredRows),
+}
+
+/// Some rows of a [`Table`], in memory.
+pub struct Rows<'a> {
+    data: RowsData<'a>,
+    shape: MatShape,
+    /// The row of the table that the first of `data` is.
+    first: usize,
+}
+
+enum RowsData<'a> {
+    OfTable(&'a TableData),
+    Read(TableData),
+}
+
+impl Rows<'_> {
+    /// The elements, those of other rows too perhaps, and the row of the table that is their first.
+    pub fn data(&self) -> (&TableData, usize) {
+        match &self.data {
+            RowsData::OfTable(data) => (data, 0),
+            RowsData::Read(data) => (data, self.first),
+        }
+    }
+
+    /// Row `n` of the table: see [`Table::row`].
+    ///
+    /// # Errors
+    /// As [`Table::row`].
+    ///
+    /// # Panics
+    /// If it is not among these rows.
+    pub fn row(&self, n: usize, out: &mut [f32]) -> Result<()> {
+        let (data, first) = self.data();
+        row(data, self.shape.k(), n - first, out)
+    }
 }
 
 /// `value[n, k] = scale[n, g]·codes[n, k] + min[n, g]`, `g = k / group`.
@@ -62,6 +101,7 @@ impl Table {
                 assert_eq!(matrix.shape(), shape);
                 assert!(matches!(matrix.scale(), WeightScale::Groups { .. }));
             }
+            TableData::Stored(rows) => assert_eq!(rows.shape(), shape),
         }
         Self { shape, data, rotation: None }
     }
@@ -91,6 +131,7 @@ impl Table {
             TableData::Groups(matrix) => {
                 self.shape.len() / 4 + 2 * matrix.groups() * self.shape.n()
             }
+            TableData::Stored(rows) => return rows.len_bytes(),
         }) as u64
     }
 
@@ -109,7 +150,7 @@ impl Table {
         match &mut self.data {
             TableData::Bf16(bits) | TableData::F16(bits) => bits.take_into_memory(),
             TableData::F32(values) => values.take_into_memory(),
-            TableData::Codes(_) | TableData::Groups(_) => {}
+            TableData::Codes(_) | TableData::Groups(_) | TableData::Stored(_) => {}
         }
     }
 
@@ -118,7 +159,7 @@ impl Table {
         match &self.data {
             TableData::Bf16(bits) | TableData::F16(bits) => bits.release(),
             TableData::F32(values) => values.release(),
-            TableData::Codes(_) | TableData::Groups(_) => {}
+            TableData::Codes(_) | TableData::Groups(_) | TableData::Stored(_) => {}
         }
     }
 
@@ -136,42 +177,64 @@ impl Table {
     /// # Panics
     /// If `n` is not below N or `out` is not K long.
     pub fn row(&self, n: usize, out: &mut [f32]) -> Result<()> {
-        let k = self.shape.k();
-        assert!(n < self.shape.n() && out.len() == k);
-        let range = n * k..(n + 1) * k;
-        match &self.data {
-            TableData::Bf16(bits) => {
-                out.iter_mut().zip(&bits[range]).for_each(|(out, &bits)| *out = bf16_to_f32(bits));
-            }
-            TableData::F16(bits) => {
-                out.iter_mut().zip(&bits[range]).for_each(|(out, &bits)| *out = f16_to_f32(bits));
-            }
-            TableData::F32(values) => out.copy_from_slice(&values[range]),
-            TableData::Codes(Codes { group, codes, scale, min }) => {
-                let groups = codes[range].chunks_exact(*group).zip(out.chunks_exact_mut(*group));
-                for (g, (codes, out)) in (n * k / group..).zip(groups) {
-                    let min = min.get(g).copied().unwrap_or(0.0);
-                    for (out, &code) in out.iter_mut().zip(codes) {
-                        *out = scale[g] * f32::from(code) + min;
-                    }
-                }
-            }
-            TableData::Groups(matrix) => {
-                let mut trits = vec![0; k];
-                let mut scales = vec![0; matrix.groups()];
-                matrix.row_with_scales(n, &mut trits, &mut scales)?;
-                let group = k / scales.len();
-                let groups = trits.chunks_exact(group).zip(out.chunks_exact_mut(group));
-                for ((trits, out), &scale) in groups.zip(&scales) {
-                    let scale = f16_to_f32(scale);
-                    for (out, &trit) in out.iter_mut().zip(trits) {
-                        *out = scale * f32::from(trit);
-                    }
+        assert!(n < self.shape.n());
+        self.rows(n..n + 1)?.row(n, out)
+    }
+
+    /// Some rows, read if they are still in their file.
+    ///
+    /// # Errors
+    /// If they cannot be read, or hold NaN or infinity.
+    ///
+    /// # Panics
+    /// If they are not inside the table.
+    pub fn rows(&self, rows: Range<usize>) -> Result<Rows<'_>> {
+        assert!(rows.start <= rows.end && rows.end <= self.shape.n());
+        let (data, first) = match &self.data {
+            TableData::Stored(stored) => (RowsData::Read(stored.read(rows.clone())?), rows.start),
+            data => (RowsData::OfTable(data), 0),
+        };
+        Ok(Rows { data, shape: self.shape, first })
+    }
+}
+
+/// Row `n` of elements `[N, K]` as f32.
+fn row(data: &TableData, k: usize, n: usize, out: &mut [f32]) -> Result<()> {
+    assert_eq!(out.len(), k);
+    let range = n * k..(n + 1) * k;
+    match data {
+        TableData::Bf16(bits) => {
+            out.iter_mut().zip(&bits[range]).for_each(|(out, &bits)| *out = bf16_to_f32(bits));
+        }
+        TableData::F16(bits) => {
+            out.iter_mut().zip(&bits[range]).for_each(|(out, &bits)| *out = f16_to_f32(bits));
+        }
+        TableData::F32(values) => out.copy_from_slice(&values[range]),
+        TableData::Codes(Codes { group, codes, scale, min }) => {
+            let groups = codes[range].chunks_exact(*group).zip(out.chunks_exact_mut(*group));
+            for (g, (codes, out)) in (n * k / group..).zip(groups) {
+                let min = min.get(g).copied().unwrap_or(0.0);
+                for (out, &code) in out.iter_mut().zip(codes) {
+                    *out = scale[g] * f32::from(code) + min;
                 }
             }
         }
-        Ok(())
+        TableData::Groups(matrix) => {
+            let mut trits = vec![0; k];
+            let mut scales = vec![0; matrix.groups()];
+            matrix.row_with_scales(n, &mut trits, &mut scales)?;
+            let group = k / scales.len();
+            let groups = trits.chunks_exact(group).zip(out.chunks_exact_mut(group));
+            for ((trits, out), &scale) in groups.zip(&scales) {
+                let scale = f16_to_f32(scale);
+                for (out, &trit) in out.iter_mut().zip(trits) {
+                    *out = scale * f32::from(trit);
+                }
+            }
+        }
+        TableData::Stored(_) => unreachable!("rows have been read"),
     }
+    Ok(())
 }
 
 #[cfg(test)]

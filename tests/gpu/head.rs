@@ -52,7 +52,10 @@ pub fn cases(capabilities: Capabilities) -> Vec<Case> {
     add("head_rerank::non_finite".into(), Box::new(non_finite));
     add("head_rerank::penalty".into(), Box::new(penalty));
     add("head_rerank::few_candidates".into(), Box::new(few_candidates));
-    add("self_test::head".into(), Box::new(|gpu| self_test::check_head(gpu).map_err(Failed::from)));
+    for rows in [1, 2, LOGIT_ROWS] {
+        let check = move |gpu: &Gpu| self_test::check_head(gpu, rows).map_err(Failed::from);
+        add(format!("self_test::head::{rows}"), Box::new(check));
+    }
     cases
 }
 

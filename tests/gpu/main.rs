@@ -2,7 +2,8 @@
 //!
 //! Every test runs twice: on a device limited to WebGPU's defaults without optional features, and on
 //! one with all that the adapter offers. Without an adapter each test is reported as ignored, by
-//! name; with `STERNA_REQUIRE_GPU=1` that is a failure.
+//! name; with `STERNA_REQUIRE_GPU=1` that is a failure. So are, without a failure, those of cooperative
+//! matrices where the adapter has none.
 
 mod attention;
 #[path = "../common/formats.rs"]
@@ -52,9 +53,16 @@ fn main() -> ExitCode {
         let cases = cases.chain(model::cases(capabilities)).chain(attention::cases(capabilities));
         #[cfg(feature = "measure")]
         let cases = cases.chain(measure::cases(capabilities));
-        trials.extend(cases.map(|(name, case)| {
+        let cooperative =
+            kernels::cooperative_cases().into_iter().chain(model::cooperative_cases());
+        let cooperative = cooperative.filter(|_| capabilities == Capabilities::Adapter);
+        let cases = cases.map(|case| (case, false)).chain(cooperative.map(|case| (case, true)));
+        trials.extend(cases.map(|((name, case), needs_cooperative)| {
             let name = format!("{label}::{name}");
             match &gpu {
+                Ok(gpu) if needs_cooperative && gpu.cooperative().is_none() => {
+                    Trial::test(name, || Ok(())).with_ignored_flag(true)
+                }
                 Ok(gpu) => {
                     let gpu = Arc::clone(gpu);
                     Trial::test(name, move || case(&gpu))

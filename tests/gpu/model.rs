@@ -1,22 +1,27 @@
 //! Whole models on the GPU, judged by the original implementation and by the reference backend.
 
+use std::io;
+use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use cpu_ref::attention::{Cached, Heads};
 use libtest_mimic::Failed;
-use sterna::backend::gpu::{Capabilities, GemvPlan, Gpu, GpuBackend, Variant, WorkDone, self_test};
+use sterna::backend::gpu::{
+    Capabilities, GemvPlan, Gpu, GpuBackend, SumPlans, Variant, WorkDone, self_test,
+};
 use sterna::backend::{
     Backend, Batch, Device, HeadChoice, LoadOptions, Output, Progress, Tap, Tokens, Want,
 };
 use sterna::config::{Activations, ModelConfig};
+use sterna::format::{ModelFiles, ReadAt};
 use sterna::kv_cache::{BLOCK, KvFormat, SequenceId};
-use sterna::layout::Packed;
+use sterna::layout::{Layout, Packed};
 use sterna::random::Random;
 use sterna::sampler::{Sampler, Sampling};
 use sterna::synthetic::{SyntheticModel, tiny_bitnet, tiny_bonsai, tiny_llama, tiny_normed};
 use sterna::weights::{
-    Codes, Input, LayerWeights, Rotation, Table, TableData, TernaryMatrix, WeightScale,
+    Checkpoint, Codes, Input, LayerWeights, Rotation, Table, TableData, TernaryMatrix, WeightScale,
     WeightSource,
 };
 use sterna::{Error, Transformer};
@@ -24,6 +29,7 @@ use sterna::{Error, Transformer};
 use crate::Case;
 use crate::formats;
 use crate::golden;
+use crate::kernels::cooperative;
 use crate::prefill;
 use crate::util::{close, open, same};
 
@@ -115,7 +121,7 @@ pub fn cases(capabilities: Capabilities) -> Vec<Case> {
             let plan = GemvPlan { fused, ..variant.into() };
             cases.push((
                 format!("prefill_equals_decode::{plan}"),
-                Box::new(move |_| prefill_equals_decode(capabilities, plan)),
+                Box::new(move |_| prefill_equals_decode(capabilities, plan.into())),
             ));
         }
     }
@@ -123,6 +129,7 @@ pub fn cases(capabilities: Capabilities) -> Vec<Case> {
         cases.push((name.to_owned(), Box::new(move |_| case(capabilities))));
     };
     add("the_built_in_model_writes_the_same_text_as_ref_and_cpu", built_in_model);
+    add("models_that_are_read_in_pieces_give_the_same_logits", read_in_pieces);
     add("sharded_matrices_give_the_same_tokens", sharded);
     add("sharded_groups_give_the_same_tokens", sharded_groups);
     add("the_device_names_its_kernels", names);
@@ -268,7 +275,7 @@ fn agrees_with_reference(
 }
 
 /// The kernels of many tokens against those of one, in whole models.
-fn prefill_equals_decode(capabilities: Capabilities, plan: GemvPlan) -> Result<(), Failed> {
+fn prefill_equals_decode(capabilities: Capabilities, plans: SumPlans) -> Result<(), Failed> {
     let gpu = open(capabilities)?;
     let bound = match gpu.adapter.name.starts_with("llvmpipe") {
         true => prefill::Bound::Equal,
@@ -276,9 +283,60 @@ fn prefill_equals_decode(capabilities: Capabilities, plan: GemvPlan) -> Result<(
     };
     let source = SyntheticModel::new(tiny_bitnet(), 31);
     let options = LoadOptions::default();
-    let backend = GpuBackend::load(&source, gpu, Some(plan), &options, &mut |_| {})?;
+    let backend = GpuBackend::load(&source, gpu, Some(plans), &options, &mut |_| {})?;
     let mut transformer = Transformer::new(source.config().clone(), Box::new(backend));
     Ok(prefill::check(&mut transformer, bound)?)
+}
+
+/// Whole models whose prompts go through cooperative matrices.
+pub fn cooperative_cases() -> Vec<Case> {
+    let mut cases: Vec<Case> = Vec::new();
+    let plans = |gpu: &Gpu| {
+        let gemms = cooperative(gpu).into_iter();
+        gemms.map(|gemm| SumPlans { gemm, ..Variant::PackedDot.into() })
+    };
+    cases.push((
+        "prefill_equals_decode::gemm_i2_coop".to_owned(),
+        Box::new(move |gpu| {
+            plans(gpu).try_for_each(|plans| prefill_equals_decode(Capabilities::Adapter, plans))
+        }),
+    ));
+    cases.push((
+        "the_built_in_model_reads_a_prompt::gemm_i2_coop".to_owned(),
+        Box::new(move |gpu| plans(gpu).try_for_each(built_in_prompt)),
+    ));
+    cases
+}
+
+/// 32 greedy tokens after a prompt of a hundred, on the GPU and the SIMD CPU.
+fn built_in_prompt(plans: SumPlans) -> Result<(), Failed> {
+    let checkpoint = sterna::built_in::checkpoint()?;
+    let text =
+        "Once upon a time there was a little girl who lived in a house by the sea. ".repeat(8);
+    let mut prompt = sterna::Model::encode(&checkpoint, &text)?;
+    prompt.truncate(100);
+    same("tokens of the prompt", &[prompt.len()], &[100])?;
+    let greedy = |mut model: Transformer| -> Result<Vec<u32>, Error> {
+        let mut tokens = Vec::new();
+        let mut next = prompt.clone();
+        while tokens.len() < 32 {
+            let Output::Token(token) = model.feed(&next, Want::Token)? else { break };
+            tokens.push(token);
+            next = vec![token];
+        }
+        Ok(tokens)
+    };
+    let options = LoadOptions::default();
+    let expected = greedy(Transformer::load(&checkpoint, Device::Cpu, &options, &mut |_| {})?)?;
+    // Nobody else's pipelines are counted.
+    let gpu = Gpu::open(None, Capabilities::Adapter)?;
+    let backend = GpuBackend::load(&checkpoint, gpu, Some(plans), &options, &mut |_| {})?;
+    let kernel = plans.gemm.kernel(Layout::I2);
+    let is_used = backend.gpu().compiled().iter().any(|pipeline| pipeline.kernel == kernel);
+    same(kernel.name, &[is_used], &[true])?;
+    same("refusals", &backend.device().notes, &[])?;
+    let model = Transformer::new(checkpoint.config().clone(), Box::new(backend));
+    same(&format!("{} {}", kernel.name, plans.gemm), &greedy(model)?, &expected)
 }
 
 /// How the weights of a [`RotatedModel`] are scaled, and what its table is made of.
@@ -479,6 +537,65 @@ fn built_in_model(capabilities: Capabilities) -> Result<(), Failed> {
         same(variant.gemv().name, &found, &expected)?;
     }
     Ok(())
+}
+
+/// A file by name.
+type NamedReader = (String, Arc<dyn ReadAt>);
+
+/// The files of a directory, in memory but read in pieces.
+fn readers(path: &Path) -> Result<Vec<NamedReader>, Failed> {
+    struct Pieces(Vec<u8>);
+    impl ReadAt for Pieces {
+        fn len_bytes(&self) -> io::Result<u64> {
+            Ok(self.0.len() as u64)
+        }
+
+        fn read_exact_at(&self, offset: u64, buffer: &mut [u8]) -> io::Result<()> {
+            let rest = self.0.get(offset as usize..).unwrap_or_default();
+            io::Read::read_exact(&mut &rest[..], buffer)
+        }
+    }
+    let mut readers = Vec::new();
+    for entry in std::fs::read_dir(path)? {
+        let (name, path) = entry.map(|entry| (entry.file_name(), entry.path()))?;
+        let reader: Arc<dyn ReadAt> = Arc::new(Pieces(std::fs::read(path)?));
+        readers.push((name.to_string_lossy().into_owned(), reader));
+    }
+    Ok(readers)
+}
+
+/// A table that is uploaded piece by piece from its file is the table that is mapped: of every type, with
+/// its int8 rows, over several buffers.
+fn read_in_pieces(capabilities: Capabilities) -> Result<(), Failed> {
+    // What the files do not say, nobody says here.
+    let cases = || formats::cases().into_iter().filter(|case| !case.name().contains("Arm64"));
+    let of_codes = cases().filter(|case| case.has_code_table()).take(4);
+    let others = cases().filter(|case| !case.has_code_table()).take(3);
+    let mut count = 0;
+    for case in of_codes.chain(others) {
+        let directory = tempfile::tempdir()?;
+        let mapped = case.write(directory.path());
+        let read = Checkpoint::new(ModelFiles::from_readers("set", readers(directory.path())?)?)?;
+        if !matches!(read.stored_embedding()?.data(), TableData::Stored(_)) {
+            continue;
+        }
+        count += 1;
+        let answer = |checkpoint: &Checkpoint| -> Result<_, Failed> {
+            let gpu = open(capabilities)?.with_max_binding(72 << 10);
+            // Activations are not sharded, nor is a block of the KV cache.
+            let options = LoadOptions {
+                context: Some(64),
+                kv: Some(KvFormat::Int8),
+                max_batch: 2,
+                ..LoadOptions::default()
+            };
+            let mut model = transformer(gpu, checkpoint, Variant::PackedDot, &options)?;
+            Ok(formats::answer(&mut model, None)?)
+        };
+        let judged = formats::judge_exact(&answer(&mapped)?, &answer(&read)?);
+        judged.map_err(|problem| format!("{}: {problem}", case.name()))?;
+    }
+    if count < 4 { Err(format!("{count} cases").into()) } else { Ok(()) }
 }
 
 /// Texts that the device chooses by itself are the reference's: drawn by the same seeds, and the best

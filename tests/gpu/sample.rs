@@ -36,10 +36,12 @@ pub fn cases(capabilities: Capabilities) -> Vec<Case> {
     cases.push(("sample::broken_logits".into(), Box::new(broken_logits)));
     cases.push(("sample::repeats_and_marks_seen".into(), Box::new(repeats_and_marks_seen)));
     cases.push(("sample::rows_and_guards".into(), Box::new(rows_and_guards)));
-    cases.push((
-        "self_test::sample".into(),
-        Box::new(|gpu| self_test::check_sample(gpu).map_err(Failed::from)),
-    ));
+    for vocab_size in [1, 300, 3072, 128_256] {
+        cases.push((
+            format!("self_test::sample::{vocab_size}"),
+            Box::new(move |gpu| self_test::check_sample(gpu, vocab_size).map_err(Failed::from)),
+        ));
+    }
     cases
 }
 

@@ -33,6 +33,7 @@ mod model;
 #[path = "../common/prefill.rs"]
 #[allow(dead_code, reason = "what a GPU may be off by is for other tests")]
 mod prefill;
+mod readers;
 mod refusals;
 mod session;
 mod shaders;

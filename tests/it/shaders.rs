@@ -18,10 +18,21 @@ const MAX_STORAGE_BUFFERS: usize = 8;
 const MAX_WORKGROUP_BYTES: u32 = 16 * 1024;
 const MAX_INVOCATIONS: u32 = 256;
 
-/// Validates without any optional capability; `unpack2x16float` is part of WebGPU, but naga lists
-/// it apart for old OpenGL.
+/// Whether the kernel needs cooperative matrices, which run where an adapter has them.
+fn is_cooperative(kernel: Kernel) -> bool {
+    shader::COOPERATIVE.contains(&kernel)
+}
+
+/// What a kernel may use: no optional capability, but of the kernels that need them f16 and cooperative
+/// matrices. `unpack2x16float` is part of WebGPU, but naga lists it apart for old OpenGL.
+fn capabilities(kernel: Kernel) -> Capabilities {
+    let optional = Capabilities::SHADER_FLOAT16 | Capabilities::COOPERATIVE_MATRIX;
+    let all = Capabilities::SHADER_FLOAT16_IN_FLOAT32;
+    if is_cooperative(kernel) { all | optional } else { all }
+}
+
 fn validate(kernel: Kernel, module: &Module) -> ModuleInfo {
-    Validator::new(ValidationFlags::all(), Capabilities::SHADER_FLOAT16_IN_FLOAT32)
+    Validator::new(ValidationFlags::all(), capabilities(kernel))
         .validate(module)
         .unwrap_or_else(|error| panic!("{}: {}", kernel.name, error.emit_to_string(&kernel.wgsl())))
 }
@@ -51,19 +62,18 @@ fn every_kernel_is_valid_within_the_default_limits() {
         );
         let invocations: u32 = entry.workgroup_size.iter().product();
         assert!(invocations <= MAX_INVOCATIONS, "{}: {invocations} invocations", kernel.name);
-        let layouter = {
-            let mut layouter = naga::proc::Layouter::default();
-            layouter.update(module.to_ctx()).expect("a valid module has layouts");
-            layouter
-        };
-        let workgroup_bytes: u32 = module
-            .global_variables
-            .iter()
-            .filter(|(_, variable)| variable.space == AddressSpace::WorkGroup)
-            .map(|(_, variable)| layouter[variable.ty].size)
-            .sum();
+        let workgroup_bytes = workgroup_bytes(&module);
         assert!(workgroup_bytes <= MAX_WORKGROUP_BYTES, "{}: {workgroup_bytes} bytes", kernel.name);
     }
+}
+
+/// Bytes of workgroup memory.
+fn workgroup_bytes(module: &Module) -> u32 {
+    let mut layouter = naga::proc::Layouter::default();
+    layouter.update(module.to_ctx()).expect("a valid module has layouts");
+    let variables = module.global_variables.iter();
+    let in_workgroup = variables.filter(|(_, variable)| variable.space == AddressSpace::WorkGroup);
+    in_workgroup.map(|(_, variable)| layouter[variable.ty].size).sum()
 }
 
 /// A pipeline's module, its override constants resolved.
@@ -88,7 +98,10 @@ fn resolved(pipeline: &Specialised) -> (Module, ModuleInfo) {
 /// | DirectX 12: HLSL | 6.0, and 6.4 as DXC takes it | emulated before 6.4 |
 /// | OpenGL: GLSL ES | 3.10: the oldest with compute | emulated |
 ///
-/// A browser gets the WGSL as it stands. Nothing else that a kernel uses is missing anywhere: no kernel needs an optional feature.
+/// A browser gets the WGSL as it stands. Nothing else that a kernel uses is missing anywhere: no kernel needs
+/// an optional feature, but those of cooperative matrices. They run where an adapter has these, which is
+/// Vulkan with `VK_KHR_cooperative_matrix` and Metal, from MSL 2.3 on; naga writes them in neither HLSL nor
+/// GLSL, which the test wants to be told of when it changes.
 #[test]
 fn every_pipeline_translates_to_every_api() {
     let pipelines = published_pipelines().expect("dry runs");
@@ -99,9 +112,22 @@ fn every_pipeline_translates_to_every_api() {
     for pipeline in &pipelines {
         let (module, info) = resolved(pipeline);
         let translated = Translated { pipeline, module: &module, info: &info };
+        let bytes = workgroup_bytes(&module);
+        assert!(bytes <= MAX_WORKGROUP_BYTES, "{}: {bytes} bytes", translated.name());
+        if is_cooperative(pipeline.kernel) {
+            translated.spirv();
+            assert!(translated.msl((2, 3)).contains("simdgroup_multiply_accumulate"));
+            for (api, supported) in [
+                ("HLSL", back::hlsl::supported_capabilities()),
+                ("GLSL", back::glsl::supported_capabilities()),
+            ] {
+                assert!(!supported.contains(Capabilities::COOPERATIVE_MATRIX), "{api}: translate");
+            }
+            continue;
+        }
         let has_packed_dot = pipeline.kernel.name.ends_with("_i2");
         translated.spirv();
-        translated.msl();
+        translated.msl((2, 1));
         let old = translated.hlsl(back::hlsl::ShaderModel::V6_0);
         let new = translated.hlsl(back::hlsl::ShaderModel::V6_4);
         assert!(!old.contains("dot4add"), "{}", translated.name());
@@ -133,12 +159,13 @@ impl Translated<'_> {
         assert_eq!(spirv[0], 0x0723_0203, "{}: SPIR-V magic", self.name());
     }
 
-    fn msl(&self) {
-        let options = back::msl::Options { lang_version: (2, 1), ..Default::default() };
+    fn msl(&self, lang_version: (u8, u8)) -> String {
+        let options = back::msl::Options { lang_version, ..Default::default() };
         let pipeline_options = back::msl::PipelineOptions::default();
         let (msl, _) = back::msl::write_string(self.module, self.info, &options, &pipeline_options)
             .unwrap_or_else(|error| self.fail("MSL", &error));
         assert!(msl.contains("kernel void"), "{}: MSL has a kernel", self.name());
+        msl
     }
 
     fn hlsl(&self, shader_model: back::hlsl::ShaderModel) -> String {
@@ -180,8 +207,17 @@ fn kernels_follow_the_house_rules() {
         let source = kernel.wgsl();
         assert!(source.starts_with(&format!("// {name}: ")), "{name}: the header names the kernel");
         assert!(source.contains("Twin: cpu-ref/src/"), "{name}: the header names its twin");
+        let code = source.lines().filter(|line| !line.trim_start().starts_with("//"));
+        // An optional feature leaves adapters out. These two are what cooperative matrices are made of,
+        // and there are other kernels for whoever has none.
+        let enabled: Vec<_> = code.clone().filter(|line| line.starts_with("enable ")).collect();
+        let allowed: &[&str] = match is_cooperative(kernel) {
+            true => &["enable f16;", "enable wgpu_cooperative_matrix;"],
+            false => &[],
+        };
+        assert_eq!(enabled, allowed, "{name}");
+        let code = code.filter(|line| !line.starts_with("enable "));
         for word in ["enable ", "subgroup", "atomic"] {
-            let code = source.lines().filter(|line| !line.trim_start().starts_with("//"));
             assert!(!code.clone().any(|line| line.contains(word)), "{name}: {word}");
         }
         // Without an override, wgpu's Vulkan backend ignores part of the pipeline options.
@@ -598,6 +634,8 @@ fn the_accumulators_are_integers() {
         shader::GEMV_I2_SIGNED,
         shader::GEMV_I2_HALF,
         shader::GEMM_I2,
+        shader::GEMM_I2_COOP8,
+        shader::GEMM_I2_COOP16,
     ] {
         let module = kernel.module();
         let acc = module.global_variables.iter().find(|(_, v)| v.name.as_deref() == Some("acc"));

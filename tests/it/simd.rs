@@ -8,7 +8,7 @@ use cpu_ref::layout::{CHUNK_K, TILE_ROWS, int8_rows, k_chunks};
 use cpu_ref::mlp::Activation;
 use sterna::backend::simd::{
     self, Activations, Attended, Columns, GroupLayout, GroupWeights, Kernels, Level, NonZeros,
-    Queries, Softmax, TableRows, TokenScale,
+    Open, Queries, Rows, Softmax, TableRows, TokenScale,
 };
 use sterna::format::float::{bf16_to_f32, f16_to_f32, f32_to_bf16};
 use sterna::kv_cache::{BLOCK, HeadChunkMut, KvCache, KvFormat, KvShape, Prepared};
@@ -56,6 +56,8 @@ on_every_level! {
     gemm_notices_a_wrong_weight
     gemv_columns
     gemv_columns_notices_a_wrong_weight
+    gemv_rows
+    gemv_rows_notices_a_wrong_weight
     group_gemm_edges
     group_gemm_extremes
     group_gemm_random
@@ -249,6 +251,67 @@ fn gemv_columns_notices_a_wrong_weight(kernels: &dyn Kernels) {
     *weight = if *weight == 1 { -1 } else { *weight + 1 };
     let found = run_columns(kernels, n, &w, &x);
     assert_eq!(first_difference(&expected, &found).map(|(at, ..)| at), Some(row));
+}
+
+/// The kernel's sums of the open rows of the second half of a matrix, with everything around its output
+/// guarded.
+fn run_rows(kernels: &dyn Kernels, n: usize, w: &[i8], x: &[i8], open: &[u32]) -> Vec<i32> {
+    let k = x.len();
+    let packed = Packed::pack(Layout::I2, MatShape::new(n, k).unwrap(), w);
+    let rows = Rows::pack(&packed, n / 2..n);
+    let mut codes = x.to_vec();
+    codes.resize(rows.chunks() * CHUNK_K, 0);
+    let code_sum = x.iter().map(|&code| i32::from(code)).sum();
+    let scales = [TokenScale { act_scale: 1.0, code_sum }];
+    let x = Activations::new(&codes, &scales, rows.chunks());
+    guarded("gemv_rows", open.len(), i32::MIN, |acc| kernels.gemv_rows(&rows, x, open, acc))
+}
+
+/// What the reference has for these rows of the second half.
+fn expected_rows(n: usize, w: &[i8], x: &[i8], open: &[u32]) -> Vec<i32> {
+    let all = cpu_ref::gemv::gemv(w, x);
+    open.iter().map(|&row| all[n / 2 + row as usize]).collect()
+}
+
+fn gemv_rows(kernels: &dyn Kernels) {
+    let variant = kernels.level().name();
+    // Shares of closed gates from none to all, in percent.
+    for (seed, closed) in (0..).zip([0, 30, 50, 70, 80, 90, 99, 100]) {
+        let mut random = Random::new(seed);
+        for (n, k) in [(2, 1), (7, 63), (40, 256), (150, 257), (67, 1000), (300, 2560)] {
+            let (w, x) = (random.trits(n * k), random.codes(k));
+            let gate = |_| if random.below(100) < closed { -1.0 } else { 1.0 };
+            let gates: Vec<f32> = (n / 2..n).map(gate).collect();
+            let mut open = Open::new(gates.len());
+            open.collect(&gates);
+            let found = run_rows(kernels, n, &w, &x, open.rows());
+            let expected = expected_rows(n, &w, &x, open.rows());
+            assert_same("gemv_rows", (n, k, closed), seed, variant, &expected, &found);
+        }
+    }
+    // The largest sums there can be, in rows long enough to overflow i16 many times.
+    for weight in [-1, 1] {
+        for code in [-128, 127] {
+            let open = [0, 1, 4, 5, 7, 9];
+            let found = run_rows(kernels, 20, &[weight; 20 * 6912], &[code; 6912], &open);
+            let expected = [i32::from(weight) * i32::from(code) * 6912; 6];
+            assert_same("gemv_rows", (weight, code), 0, variant, &expected, &found);
+        }
+    }
+}
+
+fn gemv_rows_notices_a_wrong_weight(kernels: &dyn Kernels) {
+    let (n, k, seed) = (40, 600, 7);
+    let mut random = Random::new(seed);
+    let mut w = random.trits(n * k);
+    let x = vec![1; k];
+    let open: Vec<u32> = (0..20).step_by(3).collect();
+    let expected = expected_rows(n, &w, &x, &open);
+    let (at, column) = (random.below(open.len()), random.below(k));
+    let weight = &mut w[(n / 2 + open[at] as usize) * k + column];
+    *weight = if *weight == 1 { -1 } else { *weight + 1 };
+    let found = run_rows(kernels, n, &w, &x, &open);
+    assert_eq!(first_difference(&expected, &found).map(|(at, ..)| at), Some(at));
 }
 
 /// A matrix with scales of groups, and M tokens.

@@ -1,6 +1,7 @@
 //! Developer programs of Sterna.
 
 mod spirv;
+mod wgsl;
 
 use std::fs::{self, File};
 use std::io::BufWriter;
@@ -46,6 +47,13 @@ enum Command {
         #[arg(long)]
         out: PathBuf,
     },
+    /// Write the kernels as WGSL, as a browser gets them: KERNEL.wgsl, and pipelines.json with the
+    /// constants and bindings of every pipeline of published models.
+    Wgsl {
+        /// Directory to write to.
+        #[arg(long)]
+        out: PathBuf,
+    },
 }
 
 #[derive(Clone, Copy, PartialEq, ValueEnum)]
@@ -69,6 +77,7 @@ fn main() -> anyhow::Result<()> {
             write(&SyntheticModel::new(config, seed), format, &out)
         }
         Command::Spirv { out } => spirv::write(&out),
+        Command::Wgsl { out } => wgsl::write(&out),
     }
 }
 

@@ -9,7 +9,7 @@ use naga::back::{pipeline_constants, spv};
 use naga::proc::{BoundsCheckPolicies, BoundsCheckPolicy};
 use naga::valid::{Capabilities, ValidationFlags, Validator};
 use sterna::backend::gpu::account::published_pipelines;
-use sterna::backend::gpu::shader::KERNELS;
+use sterna::backend::gpu::shader::{COOPERATIVE, KERNELS};
 use sterna::backend::gpu::{Specialised, Variant};
 
 /// Writes every kernel, and every variant of it, to a file of its own.
@@ -72,6 +72,11 @@ fn name(pipeline: &Specialised) -> String {
         Some(_) => name += ".ternary",
         None => {}
     }
+    // Of a tile of cooperative matrices.
+    if let Some(subgroup) = constant(pipeline, "SUBGROUP") {
+        let [rows, tokens] = ["R", "T"].map(|side| constant(pipeline, side).unwrap_or_default());
+        name += &format!(".{rows}x{tokens}.{subgroup}_lanes");
+    }
     if let Some(tokens) = constant(pipeline, "TOKENS").filter(|&tokens| tokens > 1.0) {
         name += &format!(".{tokens}_tokens");
     }
@@ -79,7 +84,8 @@ fn name(pipeline: &Specialised) -> String {
 }
 
 /// The SPIR-V of a pipeline, as wgpu-hal 30 makes it for a Vulkan 1.3 driver with integer dot
-/// products, 8-bit integers, robustness of buffers and native zeroes in workgroup memory
+/// products, 8-bit integers, robustness of buffers and native zeroes in workgroup memory, and for the
+/// kernels that need them with f16 and cooperative matrices
 /// (`vulkan/adapter.rs`, `open`; `vulkan/device.rs`, `compile_stage`).
 fn compile(pipeline: &Specialised) -> anyhow::Result<Vec<u32>> {
     let (stage, entry_point) = (naga::ShaderStage::Compute, "main");
@@ -97,7 +103,7 @@ fn compile(pipeline: &Specialised) -> anyhow::Result<Vec<u32>> {
 
 fn options(pipeline: &Specialised) -> spv::Options<'static> {
     let checks = pipeline.kernel.runtime_checks();
-    let capabilities = [
+    let mut capabilities = vec![
         spv::Capability::Shader,
         spv::Capability::Matrix,
         spv::Capability::Sampled1D,
@@ -111,6 +117,13 @@ fn options(pipeline: &Specialised) -> spv::Options<'static> {
         spv::Capability::DotProductKHR,
         spv::Capability::Int8,
     ];
+    if COOPERATIVE.contains(&pipeline.kernel) {
+        capabilities.extend([
+            spv::Capability::Float16,
+            spv::Capability::CooperativeMatrixKHR,
+            spv::Capability::VulkanMemoryModel,
+        ]);
+    }
     spv::Options {
         lang_version: (1, 6),
         flags: spv::WriterFlags::LABEL_VARYINGS | spv::WriterFlags::FORCE_POINT_SIZE,

@@ -89,5 +89,11 @@ fn validate(file: &Path) {
         return;
     };
     let problem = String::from_utf8_lossy(&output.stderr);
+    // One that is older than SPV_KHR_cooperative_matrix does not know the capability.
+    let is_cooperative =
+        file.file_name().is_some_and(|name| name.to_string_lossy().contains("_coop"));
+    if is_cooperative && problem.contains("Invalid capability operand: 6022") {
+        return;
+    }
     assert!(output.status.success(), "{}: {problem}", file.display());
 }

@@ -2,11 +2,15 @@
 export type Source =
   /** The model that comes with the package: a small teller of stories. */
   | 'built-in'
-  /** A GGUF file, or a directory of a checkpoint (with a slash at its end); other origins need CORS. */
+  /**
+   * A GGUF file (of a split one, any part), or a directory of a checkpoint (with a slash at its end);
+   * other origins need CORS. It is downloaded once and kept in the browser's storage; without room for
+   * it, it is read from the server each time, which needs ranges.
+   */
   | URL
   /** A URL as text, or `built-in`. */
   | string
-  /** A GGUF file of the user's. */
+  /** A GGUF file of the user's, which is read where it is. */
   | File
   /** The files of a checkpoint directory, or the parts of a split GGUF model. */
   | Iterable<File>;
@@ -14,8 +18,9 @@ export type Source =
 /** `auto` is the GPU where there is a hardware one, else `cpu`: WebAssembly. `ref` is the slow reference. */
 export type Device = 'auto' | 'gpu' | 'cpu' | 'ref';
 
-/** How far a load has come. */
+/** How far a load has come; `check` is what was downloaded before and is held against its checksum. */
 export type Progress =
+  | { stage: 'check'; file: string; done: number; total: number; secondsLeft: undefined }
   | { stage: 'download'; file: string; done: number; total: number | undefined; secondsLeft: number | undefined }
   | { stage: 'layers'; done: number; total: number };
 
@@ -25,6 +30,18 @@ export interface LoadOptions {
   signal?: AbortSignal;
   /** Most positions of a text. */
   context?: number;
+  /** Holds a kept model against its checksums first; what is damaged is downloaded again. */
+  check?: boolean;
+  /**
+   * How the kernels of a GPU are chosen, all of which are checked: by speed (the default), which the
+   * first load on a GPU measures for less than two seconds and later ones know, or by what it is.
+   */
+  tune?: 'auto' | 'off';
+  /**
+   * Threads of `cpu`. More than one takes a cross-origin isolated page and a browser with relaxed SIMD;
+   * `Info.notes` tells where there are fewer than asked for.
+   */
+  threads?: number;
   /** Where the worker is, for bundlers that move it. */
   worker?: string | URL;
 }
@@ -45,6 +62,18 @@ export interface Info {
   layers: number;
   hiddenSize: number;
   vocabSize: number;
+  /** What WebAssembly's memory has grown to; buffers of the GPU are not in it. */
+  memoryBytes: number;
+}
+
+/** A model in the browser's storage. */
+export interface Cached {
+  url: string;
+  /** Whether all of it is there; else the next load goes on with it. */
+  complete: boolean;
+  bytes: number;
+  /** When it was complete. */
+  when: Date;
 }
 
 export interface Message {
@@ -120,8 +149,10 @@ export interface Benchmark {
  * or `MissingTensor`), or one of:
  *
  * - `DeviceLost`: the GPU is gone; the next text loads the model again
- * - `Download`: a file did not arrive
- * - `TooLarge`: the model does not fit the memory that WebAssembly may have
+ * - `Download`: a file did not arrive, or is not the one that its server promised
+ * - `NoRoom`: the browser has no storage left for it, and its server sends no ranges
+ * - `Storage`: the browser's storage failed
+ * - `TooLarge`: a file that can only be had as a whole does not fit the memory
  * - `InvalidOptions`, `Busy`, `Disposed`
  * - `Crashed`: the worker has ended
  */
@@ -133,6 +164,18 @@ export class SternaError extends Error {
 export class Sterna {
   /** Loads a model. An aborted load rejects with the signal's reason. */
   static load(source?: Source, options?: LoadOptions): Promise<Sterna>;
+  /** The models that were loaded from URLs and are kept, the newest first. */
+  static cached(): Promise<Cached[]>;
+  /** Deletes a kept model; `false` if there was none. Rejects with `Busy` while it is being loaded. */
+  static forget(url: string | URL): Promise<boolean>;
+  /**
+   * Holds a kept model against the checksums of its download. If it is damaged or not complete, the
+   * answer is `false`, and the next load downloads what is wrong.
+   */
+  static check(
+    url: string | URL,
+    options?: { onProgress?: (progress: Progress) => void; worker?: string | URL },
+  ): Promise<boolean>;
   /** As of the last load. */
   readonly info: Info;
   /** Continues a text, or answers the last message. One text at a time. */

@@ -1,6 +1,8 @@
 // Ternary language models in the browser. The engine runs in a worker; this is its other end.
 // Types and their documentation: sterna.d.ts.
 
+import { cached, forget } from './cache.js';
+
 export class SternaError extends Error {
   constructor(code, message) {
     super(message);
@@ -117,13 +119,16 @@ export class Sterna {
     this.#info = info;
   }
 
-  static async load(source = 'built-in', { onProgress, device = 'auto', signal, context, worker } = {}) {
+  static async load(
+    source = 'built-in',
+    { onProgress, device = 'auto', signal, context, threads, tune, check = false, worker } = {},
+  ) {
     signal?.throwIfAborted();
     const remote = new Remote(worker ?? new URL('worker.js', import.meta.url));
     const abort = () => remote.end(signal.reason);
     signal?.addEventListener('abort', abort, { once: true });
     try {
-      const args = { source: portable(source), device, options: { context } };
+      const args = { source: portable(source), device, options: { context, threads, tune }, check };
       const info = await remote.call('load', args, { progress: onProgress }).done;
       return new Sterna(remote, info);
     } catch (error) {
@@ -131,6 +136,27 @@ export class Sterna {
       throw error;
     } finally {
       signal?.removeEventListener('abort', abort);
+    }
+  }
+
+  static cached() {
+    return cached();
+  }
+
+  static async forget(url) {
+    try {
+      return await forget(hrefOf(url));
+    } catch (error) {
+      throw error.code === 'Busy' ? new SternaError(error.code, error.message) : error;
+    }
+  }
+
+  static async check(url, { onProgress, worker } = {}) {
+    const remote = new Remote(worker ?? new URL('worker.js', import.meta.url));
+    try {
+      return await remote.call('checkCached', { url: hrefOf(url) }, { progress: onProgress }).done;
+    } finally {
+      remote.end(new SternaError('Disposed', 'the check is over'));
     }
   }
 
@@ -163,11 +189,18 @@ export class Sterna {
   }
 }
 
+/** A URL in full, as models are kept by it. */
+function hrefOf(url) {
+  const found = new URL(url, globalThis.location?.href);
+  found.hash = '';
+  return found.href;
+}
+
 /** A source as it can be sent to a worker. */
 function portable(source) {
   if (source === 'built-in') return { builtIn: true };
   if (typeof source === 'string' || source instanceof URL) {
-    return { url: new URL(source, globalThis.location?.href).href };
+    return { url: hrefOf(source) };
   }
   const files = source instanceof File ? [source] : [...source];
   if (files.length === 0 || !files.every((file) => file instanceof File)) {

@@ -1,66 +1,80 @@
 // The worker: loads models and runs them, one text at a time. Its other end is sterna.js.
 
-import init, { Engine, Files, verify } from './sterna_web.js';
-import { download, named } from './download.js';
+import { openBuild } from './builds.js';
+import { checkModel, ofUser, openModel, small } from './download.js';
+import { keep, kept } from './measured.js';
 
 /** The files of the built-in model, beside this one. */
 const BUILT_IN = [
   'config.json', 'generation_config.json', 'model.safetensors', 'tokenizer.json', 'tokenizer_config.json',
 ];
 
-/** What a checkpoint directory may have beside the first of these. */
-const SIDE_FILES = [
-  'config.json', 'tokenizer.json', 'generation_config.json', 'tokenizer_config.json', 'chat_template.jinja',
-];
+/** Errors of the library for which damage of a file may be the reason. */
+const UNREADABLE = new Set([
+  'Config', 'Gguf', 'GgufVersion', 'Io', 'Json', 'Metadata', 'MissingTensor', 'NotACheckpoint', 'Safetensors',
+  'TensorDtype', 'TensorShape', 'TensorValue', 'Tokenizer', 'UnexpectedTensor', 'UnknownArchitecture',
+]);
 
-let wasm;
+/** The engine for this browser, once it is wanted. */
+let build;
 /** The last load: how to have the model again. */
 let request;
 let engine;
+/** What there is to tell about its threads. */
+let threadNotes = [];
 /** Texts that are to end. */
 const stopped = new Set();
 
-/** The files of a source, as bytes by name. */
-async function filesOf(source, onProgress) {
-  if (source.files) {
-    const read = async (file) => [file.name, new Uint8Array(await file.arrayBuffer())];
-    return Promise.all(source.files.map(read));
-  }
-  const base = source.builtIn ? new URL('model/', import.meta.url).href : source.url;
-  if (source.builtIn) return Promise.all(BUILT_IN.map((name) => named(base, name, onProgress)));
-  if (!base.endsWith('/')) {
-    const name = decodeURIComponent(new URL(base).pathname.split('/').pop());
-    return [[name, await download(base, onProgress)]];
-  }
-  const sides = SIDE_FILES.map((name) => named(base, name, onProgress, { optional: true }));
-  const found = (await Promise.all(sides)).filter((file) => file);
-  const index = await named(base, 'model.safetensors.index.json', onProgress, { optional: true });
-  if (!index) return [...found, await named(base, 'model.safetensors', onProgress)];
-  const shards = new Set(Object.values(JSON.parse(new TextDecoder().decode(index[1])).weight_map ?? {}));
-  found.push(index);
-  for (const name of shards) found.push(await named(base, String(name), onProgress));
-  return found;
+/** The files of a source, until they are closed; see `openModel`. */
+async function open(source, onProgress, options) {
+  if (source.url) return openModel(source.url, onProgress, options);
+  const files = source.builtIn
+    ? await small(new URL('model/', import.meta.url), BUILT_IN, onProgress)
+    : source.files.map(ofUser);
+  return { files, close() {}, isDamaged: async () => false };
 }
 
-async function load({ source, device, options }, emit) {
-  wasm ??= init();
-  await wasm;
+async function load({ source, device, options, check }, emit) {
+  build ??= openBuild();
+  const { wasm: { Engine, Files, measured, remember, resolve }, threads } = await build;
   const onProgress = (progress) => emit('progress', progress);
-  const found = await filesOf(source, onProgress);
-  const files = new Files();
-  for (const [name, bytes] of found) files.add(name, bytes);
   const label = source.builtIn ? 'built-in model' : source.url ?? source.files[0].name;
   const layers = (done, total) => onProgress({ stage: 'layers', done, total });
   engine?.free();
   engine = undefined;
-  engine = await Engine.load(label, files, device, JSON.stringify(options), layers);
+  const before = measured() ?? (await kept());
+  if (before !== undefined) remember(before);
+  const chosen = await resolve(device);
+  const found = chosen === 'cpu' ? await threads(options.threads) : { notes: [] };
+  threadNotes = found.notes;
+  const loadOptions = JSON.stringify({ ...options, threads: found.threads });
+  for (let isRepaired = false; !engine;) {
+    const opened = await open(source, onProgress, { check });
+    try {
+      const files = new Files();
+      for (const file of opened.files) files.add(file.name, file);
+      engine = await Engine.load(label, files, chosen, loadOptions, layers);
+    } catch (error) {
+      // What was kept may no longer be what was downloaded.
+      if (isRepaired || !UNREADABLE.has(error?.code) || !(await opened.isDamaged())) throw error;
+      isRepaired = true;
+    } finally {
+      opened.close();
+    }
+  }
   request = { source, device, options };
-  return info();
+  const after = measured();
+  const problem = after === before ? undefined : await keep(after);
+  const loaded = await info();
+  if (problem) loaded.notes.push(`what was measured is not kept: ${problem}`);
+  return loaded;
 }
 
 /** What there is to know of the model, with what the browser tells of the GPU. */
 async function info() {
-  const found = JSON.parse(engine.info());
+  // WebAssembly's memory never shrinks: this is the most that there was.
+  const found = { ...JSON.parse(engine.info()), memoryBytes: (await build).memory.buffer.byteLength };
+  found.notes.push(...threadNotes);
   if (!found.device.startsWith('gpu')) return found;
   const adapter = (await navigator.gpu?.requestAdapter())?.info;
   const words = [adapter?.vendor, adapter?.architecture, adapter?.device, adapter?.description].filter(Boolean);
@@ -124,11 +138,18 @@ async function cause(error) {
 
 async function check() {
   const device = request.device === 'auto' && engine ? JSON.parse(engine.info()).device : request.device;
+  const { verify } = (await build).wasm;
   return JSON.parse(await verify(device.replace(/:\d+$/, '')));
 }
 
+async function checkCached({ url }, emit) {
+  wasm ??= init();
+  await wasm;
+  return checkModel(url, (progress) => emit('progress', progress));
+}
+
 /** What may be called; the other end calls one at a time. */
-const METHODS = { load, generate, verify: check };
+const METHODS = { load, generate, verify: check, checkCached };
 
 self.onmessage = async ({ data: { id, method, args } }) => {
   if (method === 'stop') return stopped.add(id);

@@ -28,6 +28,7 @@ function advice(error) {
     DeviceLost: 'The conversation is still here: "Regenerate" loads the model again.',
     ContextFull: 'Begin a new text, or one with fewer words.',
     TooLarge: 'A smaller model fits.',
+    NoRoom: 'Delete kept models in the settings, or what other pages keep.',
   }[error.code];
   return more ? `${error.message}. ${more}` : error.message;
 }
@@ -67,16 +68,17 @@ async function busyWith(work) {
   }
 }
 
-const mega = (bytes) => `${(bytes / 1e6).toFixed(1)} MB`;
+const mega = (bytes) => (bytes < 1e9 ? `${(bytes / 1e6).toFixed(1)} MB` : `${(bytes / 1e9).toFixed(2)} GB`);
 
 function showProgress(progress) {
   const bar = $('load-bar');
   if (progress.stage === 'layers') {
     $('load-text').textContent = `Loading layers: ${progress.done} of ${progress.total}`;
   } else {
-    const { file, done, total, secondsLeft } = progress;
+    const { stage, file, done, total, secondsLeft } = progress;
     const left = secondsLeft > 1 ? `, ${Math.ceil(secondsLeft)} s left` : '';
-    $('load-text').textContent = `${file}: ${mega(done)}${total ? ` of ${mega(total)}` : ''}${left}`;
+    const what = stage === 'check' ? `Checking ${file}` : file;
+    $('load-text').textContent = `${what}: ${mega(done)}${total ? ` of ${mega(total)}` : ''}${left}`;
   }
   if (progress.total) [bar.max, bar.value] = [progress.total, progress.done];
   else bar.removeAttribute('value');
@@ -93,6 +95,7 @@ async function load(signal) {
     verified = undefined;
   } finally {
     $('load').hidden = true;
+    showKept();
   }
   const { info } = model;
   const canChat = info.hasChat;
@@ -102,6 +105,60 @@ async function load(signal) {
   $('about').textContent = `${info.model}: ${info.architecture}, ${info.layers} layers of ${info.hiddenSize}, `
     + `${info.vocabSize} tokens, context ${info.context}; kernels ${info.kernels}; head ${info.head}.${notes}`;
   showDevice();
+}
+
+/** A model that is kept, with what can be done with it. */
+function keptItem({ url, bytes, complete }) {
+  const item = document.createElement('li');
+  const button = (text, act) => {
+    const made = Object.assign(document.createElement('button'), { type: 'button', textContent: text });
+    made.setAttribute('aria-label', `${text} ${url}`);
+    made.addEventListener('click', () => {
+      $('settings').close();
+      busyWith(act);
+    });
+    return made;
+  };
+  const buttons = document.createElement('div');
+  buttons.className = 'buttons';
+  buttons.append(
+    button(complete ? 'Load' : 'Continue', (signal) => {
+      source = url;
+      return load(signal);
+    }),
+    button('Delete', async () => {
+      await Sterna.forget(url);
+      await showKept();
+    }),
+  );
+  item.append(`${url}: ${mega(bytes)}${complete ? '' : ', not complete'}`, buttons);
+  return item;
+}
+
+async function showKept() {
+  const kept = await Sterna.cached();
+  $('kept').hidden = kept.length === 0;
+  $('kept-models').replaceChildren(...kept.map(keptItem));
+}
+
+/** The files that were dropped; of a directory, those in it. */
+async function droppedFiles(items) {
+  const read = (entry) => new Promise((resolve, reject) => entry.file(resolve, reject));
+  const inside = async (directory) => {
+    const reader = directory.createReader();
+    const files = [];
+    // It hands out some at a time.
+    for (;;) {
+      const some = await new Promise((resolve, reject) => reader.readEntries(resolve, reject));
+      if (some.length === 0) return files;
+      files.push(...(await Promise.all(some.filter((entry) => entry.isFile).map(read))));
+    }
+  };
+  // The items are gone when this function first waits.
+  const dropped = [...items].filter(({ kind }) => kind === 'file')
+    .map((item) => item.webkitGetAsEntry() ?? item.getAsFile());
+  const files = (entry) => (entry instanceof File ? entry : entry.isFile ? read(entry) : inside(entry));
+  return (await Promise.all(dropped.map(files))).flat();
 }
 
 /** What the model is to be loaded from; `undefined` if that is not said. */
@@ -168,6 +225,7 @@ async function write(signal) {
     show({ stop: '', length: 'the most tokens asked for', context: 'the context is full', abort: 'stopped' }[finishReason]);
   } finally {
     item.classList.remove('writing');
+    if (!first) $('stats').textContent = '';
     if (answer.content) messages.push(answer);
     else item.remove();
     showDevice();
@@ -304,9 +362,13 @@ $('share').addEventListener('click', share);
 addEventListener('dragover', (event) => event.preventDefault());
 addEventListener('drop', (event) => {
   event.preventDefault();
-  if (event.dataTransfer.files.length === 0) return;
-  source = [...event.dataTransfer.files];
-  busyWith(load);
+  const dropped = droppedFiles(event.dataTransfer.items);
+  busyWith(async (signal) => {
+    const files = await dropped;
+    if (files.length === 0) return;
+    source = files;
+    await load(signal);
+  });
 });
 
 showSourceRows();

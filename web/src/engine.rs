@@ -4,7 +4,7 @@ use std::ops::ControlFlow;
 
 use js_sys::{Function, Promise};
 use serde::Serialize;
-use sterna::backend::Progress;
+use sterna::backend::{self, Progress, Tune, gpu};
 use sterna::format::ModelFiles;
 use sterna::generate::Generation;
 use sterna::weights::WeightSource;
@@ -14,7 +14,7 @@ use wasm_bindgen_futures::JsFuture;
 
 use crate::error::to_js;
 use crate::files::Files;
-use crate::options::{Generate, Load, Prompt, parse};
+use crate::options::{Generate, Load, Prompt, TuneChoice, parse};
 
 /// A model on a device.
 #[wasm_bindgen]
@@ -59,7 +59,7 @@ struct Summary {
 #[wasm_bindgen]
 impl Engine {
     /// Loads a model: `device` is `auto`, `gpu`, `cpu` or `ref`, `options` is JSON, and
-    /// `on_progress(done, total)` hears of layers.
+    /// `on_progress(done, total)` hears of layers. The files are read here and not after.
     ///
     /// # Errors
     /// As `Model::from_checkpoint`, with the variant's name as the `code`.
@@ -70,11 +70,17 @@ impl Engine {
         options: String,
         on_progress: Function,
     ) -> Result<Engine, JsValue> {
-        let Load { context } = parse("load options", &options)?;
+        let Load { context, threads, tune } = parse("load options", &options)?;
         let device: Device = device.parse().map_err(to_js)?;
-        let files = ModelFiles::in_memory(&label, files.files).map_err(to_js)?;
+        let files = ModelFiles::from_readers(&label, files.files).map_err(to_js)?;
         let checkpoint = Checkpoint::new(files).map_err(to_js)?;
-        let options = LoadOptions { context, ..LoadOptions::default() };
+        let tune = match tune {
+            TuneChoice::Auto => Tune::Auto,
+            TuneChoice::Off => Tune::Off,
+        };
+        // Nothing drafts here.
+        let options =
+            LoadOptions { context, threads, tune, max_logit_rows: 1, ..LoadOptions::default() };
         let mut progress = |Progress { done, total }| {
             // Who listens may fail: that is no reason to stop.
             let _ = on_progress.call2(&JsValue::NULL, &done.into(), &total.into());
@@ -142,6 +148,22 @@ impl Engine {
     }
 }
 
+/// The device that a name stands for in this browser: for `auto` that is `gpu:` with a number, or `cpu`.
+///
+/// # Errors
+/// If the name is not one of a device, with the variant's name as the `code`.
+#[wasm_bindgen]
+pub async fn resolve(device: String) -> Result<String, JsValue> {
+    let resolved = match device.parse().map_err(to_js)? {
+        Device::Auto => backend::resolve_auto_async().await,
+        _ => return Ok(device),
+    };
+    Ok(match resolved {
+        Device::Gpu(Some(index)) => format!("gpu:{index}"),
+        _ => "cpu".to_owned(),
+    })
+}
+
 /// Checks every kernel of a device against the reference: JSON, as `sterna verify --json` has it for its
 /// variants.
 ///
@@ -192,6 +214,19 @@ pub async fn verify(device: String) -> Result<String, JsValue> {
     let variants: Vec<Variant> = variants.collect();
     let passed = variants.iter().all(|variant| variant.passed);
     Ok(json(&Report { passed, integer_hash: verify::integer_hash(), variants }))
+}
+
+/// Hands over what [`measured`] returned in another session: any text, which is used if it is of this
+/// adapter and these kernels.
+#[wasm_bindgen]
+pub fn remember(measured: String) {
+    gpu::tune::remember(measured);
+}
+
+/// What is known of the GPU's kernels, as text to be kept for other sessions.
+#[wasm_bindgen]
+pub fn measured() -> Option<String> {
+    gpu::tune::remembered()
 }
 
 /// The value, or what it promises.

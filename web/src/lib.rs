@@ -9,3 +9,5 @@ mod engine;
 mod error;
 mod files;
 mod options;
+#[cfg(target_feature = "atomics")]
+mod threads;

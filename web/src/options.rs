@@ -58,6 +58,21 @@ impl Generate {
 pub(crate) struct Load {
     /// Most positions of a text.
     pub(crate) context: Option<usize>,
+    /// Of the CPU.
+    pub(crate) threads: Option<usize>,
+    /// How the kernels of a GPU are chosen.
+    pub(crate) tune: TuneChoice,
+}
+
+/// As `sterna run --tune` has it.
+#[derive(Deserialize, Default)]
+#[serde(rename_all = "camelCase")]
+pub(crate) enum TuneChoice {
+    /// By speed.
+    #[default]
+    Auto,
+    /// By what the adapter is.
+    Off,
 }
 
 /// A text, a conversation, or tokens.

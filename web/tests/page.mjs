@@ -3,7 +3,7 @@ import path from 'node:path';
 
 const NARROW = { width: 390, height: 844 };
 const WIDE = { width: 1280, height: 800 };
-const PATIENCE = { timeout: 120_000 };
+const PATIENCE = { timeout: 300_000 };
 
 function equal(found, expected, what) {
   if (found !== expected) throw new Error(`${what}: expected ${JSON.stringify(expected)}, found ${JSON.stringify(found)}`);
@@ -12,11 +12,14 @@ function equal(found, expected, what) {
 /** Returns how many steps failed. */
 export async function usePage(browser, server, outDir) {
   const origin = await server.start();
-  const context = await browser.newContext({ viewport: NARROW, colorScheme: 'light' });
-  const page = await context.newPage();
-  page.on('pageerror', (error) => console.log(`[page error] ${error}`));
   const foreign = [];
-  page.on('request', (request) => { if (!request.url().startsWith(origin)) foreign.push(request.url()); });
+  let page;
+  const open = async (serviceWorkers) => {
+    const context = await browser.newContext({ viewport: NARROW, colorScheme: 'light', serviceWorkers });
+    page = await context.newPage();
+    page.on('pageerror', (error) => console.log(`[page error] ${error}`));
+    page.on('request', (request) => { if (!request.url().startsWith(origin)) foreign.push(request.url()); });
+  };
 
   const idle = () => page.waitForFunction(() => !document.getElementById('send').disabled, null, PATIENCE);
   const text = () => page.locator('#texts li').last().innerText();
@@ -44,6 +47,11 @@ export async function usePage(browser, server, outDir) {
 
   const steps = {
     async loads_on_the_gpu() {
+      await open('block');
+      // Workers whose devices can be destroyed.
+      const headers = { 'Content-Type': 'text/javascript', 'Cross-Origin-Embedder-Policy': 'require-corp' };
+      const destroyable = { headers, body: "import '/tests/worker.js?destroys';" };
+      await page.route('**/worker.js', (route) => route.fulfill(destroyable), { times: 2 });
       await page.goto(`${origin}/`);
       await idle();
       await page.click('#open-settings');
@@ -55,7 +63,7 @@ export async function usePage(browser, server, outDir) {
     async writes_and_regenerates() {
       await settings(async () => {
         await page.fill('#temperature', '0');
-        await page.fill('#max-tokens', '60');
+        await page.fill('#max-tokens', '24');
       });
       await send('Once upon a time');
       await page.waitForFunction(() => !document.getElementById('stop').disabled, null, PATIENCE);
@@ -91,6 +99,58 @@ export async function usePage(browser, server, outDir) {
       await page.keyboard.press('Escape');
       if (!/verified/.test(await page.innerText('#device'))) throw new Error('the header does not say so');
     },
+    async keeps_models_of_urls_and_takes_dropped_files() {
+      const greedily = async (what) => {
+        await page.click('#clear');
+        await settings(() => page.fill('#max-tokens', '60'));
+        await send('Once upon a time');
+        await page.waitForFunction(() => document.querySelectorAll('#texts li').length === 2, null, PATIENCE);
+        await idle();
+        equal(await text(), greedy, what);
+      };
+      await page.click('#open-settings');
+      await page.selectOption('#source', 'url');
+      await page.fill('#url', `${origin}/kept/`);
+      await page.click('#load-model');
+      await page.waitForFunction(() => document.getElementById('about').textContent.startsWith('http'), null, PATIENCE);
+      await idle();
+      await greedily('the text of a model of a URL');
+      await page.click('#open-settings');
+      equal(await page.locator('#kept-models li').count(), 1, 'kept models');
+      await page.locator('#kept').scrollIntoViewIfNeeded();
+      await picture('kept');
+      await page.click('#kept-models button:has-text("Delete")');
+      await idle();
+      equal(await page.locator('#kept').isHidden(), true, 'a list without models');
+      await page.evaluate(async () => {
+        const dataTransfer = new DataTransfer();
+        const bytes = await (await fetch('/gguf/stories.gguf')).arrayBuffer();
+        dataTransfer.items.add(new File([bytes], 'dropped.gguf'));
+        dispatchEvent(new DragEvent('drop', { dataTransfer, bubbles: true, cancelable: true }));
+      });
+      await page.waitForFunction(() => document.getElementById('about').textContent.startsWith('dropped'), null, PATIENCE);
+      await idle();
+      await greedily('the text of a dropped file');
+      await page.click('#open-settings');
+      await page.selectOption('#source', 'built-in');
+      await page.click('#load-model');
+      await page.waitForFunction(() => document.getElementById('about').textContent.startsWith('built-in'), null, PATIENCE);
+      await idle();
+    async outlives_its_device() {
+      await page.evaluate(() => new BroadcastChannel('sterna-test').postMessage('destroy'));
+      await settings(() => page.fill('#max-tokens', '24'));
+      await page.click('#again');
+      await page.waitForFunction(() => !document.getElementById('problem').hidden, null, PATIENCE);
+      await idle();
+      const said = await page.innerText('#problem');
+      if (!/device was lost.*still here/s.test(said)) throw new Error(`the page says ${said}`);
+      equal(await page.locator('#texts li').first().innerText(), 'Once upon a time', 'what was asked');
+      await picture('lost');
+      await page.click('#again');
+      await page.waitForFunction(() => document.querySelectorAll('#texts li').length === 2, null, PATIENCE);
+      await idle();
+      equal(await text(), greedy, 'the same text on another device');
+    },
     async works_by_keyboard_alone() {
       await page.focus('#open-settings');
       await page.keyboard.press('Enter');
@@ -102,13 +162,17 @@ export async function usePage(browser, server, outDir) {
       equal(unnamed.join(), '', 'controls without a name');
     },
     async reloads_without_a_network() {
+      await page.context().close();
+      await open('allow');
+      await page.goto(`${origin}/`);
+      await idle();
       await page.evaluate(() => navigator.serviceWorker.ready.then(() => {}));
       server.offline = true;
       await page.reload();
       await idle();
       await settings(async () => {
         await page.fill('#temperature', '0');
-        await page.fill('#max-tokens', '60');
+        await page.fill('#max-tokens', '24');
       });
       await send('Once upon a time');
       await page.waitForFunction(() => document.querySelectorAll('#texts li').length === 2, null, PATIENCE);
@@ -135,7 +199,7 @@ export async function usePage(browser, server, outDir) {
       if (said) console.log(`page says ${said}`);
     }
   }
-  await context.close();
+  await page.context().close();
   server.http.closeAllConnections();
   server.http.close();
   return failed;

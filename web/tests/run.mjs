@@ -6,6 +6,11 @@
 // PACKAGE is the folder that tools/build-web.sh makes, OUT takes pictures and results, STERNA is the
 // native program, whose tokens and hash the browsers must have. Needs playwright-core (npm) to be found
 // from this folder or in NODE_PATH, and Chromium and Firefox (CHROMIUM, FIREFOX: their programs).
+//
+// ONLY=NAME runs the checks with that in their name. LARGE=DIRECTORY adds the check "large_model", which
+// loads that model under its memory bound and over a cut connection; for the dimensions of BitNet 2B4T:
+//
+//   sterna-tools synth --shape bitnet-2b4t --out DIRECTORY && cp models/stories/tokenizer.json DIRECTORY
 import { spawn, execFileSync } from 'node:child_process';
 import fs from 'node:fs';
 import http from 'node:http';
@@ -27,16 +32,36 @@ const native = JSON.parse(execFileSync(sterna, ['verify', '--device', 'cpu', '--
 // ONLY names the checks that run: a part of their names.
 const only = process.env.ONLY ?? '';
 const expected = { hash: native.integer_hash, tokens: native.generations[0].token_ids, only };
+const large = process.env.LARGE;
+if (large) {
+  const how = ['run', '--model', large, '--device', 'cpu', '--json', '--temp', '0', '--tokens', '5', '--context', '256'];
+  const { token_ids: tokens } = JSON.parse(execFileSync(sterna, [...how, 'Once upon a time'], { maxBuffer: 1 << 26 }));
+  expected.large = { tokens, bytes: fs.statSync(path.join(large, 'model.safetensors')).size };
+}
+// The built-in model as a GGUF file.
+const gguf = path.join(outDir, 'stories.gguf');
+execFileSync(sterna, ['convert', path.join(packageDir, 'model'), gguf, '--force'], { stdio: 'ignore' });
 
 const TYPES = {
   '.html': 'text/html; charset=utf-8', '.js': 'text/javascript', '.css': 'text/css', '.json': 'application/json',
   '.wasm': 'application/wasm', '.svg': 'image/svg+xml', '.webmanifest': 'application/manifest+json',
 };
 
+/** Directories that are the built-in model, each for a check of its own, and what is wrong with them. */
+const ALIASES = ['cut', 'kept', 'broken', 'damaged', 'ranges', 'room'];
+/** Bytes after which an answer from "cut" ends, and the first one from "broken". */
+const CUT_BYTES = 900_000;
+
 /** Serves package and checks, as a server on the internet might: it cuts, and it can be gone. */
 class Server {
   offline = false;
-  cuts = 0;
+  /** Of the aliases, the large model, and the GGUF file. */
+  requests = [];
+  isBroken = true;
+  /** Whether the connection of the large model has been cut. */
+  isCut = false;
+  /** Whether pages may share memory between threads: most servers say nothing about that. */
+  isolated = true;
   onResult = () => {};
   onEnd = () => {};
 
@@ -54,35 +79,56 @@ class Server {
       const value = JSON.parse(Buffer.concat(chunks).toString() || '{}');
       if (url.pathname === '/tests/result') this.onResult(value);
       if (url.pathname === '/tests/end') this.onEnd(value);
+      if (url.pathname === '/tests/mend') this.isBroken = false;
       return response.writeHead(204).end();
     }
     if (this.offline) return request.socket.destroy();
-    const headers = { 'Cross-Origin-Opener-Policy': 'same-origin', 'Cross-Origin-Embedder-Policy': 'require-corp' };
+    const headers = this.isolated ? { 'Cross-Origin-Opener-Policy': 'same-origin', 'Cross-Origin-Embedder-Policy': 'require-corp' } : {};
     const json = (value) => response.writeHead(200, { ...headers, 'Content-Type': TYPES['.json'] }).end(JSON.stringify(value));
-    if (url.pathname === '/tests/expected.json') return json(expected);
-    if (url.pathname === '/tests/cuts') return json({ requests: this.cuts });
+    if (url.pathname === '/tests/expected.json') return json({ ...expected, isolated: this.isolated });
     let name = decodeURIComponent(url.pathname);
-    const isCut = name.startsWith('/cut/');
-    if (isCut) name = name.replace('/cut/', '/model/');
-    if (name.endsWith('/')) name += 'index.html';
-    const [root, rest] = name.startsWith('/tests/') ? [testsDir, name.slice(6)] : [packageDir, name];
+    if (name === '/tests/requests') {
+      const of = url.searchParams.get('of');
+      return json(this.requests.filter(({ name }) => name === of || (of.endsWith('/') && name.startsWith(of))));
+    }
+    const [, first] = name.split('/');
+    const range = /^bytes=(\d+)-(\d*)$/.exec(request.headers.range ?? '');
+    let [root, rest] = [packageDir, name];
+    if (first === 'tests') [root, rest] = [testsDir, name.slice(6)];
+    if (ALIASES.includes(first)) rest = name.replace(`/${first}/`, '/model/');
+    if (first === 'gguf') [root, rest] = [outDir, name.slice(5)];
+    if (first === 'large') [root, rest] = [large, name.slice(6)];
+    if (rest.endsWith('/')) rest += 'index.html';
+    if (ALIASES.includes(first) || first === 'gguf' || first === 'large') {
+      this.requests.push({ name, range: request.headers.range, condition: request.headers['if-range'] });
+    }
     const file = path.join(root, path.normalize(rest));
     if (!fs.existsSync(file)) return response.writeHead(404, headers).end();
-    const bytes = fs.readFileSync(file);
+    const { size, mtimeMs } = fs.statSync(file);
     headers['Content-Type'] = TYPES[path.extname(file)] ?? 'application/octet-stream';
-    headers['ETag'] = `"${bytes.length}"`;
+    headers.ETag = `"${size}-${Math.round(mtimeMs)}"`;
     headers['Cache-Control'] = 'no-store';
-    const range = /^bytes=(\d+)-$/.exec(request.headers.range ?? '');
-    const first = range ? Number(range[1]) : 0;
-    if (range) headers['Content-Range'] = `bytes ${first}-${bytes.length - 1}/${bytes.length}`;
-    headers['Content-Length'] = bytes.length - first;
-    response.writeHead(range ? 206 : 200, headers);
-    const limit = 900_000;
-    if (isCut && bytes.length - first > limit) {
-      this.cuts += 1;
-      return response.write(bytes.subarray(first, first + limit), () => request.socket.destroySoon());
+    const start = range ? Number(range[1]) : 0;
+    if (range && start >= size) return response.writeHead(416, headers).end();
+    const end = Math.min(range?.[2] ? Number(range[2]) : size - 1, size - 1);
+    if (range) headers['Content-Range'] = `bytes ${start}-${end}/${size}`;
+    headers['Content-Length'] = end + 1 - start;
+    const isWeights = file.endsWith('model.safetensors');
+    const isResumed = start > 0;
+    if (first === 'broken' && isWeights && this.isBroken && isResumed) return request.socket.destroy();
+    let limit = Infinity;
+    if (isWeights && (first === 'cut' || (first === 'broken' && this.isBroken))) limit = CUT_BYTES;
+    if (isWeights && first === 'large' && !this.isCut) {
+      this.isCut = true;
+      limit = Math.floor(size / 2);
     }
-    response.end(bytes.subarray(first));
+    response.writeHead(range ? 206 : 200, headers);
+    if (size === 0) return response.end();
+    const last = Math.min(end, start + limit - 1);
+    const stream = fs.createReadStream(file, { start, end: last });
+    stream.pipe(response, { end: last === end });
+    if (last !== end) stream.on('end', () => response.write('', () => request.socket.destroySoon()));
+    response.on('close', () => stream.destroy());
   }
 }
 
@@ -124,14 +170,21 @@ async function chromium() {
   });
 }
 
-/** Runs the checks in a browser; returns how many failed. */
+/** Runs the checks in a browser, in an isolated page and in another; returns how many failed. */
 async function check(browser, open) {
+  const failed = await checkPage(browser, open, true);
+  return failed + (await checkPage(`${browser}-not-isolated`, open, false));
+}
+
+async function checkPage(browser, open, isolated) {
   const server = new Server();
+  server.isolated = isolated;
   const origin = await server.start();
   const results = [];
   let failed = 0;
   server.onResult = (result) => {
     results.push(result);
+    count += 1;
     if (result.problem) failed += 1;
     const found = result.found ? ` ${JSON.stringify(result.found).slice(0, 400)}` : '';
     console.log(`${browser} ${result.problem ? 'FAILED' : 'ok'} ${result.name} (${result.ms} ms)${result.problem ? ` ${result.problem}` : found}`);
@@ -144,7 +197,8 @@ async function check(browser, open) {
   const close = await open(`${origin}/tests/`);
   try {
     await ended;
-    if (results.length === 0) throw new Error('no check has run');
+    // ONLY may name what runs in one kind of page.
+    if (results.length === 0 && !only) throw new Error('no check has run');
   } catch (error) {
     failed += 1;
     console.log(`${browser} FAILED ${error.message}`);
@@ -159,6 +213,8 @@ async function check(browser, open) {
 }
 
 let failed = 0;
+/** Checks that have run. */
+let count = 0;
 if (browsers.includes('chromium')) {
   const browser = await chromium();
   failed += await check('chromium', async (url) => {
@@ -176,6 +232,10 @@ if (browsers.includes('chromium')) {
 }
 if (browsers.includes('firefox')) {
   failed += await check('firefox', async (url) => firefox(url));
+}
+if (count === 0) {
+  failed += 1;
+  console.log(`FAILED no check is called ${only}`);
 }
 console.log(failed === 0 ? 'passed' : `${failed} failed`);
 process.exit(failed === 0 ? 0 : 1);

@@ -3,17 +3,21 @@
 
 use std::sync::{Arc, Mutex, PoisonError};
 
-use super::kernels::{GemvPlan, Rotate, Variant, hadamard};
+use cpu_ref::layout::TILE_ROWS;
+
+use super::kernels::{Gemm, GemmPlan, GemvPlan, Rotate, Variant, hadamard};
 use super::record::{Call, Specialised, WorkDone};
-use super::{Capabilities, Gpu, GpuBackend, shader};
+use super::{Capabilities, Cooperative, Gpu, GpuBackend, shader};
 use crate::backend::{
     Backend, Batch, DeviceInfo, HeadWork, LoadOptions, OnProgress, Output, Tap, Want,
 };
 use crate::config::ModelConfig;
 use crate::error::{Error, Result};
 use crate::kv_cache::{Blocks, KvFormat};
+use crate::layout::Layout;
 use crate::model::Transformer;
 use crate::sampler::Sampler;
+use crate::shape::MatShape;
 use crate::synthetic::{Shapes, bitnet_2b4t, published};
 use crate::weights::WeightSource;
 
@@ -150,7 +154,8 @@ pub fn dry_run(
     progress: OnProgress<'_>,
 ) -> Result<DryRun> {
     let gpu = Gpu::dry(options.capabilities)?;
-    let backend = GpuBackend::load(source, gpu, Some(options.plan), &options.load, progress)?;
+    let backend =
+        GpuBackend::load(source, gpu, Some(options.plan.into()), &options.load, progress)?;
     let compiled = backend.gpu().compiled();
     let gemv = backend.device().gemv.clone();
     let ledger = Ledger::default();
@@ -179,7 +184,8 @@ pub fn dry_check(
     n_tokens: usize,
 ) -> Result<Account> {
     let gpu = Gpu::dry(options.capabilities)?;
-    let backend = GpuBackend::load(source, gpu, Some(options.plan), &options.load, &mut |_| {})?;
+    let backend =
+        GpuBackend::load(source, gpu, Some(options.plan.into()), &options.load, &mut |_| {})?;
     let ledger = Ledger::default();
     let counted = Counted { backend, ledger: Arc::clone(&ledger) };
     let mut model = Transformer::new(source.config().clone(), Box::new(counted));
@@ -217,7 +223,27 @@ pub fn published_pipelines() -> Result<Vec<Specialised>> {
         let Call { kernel, constants, .. } = hadamard(2048, 2048, rotate);
         all.push(Specialised { kernel, constants });
     }
+    all.extend(cooperative_pipelines()?);
     Ok(all)
+}
+
+/// Products of a prompt of BitNet 2B4T on the cooperative matrices that adapters have; a dry device
+/// has none.
+fn cooperative_pipelines() -> Result<Vec<Specialised>> {
+    let shape = MatShape::new(2560, 6912)?;
+    let gemm =
+        Gemm { layout: Layout::I2, shape, tile_base: 0, tiles: 2560 / TILE_ROWS, max_tokens: 512 };
+    // Mesa's rasteriser with AVX and with AVX-512, Apple; NVIDIA, AMD.
+    let cooperative = [(8, 8), (8, 16), (8, 32), (16, 32), (16, 64)];
+    let plans = cooperative
+        .into_iter()
+        .flat_map(|(size, subgroup)| GemmPlan::all_of(Cooperative { size, subgroup }));
+    Ok(plans
+        .map(|plan| {
+            let Call { kernel, constants, .. } = gemm.tiled(plan);
+            Specialised { kernel, constants }
+        })
+        .collect())
 }
 
 /// How the rows of the head are stored, as its kernel was told.

@@ -69,9 +69,64 @@ impl std::fmt::Display for AdapterDescription {
 pub enum Capabilities {
     /// WebGPU's default limits and no optional feature: the baseline that runs everywhere.
     WebGpuDefault,
-    /// What the adapter offers.
+    /// What the adapter offers: its limits, and the features that some kernel gains from.
     #[default]
     Adapter,
+}
+
+/// Square matrices that the lanes of a subgroup multiply together: f16 by f16, added up in f32.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, serde::Serialize, serde::Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Cooperative {
+    /// Rows and columns: one of [`Self::SIZES`].
+    pub size: usize,
+    /// Lanes of a subgroup; the most, where the driver chooses.
+    pub subgroup: usize,
+}
+
+impl Cooperative {
+    /// What `size` may be: what WGSL has.
+    pub const SIZES: [usize; 2] = [8, 16];
+
+    /// What has to be asked of a device.
+    const FEATURES: wgpu::Features =
+        wgpu::Features::SHADER_F16.union(wgpu::Features::EXPERIMENTAL_COOPERATIVE_MATRIX);
+
+    /// The largest that an adapter has.
+    fn of(adapter: &wgpu::Adapter) -> Option<Self> {
+        use wgpu::CooperativeScalarType::{F16, F32};
+
+        if !adapter.features().contains(Self::FEATURES) {
+            return None;
+        }
+        let all = adapter.cooperative_matrix_properties();
+        let has = |size: &usize| {
+            all.iter().any(|found| {
+                [found.m_size, found.n_size, found.k_size] == [*size as u32; 3]
+                    && (found.ab_type, found.cr_type) == (F16, F32)
+            })
+        };
+        let size = Self::SIZES.into_iter().rev().find(has)?;
+        let info = adapter.get_info();
+        let subgroup = match info.backend {
+            // wgpu says 4 to 64 of all of Apple's; those that have such matrices have 32.
+            wgpu::Backend::Metal => 32,
+            _ => info.subgroup_max_size as usize,
+        };
+        Some(Self { size, subgroup })
+    }
+
+    /// Where wgpu takes the features that it calls experimental.
+    #[expect(unsafe_code, reason = "wgpu has no safe way to say that its experiments are wanted")]
+    fn experiments(cooperative: Option<Self>) -> wgpu::ExperimentalFeatures {
+        match cooperative {
+            None => wgpu::ExperimentalFeatures::disabled(),
+            // SAFETY: nothing but the kernels of `shader::COOPERATIVE` uses them, which load and store
+            // whole matrices inside of workgroup arrays, in uniform control flow. What wgpu or a driver
+            // may still do wrong with them, the check against the reference has to find.
+            Some(_) => unsafe { wgpu::ExperimentalFeatures::enabled() },
+        }
+    }
 }
 
 fn instance() -> wgpu::Instance {
@@ -126,8 +181,21 @@ pub fn adapters() -> Vec<AdapterDescription> {
 
 /// Every adapter, in the order that `gpu:N` counts. A browser has one, or none.
 pub async fn adapters_async() -> Vec<AdapterDescription> {
-    let adapters = adapters_of(&instance()).await;
-    adapters.iter().enumerate().map(|(i, adapter)| describe(i, &adapter.get_info())).collect()
+    describe_all(&adapters_of(&instance()).await).await
+}
+
+async fn describe_all(adapters: &[wgpu::Adapter]) -> Vec<AdapterDescription> {
+    let all = adapters.iter().enumerate();
+    let all = all.map(|(index, adapter)| describe(index, &adapter.get_info())).collect();
+    #[cfg(target_family = "wasm")]
+    let all = {
+        let mut all: Vec<AdapterDescription> = all;
+        if let (Some(adapter), Some(info)) = (all.first_mut(), super::browser::info().await) {
+            info.complete(adapter);
+        }
+        all
+    };
+    all
 }
 
 /// Numbers of driver objects.
@@ -153,6 +221,7 @@ pub struct Gpu {
     pub(crate) device: wgpu::Device,
     pub(crate) queue: wgpu::Queue,
     max_binding: u64,
+    cooperative: Option<Cooperative>,
     /// Whether every kernel is checked at run time, those of `shader::UNCHECKED` too.
     pub(super) checked: bool,
     /// On a dry device, the buffer that is bound in the place of all weights.
@@ -188,8 +257,7 @@ impl Gpu {
     pub async fn open_async(index: Option<usize>, capabilities: Capabilities) -> Result<Self> {
         let instance = instance();
         let mut all = adapters_of(&instance).await;
-        let descriptions: Vec<_> =
-            all.iter().enumerate().map(|(i, adapter)| describe(i, &adapter.get_info())).collect();
+        let descriptions = describe_all(&all).await;
         let best = || {
             let usable = |d: &&AdapterDescription| d.api != "gl";
             descriptions.iter().filter(usable).min_by_key(|d| (d.kind, d.index)).map(|d| d.index)
@@ -211,8 +279,8 @@ impl Gpu {
     ///
     /// # Errors
     /// As for [`Gpu::open`].
-    pub(super) fn open_again(&self) -> Result<Self> {
-        let other = Self::open(Some(self.adapter.index), self.capabilities)?;
+    pub(super) async fn open_again(&self) -> Result<Self> {
+        let other = Self::open_async(Some(self.adapter.index), self.capabilities).await?;
         Ok(if self.checked { other.with_runtime_checks() } else { other })
     }
 
@@ -267,17 +335,25 @@ impl Gpu {
         description: AdapterDescription,
         capabilities: Capabilities,
     ) -> Result<Self> {
-        let (required_limits, required_features) = match capabilities {
+        let cooperative = match capabilities {
+            Capabilities::WebGpuDefault => None,
+            Capabilities::Adapter => Cooperative::of(adapter),
+        };
+        let (required_limits, mut required_features) = match capabilities {
             Capabilities::WebGpuDefault => (wgpu::Limits::default(), wgpu::Features::empty()),
             // Timestamps make measuring better; nothing needs them.
             Capabilities::Adapter => {
                 (adapter.limits(), adapter.features() & wgpu::Features::TIMESTAMP_QUERY)
             }
         };
+        if cooperative.is_some() {
+            required_features |= Cooperative::FEATURES;
+        }
         let descriptor = wgpu::DeviceDescriptor {
             label: Some("sterna"),
             required_limits,
             required_features,
+            experimental_features: Cooperative::experiments(cooperative),
             memory_hints: wgpu::MemoryHints::Performance,
             ..Default::default()
         };
@@ -310,6 +386,7 @@ impl Gpu {
             device,
             queue,
             max_binding,
+            cooperative,
             checked: false,
             stand_in: None,
             work: Work::default(),
@@ -331,6 +408,7 @@ impl Gpu {
             device: self.device.clone(),
             queue: self.queue.clone(),
             max_binding: self.max_binding,
+            cooperative: self.cooperative,
             checked: self.checked,
             stand_in: self.stand_in.clone(),
             work: Work::default(),
@@ -463,7 +541,7 @@ impl Gpu {
 
     /// Something that destroys the device when it is called, wherever the device is then: what a
     /// lost adapter looks like to a program.
-    pub fn kill_switch(&self) -> impl Fn() + Send + 'static {
+    pub fn kill_switch(&self) -> impl Fn() + wgpu::WasmNotSend + 'static {
         let device = self.device.clone();
         move || device.destroy()
     }
@@ -490,6 +568,11 @@ impl Gpu {
         limits.max_compute_invocations_per_workgroup.min(limits.max_compute_workgroup_size_x)
     }
 
+    /// The cooperative matrices that kernels may use.
+    pub fn cooperative(&self) -> Option<Cooperative> {
+        self.cooperative
+    }
+
     /// Fails if a workgroup of so many lanes is too large.
     pub(super) fn check_lanes(&self, kernel: &str, lanes: usize) -> Result<()> {
         let limit = self.lanes();
@@ -499,6 +582,12 @@ impl Gpu {
             return Err(Error::GpuLimit { adapter, what, needed, limit });
         }
         Ok(())
+    }
+
+    /// Frees everything on the device, which a browser would do at some time after it was dropped. It can
+    /// be used no more.
+    pub(super) fn destroy(&self) {
+        self.device.destroy();
     }
 
     /// Bytes of the largest storage binding; larger matrices are sharded by rows.

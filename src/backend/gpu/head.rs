@@ -58,6 +58,8 @@ pub struct HeadStep<'a> {
     pub tokens: &'a Slice,
     /// How many exact logits each took, from `token_out` on.
     pub counts: &'a Slice,
+    /// Most rows of logits of a pass.
+    pub rows: usize,
 }
 
 /// The operations of a step, in their order.
@@ -79,11 +81,12 @@ impl HeadOps {
 
 impl Int8Head {
     /// Quantises a table and uploads it in shards that fit a binding; `None` for a table that is
-    /// quantised already or too wide, whose own head is the only one.
+    /// quantised already or too wide, whose own head is the only one. Rows that are still in their file are
+    /// read piece by piece.
     ///
     /// # Errors
     /// [`crate::Error::GpuLimit`] if a tile of rows does not fit.
-    pub fn upload(gpu: &Gpu, what: &str, table: &Table) -> Result<Option<Self>> {
+    pub async fn upload(gpu: &Gpu, what: &str, table: &Table) -> Result<Option<Self>> {
         let Some(rows) = Int8Rows::of(table) else { return Ok(None) };
         let tile_words = rows.tile_words();
         let fit = usize::try_from(gpu.max_binding() / 4).unwrap_or(usize::MAX) / tile_words;
@@ -101,7 +104,7 @@ impl Int8Head {
                 let offset = ((first - tiles.start) * tile_words * 4) as u64;
                 gpu.write_weights(&slice, offset, bytemuck::cast_slice(&words));
                 gpu.queue.submit([]);
-                gpu.wait("upload a table")?;
+                gpu.done("upload a table").await?;
             }
             shards.push((tiles, slice));
         }
@@ -142,7 +145,8 @@ impl Int8Head {
             }
         };
         let mut tiles = LogitTile::ALL.map(|_| Vec::new());
-        for (ops, tile) in tiles.iter_mut().zip(LogitTile::ALL) {
+        let needed = LogitTile::up_to(step.rows.min(LOGIT_ROWS) as u32);
+        for (ops, &tile) in tiles.iter_mut().zip(needed) {
             for (tiles, words) in &self.shards {
                 let call = kernels::head_int8(self.shape, tiles.clone(), tile);
                 let buffers = [words, &self.token, step.seen, step.logits, &self.bounds];

@@ -9,7 +9,7 @@ use cpu_ref::mlp::Activation;
 use cpu_ref::reduce::DOT_LANES;
 
 use super::buffer::Slice;
-use super::device::{AdapterDescription, Gpu};
+use super::device::{AdapterDescription, Cooperative, Gpu};
 use super::record::{Call, Rows, WeightsRead};
 use super::shader::{self, Kernel};
 use crate::error::{Error, Result};
@@ -25,6 +25,9 @@ const SLICES: usize = 8;
 const GROUP_TOKENS: u32 = 4;
 /// Lanes of `quantize_absmax_groups`: a group is at least as long.
 const GROUP_QUANTIZE_LANES: usize = 64;
+/// Most columns of a matrix with one scale: no lane's sum, and no row's, passes 32 bits, and as f32 every
+/// sum of products, of up to 128 each, is exact up to 2^24.
+pub const MAX_K: usize = 131_072;
 /// Workgroup memory that WebGPU promises.
 const WORKGROUP_BYTES: usize = 16 << 10;
 /// Rows an `lm_head` workgroup computes.
@@ -90,8 +93,6 @@ impl Variant {
 
     /// Most columns for which the sums are exact when a row is split into so many slices.
     pub fn max_k(self, slices: usize) -> usize {
-        // No lane's sum, and no row's, passes 32 bits.
-        const MAX_K: usize = 131_072;
         match self {
             Self::BitSerial | Self::PackedDot | Self::SignedDot => MAX_K,
             // The sum of 16 of a chunk's terms, each at most 128·(1 + 2/64), stays below 2^24 steps
@@ -275,7 +276,8 @@ impl std::fmt::Display for GemvPlan {
 }
 
 /// How a matrix with one scale is multiplied by many tokens: the kernels of its layout, `gemm_i2` or
-/// `gemm_planes` and those of a few tokens, and the size of their tiles.
+/// `gemm_planes` and those of a few tokens, and the size of their tiles; or `gemm_i2_coop8` or
+/// `gemm_i2_coop16`.
 ///
 /// Every plan gives the same sums as every [`GemvPlan`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, serde::Serialize, serde::Deserialize)]
@@ -283,67 +285,127 @@ impl std::fmt::Display for GemvPlan {
 pub struct GemmPlan {
     /// Rows of a workgroup.
     pub rows: usize,
-    /// Tokens of a workgroup. `rows` and `tokens` are one of [`Self::TILES`].
+    /// Tokens of a workgroup. `rows` and `tokens` are one of [`Self::TILES`], or of
+    /// [`Self::COOPERATIVE_TILES`].
     pub tokens: usize,
+    /// What multiplies weights of [`Layout::I2`]: the adapter's cooperative matrices, or each lane for
+    /// itself.
+    pub cooperative: Option<Cooperative>,
 }
 
 impl Default for GemmPlan {
     /// Enough workgroups for a large GPU, at the shapes of a small model.
     fn default() -> Self {
-        Self { rows: 64, tokens: 64 }
+        Self::tile(64, 64)
     }
 }
 
 impl GemmPlan {
     /// The kernels of a few tokens, whatever there are: for GPUs whose workgroup memory is no faster
     /// than any other.
-    pub const FEW: Self = Self { rows: TILE_ROWS, tokens: 8 };
+    pub const FEW: Self = Self::tile(TILE_ROWS, 8);
 
     /// Rows and tokens of a workgroup.
     pub const TILES: [(usize, usize); 4] = [(128, 64), (64, 64), (64, 32), (TILE_ROWS, 8)];
 
-    /// Every plan.
+    /// Those of cooperative matrices.
+    pub const COOPERATIVE_TILES: [(usize, usize); 2] = [(64, 64), (64, 32)];
+
+    /// A plan without cooperative matrices.
+    pub const fn tile(rows: usize, tokens: usize) -> Self {
+        Self { rows, tokens, cooperative: None }
+    }
+
+    /// Every plan without cooperative matrices.
     pub fn all() -> [Self; Self::TILES.len()] {
-        Self::TILES.map(|(rows, tokens)| Self { rows, tokens })
+        Self::TILES.map(|(rows, tokens)| Self::tile(rows, tokens))
     }
 
-    /// Lanes of a workgroup: each holds 8 rows and 4 tokens; those of a few tokens hold one row.
+    /// Every plan with them.
+    pub fn all_of(cooperative: Cooperative) -> [Self; Self::COOPERATIVE_TILES.len()] {
+        let cooperative = Some(cooperative);
+        Self::COOPERATIVE_TILES.map(|(rows, tokens)| Self { rows, tokens, cooperative })
+    }
+
+    /// Lanes of a workgroup: each holds 8 rows and 4 tokens; those of a few tokens hold one row; a
+    /// subgroup holds eight cooperative matrices.
     pub fn lanes(self) -> usize {
-        if self == Self::FEW { TILE_ROWS * SLICES } else { self.rows / 8 * (self.tokens / 4) }
+        match self.cooperative {
+            Some(matrices) => self.subgroups(matrices) * matrices.subgroup,
+            None if self == Self::FEW => TILE_ROWS * SLICES,
+            None => self.rows / 8 * (self.tokens / 4),
+        }
     }
 
-    /// Whether this adapter can run the plan.
+    /// Subgroups of a workgroup: see `shared/gemm_coop.wgsl`.
+    fn subgroups(self, matrices: Cooperative) -> usize {
+        self.rows / (4 * matrices.size) * (self.tokens / (2 * matrices.size))
+    }
+
+    /// Whether this adapter can run the plan on a matrix of `k` columns in this layout, exactly.
     ///
     /// # Errors
-    /// [`Error::Plan`] for a tile that no kernel has, [`Error::GpuLimit`] for a workgroup that is too
-    /// large.
-    pub fn validate(self, gpu: &Gpu) -> Result<()> {
-        let rows = [64, 128, TILE_ROWS].as_slice();
-        let tokens = [32, 64, 8].as_slice();
-        if !Self::TILES.contains(&(self.rows, self.tokens)) {
-            return Err(match rows.contains(&self.rows) {
-                true => Error::Plan { field: "tokens", found: self.tokens, allowed: tokens },
-                false => Error::Plan { field: "rows", found: self.rows, allowed: rows },
+    /// [`Error::Plan`] for a tile that no kernel has, [`Error::Cooperative`] for cooperative matrices
+    /// that this adapter does not have, [`Error::GpuLimit`] for a workgroup that is too large,
+    /// [`Error::Dimension`] if sums of `k` products may not be exact.
+    pub fn validate(self, gpu: &Gpu, layout: Layout, k: usize) -> Result<()> {
+        let (all_rows, all_tokens, tiles): (&'static [_], &'static [_], &[_]) =
+            match self.cooperative {
+                None => (&[64, 128, TILE_ROWS], &[32, 64, 8], &Self::TILES),
+                Some(_) => (&[64], &[32, 64], &Self::COOPERATIVE_TILES),
+            };
+        if !tiles.contains(&(self.rows, self.tokens)) {
+            return Err(match all_rows.contains(&self.rows) {
+                true => Error::Plan { field: "tokens", found: self.tokens, allowed: all_tokens },
+                false => Error::Plan { field: "rows", found: self.rows, allowed: all_rows },
             });
         }
-        gpu.check_lanes(self.kernel(Layout::I2).name, self.lanes())
+        if let Some(Cooperative { size, subgroup }) = self.cooperative {
+            if layout != Layout::I2 {
+                let field = "cooperative matrices for bit planes";
+                return Err(Error::Plan { field, found: size, allowed: &[] });
+            }
+            if gpu.cooperative() != self.cooperative {
+                let adapter = gpu.adapter.name.clone();
+                let found = gpu.cooperative().map_or("none".to_owned(), |found| {
+                    let Cooperative { size, subgroup } = found;
+                    format!("{size}x{size} on {subgroup} lanes")
+                });
+                return Err(Error::Cooperative { adapter, size, subgroup, found });
+            }
+        }
+        if k > MAX_K {
+            let name = "columns of a matrix for this GEMM plan";
+            return Err(Error::Dimension { name, found: k, max: MAX_K });
+        }
+        gpu.check_lanes(self.kernel(layout).name, self.lanes())
     }
 
     /// Its kernel for as many tokens as a tile has.
+    ///
+    /// # Panics
+    /// For cooperative matrices with a layout or of a size that [`Self::validate`] refuses.
     pub fn kernel(self, layout: Layout) -> Kernel {
-        match (layout, self == Self::FEW) {
-            (Layout::Planes, false) => shader::GEMM_PLANES,
-            (Layout::Planes, true) => shader::GEMM_PLANES_FEW,
-            (Layout::I2, false) => shader::GEMM_I2,
-            (Layout::I2, true) => shader::GEMM_I2_FEW,
+        match (layout, self.cooperative.map(|matrices| matrices.size)) {
+            (Layout::Planes, None) if self == Self::FEW => shader::GEMM_PLANES_FEW,
+            (Layout::Planes, None) => shader::GEMM_PLANES,
+            (Layout::I2, None) if self == Self::FEW => shader::GEMM_I2_FEW,
+            (Layout::I2, None) => shader::GEMM_I2,
+            (Layout::I2, Some(8)) => shader::GEMM_I2_COOP8,
+            (Layout::I2, Some(16)) => shader::GEMM_I2_COOP16,
+            _ => panic!("{self:?} for {layout:?} was not validated"),
         }
     }
 }
 
 impl std::fmt::Display for GemmPlan {
-    /// Rows and tokens of a workgroup.
+    /// Rows and tokens of a workgroup, and of its cooperative matrices.
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        write!(f, "{}x{}", self.rows, self.tokens)
+        write!(f, "{}x{}", self.rows, self.tokens)?;
+        match self.cooperative {
+            Some(Cooperative { size, .. }) => write!(f, " of {size}x{size}"),
+            None => Ok(()),
+        }
     }
 }
 
@@ -355,12 +417,17 @@ pub fn gemm_encoding(layout: Layout) -> Encoding {
     }
 }
 
-/// The inputs of the kernels of many tokens, in the order of the bindings.
-pub fn gemm_inputs(layout: Layout, inputs: SumInputs<'_>) -> Vec<&Slice> {
+/// The inputs of a kernel of many tokens, in the order of the bindings.
+///
+/// # Panics
+/// If it is another kernel.
+pub fn gemm_inputs(kernel: Kernel, inputs: SumInputs<'_>) -> Vec<&Slice> {
     let SumInputs { words, codes, offset, code_sum } = inputs;
-    match layout {
-        Layout::Planes => vec![words, codes, offset],
-        Layout::I2 => vec![words, codes, offset, code_sum],
+    match kernel {
+        shader::GEMM_PLANES | shader::GEMM_PLANES_FEW => vec![words, codes, offset],
+        shader::GEMM_I2 | shader::GEMM_I2_FEW => vec![words, codes, offset, code_sum],
+        shader::GEMM_I2_COOP8 | shader::GEMM_I2_COOP16 => vec![words, codes],
+        _ => panic!("{} is no kernel of many tokens", kernel.name),
     }
 }
 
@@ -464,6 +531,12 @@ impl LogitTile {
             Self::Four => 4,
             Self::Eight => 8,
         }
+    }
+
+    /// Those that passes of at most so many rows of logits need.
+    pub fn up_to(rows: u32) -> &'static [Self] {
+        const ALL: &[LogitTile] = &LogitTile::ALL;
+        &ALL[..=Self::index_for(rows)]
     }
 
     /// Which of [`Self::ALL`] so many rows of logits are computed with: the smallest that holds them.
@@ -808,23 +881,38 @@ impl Gemm {
     /// # Panics
     /// If [`GemmPlan::validate`] refuses the plan, or it has no tiles.
     pub fn tiled(self, plan: GemmPlan) -> Call {
-        let GemmPlan { rows, tokens } = plan;
+        let GemmPlan { rows, tokens, cooperative } = plan;
+        let shard_rows = self.tiles * TILE_ROWS;
+        let mut constants =
+            vec![("ROWS", shard_rows), ("LANES", plan.lanes()), ("R", rows), ("T", tokens)];
+        let tiles = match cooperative {
+            Some(matrices) => {
+                // Columns in workgroup memory, with padding: `shared/gemm_coop.wgsl`.
+                const STRIDE: usize = 40;
+                let size = matrices.size;
+                constants.extend([
+                    ("SUBGROUP", matrices.subgroup),
+                    ("SUBS_R", rows / (4 * size)),
+                    ("W_HALVES", STRIDE * rows),
+                    ("X_HALVES", STRIDE * tokens),
+                    ("SCRATCH", plan.subgroups(matrices) * size * size),
+                ]);
+                GemmPlan::COOPERATIVE_TILES.as_slice()
+            }
+            None => {
+                constants.extend([
+                    ("LANES_R", rows / 8),
+                    ("LANES_T", tokens / 4),
+                    ("X_UNITS", 4 * (tokens + 1)),
+                ]);
+                constants.extend((self.layout == Layout::I2).then_some(("W_UNITS", 4 * rows)));
+                GemmPlan::TILES.as_slice()
+            }
+        };
         assert!(
-            GemmPlan::TILES.contains(&(rows, tokens)) && plan != GemmPlan::FEW,
+            tiles.contains(&(rows, tokens)) && plan != GemmPlan::FEW,
             "{plan:?} was not validated"
         );
-        let shard_rows = self.tiles * TILE_ROWS;
-        let constants = [
-            ("ROWS", shard_rows),
-            ("LANES_R", rows / 8),
-            ("LANES_T", tokens / 4),
-            ("LANES", plan.lanes()),
-            ("R", rows),
-            ("T", tokens),
-            ("X_UNITS", 4 * (tokens + 1)),
-        ];
-        let units = (self.layout == Layout::I2).then_some(("W_UNITS", 4 * rows));
-        let constants = constants.into_iter().chain(units);
         self.call(plan.kernel(self.layout), constants, shard_rows.div_ceil(rows), tokens)
     }
 
@@ -838,6 +926,7 @@ impl Gemm {
         let Self { layout, shape, tile_base, tiles, max_tokens } = self;
         assert!(max_tokens > 0, "room for no token");
         let (k, n_pad) = (shape.k(), padded_rows(shape.n()));
+        assert!(k <= MAX_K, "{k} columns were not validated");
         let shared = [
             ("KC", k_chunks(k)),
             ("N_PAD", n_pad),
@@ -848,8 +937,12 @@ impl Gemm {
         let mut call = call(kernel, constants, x, Rows::TokenTiles(tokens as u32));
         let codes = max_tokens * gemm_encoding(layout).chunk_words() * k_chunks(k);
         let acc = (max_tokens - 1) * n_pad + (tile_base + tiles) * TILE_ROWS;
-        call.words = vec![weight_words(k, tiles), codes, tiles * TILE_ROWS];
-        call.words.extend((layout == Layout::I2).then_some(max_tokens));
+        call.words = vec![weight_words(k, tiles), codes];
+        // Cooperative matrices multiply the weights and codes themselves.
+        if !shader::COOPERATIVE.contains(&kernel) {
+            call.words.push(tiles * TILE_ROWS);
+            call.words.extend((layout == Layout::I2).then_some(max_tokens));
+        }
         call.words.push(acc);
         call.writing(tiles * TILE_ROWS)
     }

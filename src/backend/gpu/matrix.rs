@@ -12,11 +12,12 @@ use super::kernels::{
 };
 use super::shader::{self, Kernel};
 use crate::error::{Error, Result};
+use crate::format::float::Float;
 use crate::layout::{Layout, Packed, Signs, i2, planes};
 use crate::shape::MatShape;
 use crate::weights::{
-    Codes, Input, PackedRun, Rotation, RunScales, Table, TableData, TernaryMatrix, WeightScale,
-    is_binary, runs_of_input,
+    Codes, Input, PackedRun, Rotation, RunScales, StoredRows, Table, TableData, TernaryMatrix,
+    WeightScale, is_binary, runs_of_input,
 };
 
 /// How a matrix is multiplied.
@@ -387,25 +388,27 @@ pub struct DenseRows {
 pub(super) const UPLOAD_BYTES: usize = 8 << 20;
 
 impl GpuTable {
-    /// Uploads a table in shards that fit a binding, rows padded to 16 bytes.
+    /// Uploads a table in shards that fit a binding, rows padded to 16 bytes. One that is still in its file
+    /// is read piece by piece.
     ///
     /// # Errors
     /// [`crate::Error::GpuLimit`] if a row does not fit, [`crate::Error::Dimension`] for a rotation
     /// in too large blocks.
-    pub fn upload(gpu: &Gpu, what: &str, table: &Table) -> Result<Self> {
+    pub async fn upload(gpu: &Gpu, what: &str, table: &Table) -> Result<Self> {
         check_rotation(table.rotation().map(AsRef::as_ref))?;
         let rotation = table.rotation().map(|rotation| {
             let signs = gpu.upload_weights("rotation", &rotation.signs)?;
             Ok::<_, Error>(GpuRotation { block: rotation.block, signs })
         });
         let data = match table.data() {
-            TableData::Bf16(_) => upload_dense(gpu, what, table, DenseFormat::Bf16)?,
-            TableData::F16(_) => upload_dense(gpu, what, table, DenseFormat::F16)?,
-            TableData::F32(_) => upload_dense(gpu, what, table, DenseFormat::F32)?,
+            TableData::Bf16(_) => upload_dense(gpu, what, table, DenseFormat::Bf16).await?,
+            TableData::F16(_) => upload_dense(gpu, what, table, DenseFormat::F16).await?,
+            TableData::F32(_) => upload_dense(gpu, what, table, DenseFormat::F32).await?,
             TableData::Codes(Codes { group, min, .. }) => {
                 let format = DenseFormat::Codes { group: *group, has_min: !min.is_empty() };
-                upload_dense(gpu, what, table, format)?
+                upload_dense(gpu, what, table, format).await?
             }
+            TableData::Stored(rows) => upload_dense(gpu, what, table, stored_format(rows)).await?,
             TableData::Groups(matrix) => {
                 let host =
                     HostMatrix::pack(Method::Groups { int8: false }, &[matrix], RowOrder::Natural)?;
@@ -419,39 +422,71 @@ impl GpuTable {
     }
 }
 
-fn upload_dense(gpu: &Gpu, what: &str, table: &Table, format: DenseFormat) -> Result<GpuTableData> {
+fn stored_format(rows: &StoredRows) -> DenseFormat {
+    match (rows.ty().plain(), rows.ty().group()) {
+        (Some(Float::Bf16), _) => DenseFormat::Bf16,
+        (Some(Float::F16), _) => DenseFormat::F16,
+        (Some(Float::F32), _) => DenseFormat::F32,
+        (None, group) => {
+            let group = group.expect("floats or codes with a scale a group");
+            DenseFormat::Codes { group, has_min: rows.has_min() }
+        }
+    }
+}
+
+async fn upload_dense(
+    gpu: &Gpu,
+    what: &str,
+    table: &Table,
+    format: DenseFormat,
+) -> Result<GpuTableData> {
     let (n, k) = (table.shape().n(), table.shape().k());
     let row_bytes = format.units(k) * 16;
     let fit = usize::try_from(gpu.max_binding()).unwrap_or(usize::MAX) / row_bytes;
     let fit = fit.max(1);
+    let [row_scales, row_mins] = match format {
+        DenseFormat::Codes { group, has_min } => [k / group, if has_min { k / group } else { 0 }],
+        DenseFormat::Bf16 | DenseFormat::F16 | DenseFormat::F32 => [0; 2],
+    };
     let mut shards = Vec::new();
     for base in (0..n).step_by(fit) {
         let rows = fit.min(n - base);
         let slice = gpu.weights(what, rows * row_bytes / 4)?;
+        let beside = |words| match words {
+            0 => gpu.storage(what, 1),
+            words => gpu.weights(what, rows * words),
+        };
+        let [scales, mins] = [beside(row_scales)?, beside(row_mins)?];
         let batch = (UPLOAD_BYTES / row_bytes).max(1);
         let mut bytes = vec![0u8; batch.min(rows) * row_bytes];
         for first in (0..rows).step_by(batch) {
             let count = batch.min(rows - first);
+            let read = table.rows(base + first..base + first + count)?;
+            let (data, start) = read.data();
+            let at = base + first - start;
             for (row, out) in bytes.chunks_exact_mut(row_bytes).take(count).enumerate() {
-                let row = row_of(table.data(), base + first + row, k);
+                let row = row_of(data, at + row, k);
                 out[..row.len()].copy_from_slice(row);
             }
             let offset = (first * row_bytes) as u64;
             gpu.write_weights(&slice, offset, &bytes[..count * row_bytes]);
-            gpu.queue.submit([]);
-            gpu.wait("upload a table")?;
-        }
-        let [scale, min] = match table.data() {
-            TableData::Codes(Codes { group, scale, min, .. }) => {
-                let range = base * k / group..(base + rows) * k / group;
-                // Empty where there are none.
-                let min = min.get(range.clone()).unwrap_or_default();
-                [gpu.upload_weights(what, &scale[range])?, gpu.upload_weights(what, min)?]
+            if let TableData::Codes(Codes { scale, min, .. }) = data {
+                for (slice, values, each) in [(&scales, scale, row_scales), (&mins, min, row_mins)]
+                {
+                    if each == 0 {
+                        continue;
+                    }
+                    let values = &values[at * each..(at + count) * each];
+                    let offset = (first * each * size_of::<f32>()) as u64;
+                    gpu.write_weights(slice, offset, bytemuck::cast_slice(values));
+                }
             }
-            _ => [gpu.storage(what, 1)?, gpu.storage(what, 1)?],
-        };
+            gpu.queue.submit([]);
+            // What has been written waits in memory until the device has taken it.
+            gpu.done("upload a table").await?;
+        }
         let shard = DenseShard { format, k, base, rows };
-        shards.push(DenseRows { shard, buffers: [slice, scale, min] });
+        shards.push(DenseRows { shard, buffers: [slice, scales, mins] });
     }
     Ok(GpuTableData::Dense(shards))
 }
@@ -464,5 +499,6 @@ fn row_of(data: &TableData, n: usize, k: usize) -> &[u8] {
         TableData::F32(values) => bytemuck::cast_slice(&values[at]),
         TableData::Codes(Codes { codes, .. }) => bytemuck::cast_slice(&codes[at]),
         TableData::Groups(_) => unreachable!("packed in tiles"),
+        TableData::Stored(_) => unreachable!("rows have been read"),
     }
 }

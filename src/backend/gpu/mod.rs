@@ -7,6 +7,8 @@
 
 #[cfg(not(target_family = "wasm"))]
 pub mod account;
+#[cfg(any(test, target_family = "wasm"))]
+mod browser;
 mod buffer;
 mod cache;
 mod device;
@@ -25,7 +27,7 @@ pub use buffer::Slice;
 #[cfg(not(target_family = "wasm"))]
 pub use device::adapters;
 pub use device::{
-    AdapterDescription, AdapterKind, Capabilities, Gpu, ResourceCounts, adapters_async,
+    AdapterDescription, AdapterKind, Capabilities, Cooperative, Gpu, ResourceCounts, adapters_async,
 };
 pub use head::{HeadInput, HeadOps, HeadStep, Int8Head, LOGIT_ROWS};
 pub use kernels::{Encoding, GemmPlan, GemvPlan, SumPlans, Variant};
@@ -84,7 +86,8 @@ pub struct GpuBackend {
     layers: Vec<LayerOps>,
     embed: Vec<Op>,
     head: Head,
-    argmax: Op,
+    /// The best of exact logits; `None` where the int8 head chooses.
+    argmax: Option<Op>,
     /// The int8 head, where there is one.
     int8_head: Option<HeadOps>,
     head_work: HeadWork,
@@ -260,6 +263,7 @@ struct Builder<'a> {
     pipelines: Pipelines,
     config: &'a ModelConfig,
     max_batch: usize,
+    max_logit_rows: usize,
     /// Whether matrices with scales of groups get int8 activations.
     int8: bool,
     methods: self_test::Methods<'a>,
@@ -270,7 +274,7 @@ struct Builder<'a> {
 
 impl GpuBackend {
     /// Loads a model on an open device with the plans that [`LoadOptions::tune`] asks for and that pass
-    /// their exactness check there, or with the given one. Matrices with scales of groups have one
+    /// their exactness check there, or with the given ones. Matrices with scales of groups have one
     /// kernel, which is checked too.
     ///
     /// # Errors
@@ -280,11 +284,11 @@ impl GpuBackend {
     pub fn load(
         source: &dyn WeightSource,
         gpu: Gpu,
-        plan: Option<GemvPlan>,
+        plans: Option<SumPlans>,
         options: &LoadOptions,
         progress: OnProgress<'_>,
     ) -> Result<Self> {
-        block_on(Self::load_async(source, gpu, plan, options, progress))
+        block_on(Self::load_async(source, gpu, plans, options, progress))
     }
 
     /// [`GpuBackend::load`] where nothing may block.
@@ -294,7 +298,7 @@ impl GpuBackend {
     pub async fn load_async(
         source: &dyn WeightSource,
         gpu: Gpu,
-        plan: Option<GemvPlan>,
+        plans: Option<SumPlans>,
         options: &LoadOptions,
         progress: OnProgress<'_>,
     ) -> Result<Self> {
@@ -308,18 +312,22 @@ impl GpuBackend {
             });
         }
         let int8 = options.activations(&config)? == Activations::Int8Group;
-        let (plans, gemms, mut notes) = match plan {
-            Some(plan) => (Plans::Asked(plan), GemmPlans::default(), Vec::new()),
-            None => tune::choose(&gpu, &config, options.tune)?,
+        let (plans, gemms, mut notes) = match plans {
+            Some(SumPlans { gemv, gemm }) => {
+                let gemms = GemmPlans::default().with(gemv.variant.layout(), gemm);
+                (Plans::Asked(gemv), gemms, Vec::new())
+            }
+            None => tune::choose(&gpu, &config, options.tune).await?,
         };
         let max_batch = max_batch(&gpu, &config, options.max_batch);
-        let max_logit_rows = max_logit_rows(&gpu, &config, max_batch);
+        let max_logit_rows = max_logit_rows(&gpu, &config, max_batch.min(options.max_logit_rows));
         let buffers = Buffers::new(&gpu, &config, max_batch, max_logit_rows)?;
         let mut builder = Builder {
             gpu: &gpu,
             pipelines: gpu.pipelines(),
             config: &config,
             max_batch,
+            max_logit_rows,
             int8,
             methods: self_test::Methods::new(&gpu, plans, gemms),
             buffers: &buffers,
@@ -347,7 +355,7 @@ impl GpuBackend {
         progress(Progress { done: total, total });
         let gemv = builder.methods.names();
         notes.extend(builder.methods.refusals());
-        let (embedding_rows, head_rows) = (source.embedding()?, source.lm_head()?);
+        let (embedding_rows, head_rows) = (source.stored_embedding()?, source.stored_lm_head()?);
         let embedding = builder.table("embedding", &embedding_rows).await?;
         let lm_head = match &head_rows {
             Some(table) => Some(builder.table("lm_head", table).await?),
@@ -363,7 +371,13 @@ impl GpuBackend {
             HeadChoice::Int8 => builder.int8_head(rows, exact, &final_norm).await?,
         };
         let b = &buffers;
-        let argmax = builder.op(&kernels::argmax(config.vocab_size), &[&b.logits, &b.tokens])?;
+        let argmax = match &int8_head {
+            Some(_) => None,
+            None => {
+                let call = kernels::argmax(config.vocab_size);
+                Some(builder.op(&call, &[&b.logits, &b.tokens])?)
+            }
+        };
         let sample = builder.sample().await?;
         let (weight_bytes, pipelines) = (builder.weight_bytes, builder.pipelines);
         // Frees the staging memory of what was uploaded last.
@@ -902,7 +916,7 @@ impl Builder<'_> {
 
     /// Uploads a table.
     async fn table(&mut self, what: &str, table: &Table) -> Result<GpuTable> {
-        let table = GpuTable::upload(self.gpu, what, table)?;
+        let table = GpuTable::upload(self.gpu, what, table).await?;
         if let GpuTableData::Groups(..) = table.data {
             self.methods.groups(false).await?;
         }
@@ -956,7 +970,8 @@ impl Builder<'_> {
         let vocab_size = self.config.vocab_size;
         let (before, x) = self.head_before(table, norm)?;
         let mut tables = LogitTile::ALL.map(|_| Vec::new());
-        for (ops, tile) in tables.iter_mut().zip(LogitTile::ALL) {
+        let needed = LogitTile::up_to(self.max_logit_rows as u32);
+        for (ops, &tile) in tables.iter_mut().zip(needed) {
             match &table.data {
                 GpuTableData::Dense(shards) => {
                     for rows in shards {
@@ -989,7 +1004,7 @@ impl Builder<'_> {
             return Err(Error::Dimension { name, found: vocab_size, max });
         }
         if !self.gpu.is_dry() {
-            self_test::check_sample_async(self.gpu).await?;
+            self_test::check_sample_async(self.gpu, vocab_size).await?;
         }
         let blocks = [&b.logits, &b.seen, &b.bits, &b.block_max];
         let weights = [&b.bits, &b.block_max, &b.weights, &b.levels];
@@ -1015,7 +1030,7 @@ impl Builder<'_> {
         // A dry device computes nothing that could be checked.
         let checked = match self.gpu.is_dry() {
             true => Ok(()),
-            false => self_test::check_head_async(self.gpu).await,
+            false => self_test::check_head_async(self.gpu, self.max_logit_rows).await,
         };
         match checked {
             Ok(()) => {}
@@ -1024,7 +1039,7 @@ impl Builder<'_> {
             }
             Err(error) => return Err(error),
         }
-        let Some(int8) = Int8Head::upload(self.gpu, "int8 head", rows)? else {
+        let Some(int8) = Int8Head::upload(self.gpu, "int8 head", rows).await? else {
             return Ok((None, exact_name.to_owned()));
         };
         let b = self.buffers;
@@ -1039,6 +1054,7 @@ impl Builder<'_> {
             seen: &b.seen,
             tokens: &b.tokens,
             counts: &b.counts,
+            rows: self.max_logit_rows,
         };
         let mut ops = int8.ops(self.gpu, &self.pipelines, &b.params, &step)?;
         if exact.rotation.is_some() {
@@ -1063,8 +1079,8 @@ impl Builder<'_> {
                         self.op(&call, &[x, &b.codes, &act_scale, &b.code_sum])
                     };
                     plans.gemv.validate(self.gpu, shape.k())?;
-                    plans.gemm.validate(self.gpu)?;
                     let variant = plans.gemv.variant;
+                    plans.gemm.validate(self.gpu, variant.layout(), shape.k())?;
                     let one = quantize(variant.gemv_encoding())?;
                     let many = quantize(gemm_encoding(variant.layout()))?;
                     let mut matmul = self.sums(plans, &run.matrix, &linear.rows, index)?;
@@ -1132,7 +1148,7 @@ impl Builder<'_> {
             by_tokens[0].1.push(op(&gemv, variant.gemv_inputs(inputs))?);
             let gemm = Gemm { layout, shape, tile_base, tiles, max_tokens: self.max_batch };
             for (index, (most, call)) in gemm.calls(plans.gemm).into_iter().enumerate() {
-                let op = op(&call, gemm_inputs(layout, inputs))?;
+                let op = op(&call, gemm_inputs(call.kernel, inputs))?;
                 let most = u32::try_from(most).unwrap_or(u32::MAX);
                 match at {
                     0 => by_tokens.push((most, vec![op])),
@@ -1604,9 +1620,9 @@ impl Backend for GpuBackend {
     fn choose(&mut self) -> Result<()> {
         let is_greedy = self.sampler.sampling() == Sampling::Greedy;
         // These choose for every row of logits; a draw is of one.
-        let (ops, parameters) = match &self.int8_head {
-            Some(int8) if is_greedy => (int8.greedy.as_slice(), &[][..]),
-            None if self.sampler.is_argmax() => (from_ref(&self.argmax), &[][..]),
+        let (ops, parameters) = match (&self.int8_head, &self.argmax) {
+            (Some(int8), _) if is_greedy => (int8.greedy.as_slice(), &[][..]),
+            (None, Some(argmax)) if self.sampler.is_argmax() => (from_ref(argmax), &[][..]),
             _ => (self.sample.as_slice(), self.rows.as_slice()),
         };
         let parameters = if parameters.is_empty() { from_ref(&self.batch) } else { parameters };

@@ -352,7 +352,7 @@ fn source_of(kernel: Kernel) -> wgpu::ShaderModuleDescriptor<'static> {
 /// Kernels, and whether the browser refuses what was made of them.
 #[cfg(target_family = "wasm")]
 pub(super) type Verdicts =
-    Mutex<Vec<(&'static str, std::pin::Pin<Box<dyn Future<Output = Option<wgpu::Error>> + Send>>)>>;
+    Mutex<Vec<(&'static str, std::pin::Pin<Box<dyn Future<Output = Option<wgpu::Error>>>>)>>;
 
 /// Counts what a device was given to do.
 #[derive(Debug, Default)]

@@ -32,6 +32,7 @@ use crate::kv_cache::{BLOCK, KvFormat};
 use crate::layout::{Layout, Packed};
 use crate::random::Random;
 use crate::shape::MatShape;
+use crate::wait::block_on;
 use crate::weights::{Alphabet, Table, TableData, TernaryMatrix};
 
 /// The methods in use on an adapter: each is checked when the first matrix that needs it is met.
@@ -145,14 +146,15 @@ impl Gemms {
         Self { plans, passed: Vec::new(), refused: Vec::new() }
     }
 
-    /// The plan of a layout that is exact here, as `check` says: the preferred one, else the kernels
-    /// of a few tokens for any number of them.
+    /// The plan of a layout that is exact here, as `check` says: the preferred one, else the same tile
+    /// without cooperative matrices, else the kernels of a few tokens for any number of them.
     async fn plan(
         &mut self,
         layout: Layout,
         mut check: impl AsyncFnMut(GemmPlan) -> Result<()>,
     ) -> Result<GemmPlan> {
-        for plan in [self.plans.of(layout), GemmPlan::FEW] {
+        let plan = self.plans.of(layout);
+        for plan in [plan, GemmPlan { cooperative: None, ..plan }, GemmPlan::FEW] {
             if self.passed.contains(&(layout, plan)) {
                 return Ok(plan);
             }
@@ -267,17 +269,43 @@ pub async fn check_async(gpu: &Gpu, plan: GemvPlan) -> Result<()> {
 /// [`Error::SelfTest`] on the first difference.
 pub async fn check_gemm_async(gpu: &Gpu, layout: Layout, plan: GemmPlan) -> Result<()> {
     let shape = MatShape::new(GEMM_SHAPE.0, GEMM_SHAPE.1)?;
-    plan.validate(gpu)?;
+    plan.validate(gpu, layout, shape.k())?;
     let mut random = Random::new(0x5EEC);
     let trits = random.trits(shape.len());
     let packed = Packed::pack(layout, shape, &trits);
-    for n_tokens in [3, 5, plan.tokens + 1] {
-        let codes = random.codes(n_tokens * shape.k());
-        let call = |gemm: Gemm| gemm.call_for(plan, n_tokens);
-        let (kernel, found) = multiply_many_async(gpu, &packed, &codes, call).await?;
-        compare(gpu, kernel, &found, &cpu_ref::gemm::gemm(&trits, &codes, shape.k()))?;
+    let counts = [3, 5, plan.tokens + 1];
+    let most = counts.into_iter().max().expect("there are three");
+    let codes = random.codes(most * shape.k());
+    let expected = cpu_ref::gemm::gemm(&trits, &codes, shape.k());
+    let product = Product::upload(gpu, gemm_encoding(layout), &packed, &codes)?;
+    for n_tokens in counts {
+        let call = product.gemm(layout).call_for(plan, n_tokens);
+        let inputs = gemm_inputs(call.kernel, product.inputs());
+        let found = product.run(gpu, &call, inputs, n_tokens).await?;
+        compare(gpu, call.kernel.name, &found, &expected[..found.len()])?;
+    }
+    if plan.cooperative.is_some() {
+        check_long_sums(gpu, plan, &mut random).await?;
     }
     check_quantize(gpu, gemm_encoding(layout), &mut random).await
+}
+
+/// Sums of the longest rows, of more than 2^23, where f32 has no bit to spare: matrix units need not add
+/// up as IEEE 754 says.
+async fn check_long_sums(gpu: &Gpu, plan: GemmPlan, random: &mut Random) -> Result<()> {
+    let shape = MatShape::new(3, kernels::MAX_K)?;
+    let mut trits = vec![1i8; shape.len()];
+    trits[shape.k()..2 * shape.k()].fill(-1);
+    // Up to there, and back to a small sum.
+    trits[2 * shape.k() + shape.k() / 2..].fill(-1);
+    let packed = Packed::pack(Layout::I2, shape, &trits);
+    let codes: Vec<i8> = (0..2 * shape.k())
+        .map(|_| (80 + random.below(48)) as i8)
+        .chain(vec![-128; shape.k()])
+        .collect();
+    let call = |gemm: Gemm| gemm.tiled(plan);
+    let (kernel, found) = multiply_many_async(gpu, &packed, &codes, call).await?;
+    compare(gpu, kernel, &found, &cpu_ref::gemm::gemm(&trits, &codes, shape.k()))
 }
 
 /// Quantises with scale 1, and no value near a tie: a division that is off in the last bit is allowed.
@@ -444,7 +472,7 @@ pub struct HeadFound {
 }
 
 impl<'a> Heads<'a> {
-    /// Uploads a float table both ways. The head's input goes through the norm `[K]` with its eps, or
+    /// Uploads a float table both ways, for up to [`LOGIT_ROWS`] tokens. The head's input goes through the norm `[K]` with its eps, or
     /// is normalised already.
     ///
     /// # Errors
@@ -453,9 +481,19 @@ impl<'a> Heads<'a> {
     /// # Panics
     /// If the table has no int8 head.
     pub fn new(gpu: &'a Gpu, table: &Table, norm: Option<(&[f32], f32)>) -> Result<Self> {
+        block_on(Self::with_rows(gpu, table, norm, LOGIT_ROWS))
+    }
+
+    /// [`Heads::new`] for up to `max_rows` tokens, where nothing may block.
+    async fn with_rows(
+        gpu: &'a Gpu,
+        table: &Table,
+        norm: Option<(&[f32], f32)>,
+        max_rows: usize,
+    ) -> Result<Self> {
         let (v, k) = (table.shape().n(), table.shape().k());
-        let on_gpu = GpuTable::upload(gpu, "lm_head", table)?;
-        let int8 = Int8Head::upload(gpu, "int8 lm_head", table)?.expect("a float table");
+        let on_gpu = GpuTable::upload(gpu, "lm_head", table).await?;
+        let int8 = Int8Head::upload(gpu, "int8 lm_head", table).await?.expect("a float table");
         let storage = |len_words| gpu.storage("head", len_words);
         let (pipelines, uniform) = (gpu.pipelines(), gpu.params_buffer());
         let rows = |len_words: usize| storage(LOGIT_ROWS * len_words);
@@ -475,7 +513,7 @@ impl<'a> Heads<'a> {
         };
         let GpuTableData::Dense(shards) = &on_gpu.data else { panic!("a float table is dense") };
         let mut exact = LogitTile::ALL.map(|_| Vec::new());
-        for (ops, tile) in exact.iter_mut().zip(LogitTile::ALL) {
+        for (ops, &tile) in exact.iter_mut().zip(LogitTile::up_to(max_rows as u32)) {
             for rows in shards {
                 let [units, scale, min] = &rows.buffers;
                 let call = kernels::lm_head(rows.shard, v, tile);
@@ -492,6 +530,7 @@ impl<'a> Heads<'a> {
             seen: &seen,
             tokens: &tokens[1],
             counts: &counts,
+            rows: max_rows,
         };
         let int8 = int8.ops(gpu, &pipelines, &uniform, &step)?;
         Ok(Self {
@@ -602,11 +641,13 @@ impl<'a> Heads<'a> {
 }
 
 /// Runs the int8 head on rows that int8 cannot tell apart, and compares its greedy tokens with
-/// those of the exact head on this adapter.
+/// those of the exact head on this adapter; several tokens at once only if passes may have more than
+/// one row of logits.
 ///
 /// # Errors
 /// [`Error::SelfTest`] on the first difference.
-pub async fn check_head_async(gpu: &Gpu) -> Result<()> {
+pub async fn check_head_async(gpu: &Gpu, max_rows: usize) -> Result<()> {
+    let max_rows = max_rows.min(LOGIT_ROWS);
     let kernel = "head_int8";
     let mut random = Random::new(0x5EF0);
     let shape = MatShape::new(HEAD_SHAPE.0, HEAD_SHAPE.1)?;
@@ -620,7 +661,7 @@ pub async fn check_head_async(gpu: &Gpu) -> Result<()> {
         }
     }
     let table = Table::new(shape, TableData::F32(w.into()));
-    let heads = Heads::new(gpu, &table, Some((&norm, 1e-5)))?;
+    let heads = Heads::with_rows(gpu, &table, Some((&norm, 1e-5)), max_rows).await?;
     let negative: Vec<f32> = hidden.iter().map(|value| -value).collect();
     let none = vec![0; shape.n().div_ceil(32)];
     for hidden in [&hidden, &negative] {
@@ -641,8 +682,11 @@ pub async fn check_head_async(gpu: &Gpu) -> Result<()> {
     let logits: Vec<f32> = (0..shape.n()).map(rest).collect();
     let second = cpu_ref::argmax::argmax(&logits).map_or(u32::MAX, |token| token as u32);
     compare(gpu, kernel, &[found.token], &[second])?;
-    check_head_rows(gpu, &heads, [&hidden, &negative], &seen, [exact.token, second]).await?;
-    check_head_bits(gpu, shape, &mut random).await
+    if max_rows > 1 {
+        let tokens = [exact.token, second];
+        check_head_rows(gpu, &heads, [&hidden, &negative], &seen, tokens, max_rows).await?;
+    }
+    check_head_bits(gpu, shape, &mut random, max_rows).await
 }
 
 /// Several rows of logits at once, every second one of `hidden` and the others of its negative; the
@@ -653,11 +697,12 @@ async fn check_head_rows(
     hidden: [&[f32]; 2],
     seen: &[u32],
     [first, second]: [u32; 2],
+    max_rows: usize,
 ) -> Result<()> {
     let kernel = "head_int8";
     let other = heads.find_exact_async(hidden[1]).await?.token;
     let none = vec![0; seen.len()];
-    for rows in [3, LOGIT_ROWS] {
+    for rows in [max_rows.min(3), max_rows] {
         let x: Vec<f32> = (0..rows).flat_map(|row| hidden[row % 2]).copied().collect();
         let expected: Vec<u32> = (0..rows).map(|row| [first, other][row % 2]).collect();
         let found = heads.find_exact_rows_async(&x).await?;
@@ -675,13 +720,19 @@ async fn check_head_rows(
 
 /// Rows that differ in the last bits alone, so that rounding decides which is the best; and their
 /// approximate logits, which are integers times two scales.
-async fn check_head_bits(gpu: &Gpu, shape: MatShape, random: &mut Random) -> Result<()> {
+async fn check_head_bits(
+    gpu: &Gpu,
+    shape: MatShape,
+    random: &mut Random,
+    max_rows: usize,
+) -> Result<()> {
     let kernel = "head_int8";
     let first = random.floats(shape.k(), 0.1);
     let mut last_bit = |w: &f32| f32::from_bits(w.to_bits() ^ random.bits() as u32 & 1);
     let w: Vec<f32> =
         (0..shape.n()).flat_map(|_| first.iter().map(&mut last_bit).collect::<Vec<_>>()).collect();
-    let heads = Heads::new(gpu, &Table::new(shape, TableData::F32(w.clone().into())), None)?;
+    let table = Table::new(shape, TableData::F32(w.clone().into()));
+    let heads = Heads::with_rows(gpu, &table, None, max_rows).await?;
     let none = vec![0; shape.n().div_ceil(32)];
     for _ in 0..4 {
         let hidden = random.floats(shape.k(), 3.0);
@@ -711,19 +762,25 @@ const HEAD_NEAR: [usize; 8] = [7, 290, 40, 255, 31, 32, 100, 256];
 
 /// Most draws of each setting in the check of sampling.
 const DRAWS: usize = 8;
+/// Tokens that have a chance in it, if there are as many.
+const LIKELY: usize = 1500;
 
 /// Draws tokens of fixed pseudo-random logits by every kind of cut, with random numbers in the middle
-/// of what belongs to a token, where no rounding leads to another.
+/// of what belongs to a token, where no rounding leads to another: with the pipelines of a model of
+/// that vocabulary.
 ///
 /// # Errors
 /// [`Error::SelfTest`] on the first difference.
-pub async fn check_sample_async(gpu: &Gpu) -> Result<()> {
+pub async fn check_sample_async(gpu: &Gpu, vocab_size: usize) -> Result<()> {
     let mut random = Random::new(0x5EED);
-    let pipelines = gpu.pipelines();
-    let mut logits = random.floats(1500, 6.0);
-    // Ties.
-    logits.iter_mut().for_each(|logit| *logit = (*logit * 4.0).round() / 4.0);
-    let seen: Vec<u32> = (0..1500usize.div_ceil(32)).map(|_| random.bits() as u32).collect();
+    let likely = vocab_size.min(LIKELY);
+    let mut logits = vec![-60.0; vocab_size];
+    for (at, logit) in random.floats(likely, 6.0).into_iter().enumerate() {
+        // Ties.
+        logits[at * vocab_size / likely] = (logit * 4.0).round() / 4.0;
+    }
+    let seen: Vec<u32> = (0..vocab_size.div_ceil(32)).map(|_| random.bits() as u32).collect();
+    let mut draws = Draws::new(gpu, &logits)?;
     let plain = Sampling { temperature: 1.5, penalty: 1.0, top_k: 0, top_p: 1.0, min_p: 0.0 };
     for how in [
         plain,
@@ -745,6 +802,7 @@ pub async fn check_sample_async(gpu: &Gpu) -> Result<()> {
             before += share;
         }
         let params = PassParams {
+            n_tokens: 1,
             n_logit_rows: 1,
             temperature: how.temperature,
             penalty: how.penalty,
@@ -753,13 +811,21 @@ pub async fn check_sample_async(gpu: &Gpu) -> Result<()> {
             min_p: how.min_p as f32,
             ..PassParams::default()
         };
-        let found = draw_tokens_async(gpu, &pipelines, &logits, &seen, params, &uniforms).await?;
-        compare(gpu, "sample", &found.tokens, &expected)?;
+        for (uniform, expected) in uniforms.into_iter().zip(expected) {
+            let found = draws.one(&seen, PassParams { uniform, ..params }).await?;
+            compare(gpu, "sample", &[found], &[expected])?;
+        }
     }
-    logits[700] = f32::NAN;
-    let params = PassParams { n_logit_rows: 1, temperature: 1.0, ..PassParams::default() };
-    let found = draw_tokens_async(gpu, &pipelines, &logits, &seen, params, &[0.5]).await?;
-    compare(gpu, "sample", &found.tokens, &[u32::MAX])
+    logits[vocab_size / 2] = f32::NAN;
+    draws.set_logits(&logits);
+    let params = PassParams {
+        n_tokens: 1,
+        n_logit_rows: 1,
+        temperature: 1.0,
+        uniform: 0.5,
+        ..PassParams::default()
+    };
+    compare(gpu, "sample", &[draws.one(&seen, params).await?], &[u32::MAX])
 }
 
 fn compare<T: PartialEq + std::fmt::Display>(
@@ -851,6 +917,49 @@ pub struct Drawn {
     pub tokens: Vec<u32>,
     /// `[⌈V/32⌉]`.
     pub seen: Vec<u32>,
+}
+
+/// The operations of a draw as decoding has them, on buffers of their own.
+struct Draws<'a> {
+    gpu: &'a Gpu,
+    uniform: wgpu::Buffer,
+    logits: Slice,
+    seen: Slice,
+    token: Slice,
+    ops: [Op; 3],
+}
+
+impl<'a> Draws<'a> {
+    fn new(gpu: &'a Gpu, logits: &[f32]) -> Result<Self> {
+        let vocab_size = logits.len();
+        let lens = kernels::SampleLens::new(vocab_size);
+        let (pipelines, uniform) = (gpu.pipelines(), gpu.params_buffer());
+        let (logits, seen) = (gpu.upload("logits", logits)?, gpu.storage("seen", lens.seen)?);
+        let [bits, weights] = [(); 2].map(|()| gpu.storage("bits", lens.vocab));
+        let (bits, weights) = (bits?, weights?);
+        let block_max = gpu.storage("block_max", lens.block_max)?;
+        let levels = gpu.storage("levels", lens.levels)?;
+        let token = gpu.storage("token", 1)?;
+        let draw = [&bits, &block_max, &weights, &levels, &bits, &seen, &token];
+        let op = |call: &Call, buffers: &[&Slice]| gpu.op(&pipelines, call, &uniform, buffers);
+        let ops = [
+            op(&kernels::sample_blocks(vocab_size), &[&logits, &seen, &bits, &block_max])?,
+            op(&kernels::sample_weights(vocab_size), &[&bits, &block_max, &weights, &levels])?,
+            op(&kernels::sample(vocab_size), &draw)?,
+        ];
+        Ok(Self { gpu, uniform, logits, seen, token, ops })
+    }
+
+    fn set_logits(&mut self, logits: &[f32]) {
+        self.gpu.queue.write_buffer(&self.logits.buffer, 0, bytemuck::cast_slice(logits));
+    }
+
+    /// One token by the number in the pass.
+    async fn one(&self, seen: &[u32], params: PassParams) -> Result<u32> {
+        self.gpu.queue.write_buffer(&self.seen.buffer, 0, bytemuck::cast_slice(seen));
+        self.gpu.run_all(&self.uniform, params, &self.ops)?;
+        Ok(self.gpu.read_async(&self.token, 1).await?[0])
+    }
 }
 
 /// Draws tokens of logits `[V]`, one for each random number; a single one as decoding does, by the
@@ -953,7 +1062,7 @@ pub async fn multiply_async(
 ) -> Result<Vec<i32>> {
     let SumPlans { gemv, gemm } = plans;
     gemv.validate(gpu, packed.shape().k())?;
-    gemm.validate(gpu)?;
+    gemm.validate(gpu, packed.layout(), packed.shape().k())?;
     if n_tokens > 1 {
         let call = |shard: Gemm| shard.call_for(gemm, n_tokens);
         return Ok(multiply_many_async(gpu, packed, codes, call).await?.1);
@@ -961,7 +1070,7 @@ pub async fn multiply_async(
     let variant = gemv.variant;
     let product = Product::upload(gpu, variant.gemv_encoding(), packed, codes)?;
     let call = kernels::gemv(gemv, packed.shape(), 0, product.tiles());
-    product.run(gpu, &call, variant.gemv_inputs(product.inputs())).await
+    product.run(gpu, &call, variant.gemv_inputs(product.inputs()), 1).await
 }
 
 /// The same with one of the kernels of many tokens, and its name.
@@ -974,18 +1083,18 @@ pub async fn multiply_many_async(
     codes: &[i8],
     call: impl FnOnce(Gemm) -> Call,
 ) -> Result<(&'static str, Vec<i32>)> {
-    let (layout, shape) = (packed.layout(), packed.shape());
+    let layout = packed.layout();
     let product = Product::upload(gpu, gemm_encoding(layout), packed, codes)?;
-    let (tiles, max_tokens) = (product.tiles(), product.n_tokens);
-    let call = call(Gemm { layout, shape, tile_base: 0, tiles, max_tokens });
-    let found = product.run(gpu, &call, gemm_inputs(layout, product.inputs())).await?;
+    let call = call(product.gemm(layout));
+    let inputs = gemm_inputs(call.kernel, product.inputs());
+    let found = product.run(gpu, &call, inputs, product.max_tokens).await?;
     Ok((call.kernel.name, found))
 }
 
 /// A matrix and activations on the device.
 struct Product {
     shape: MatShape,
-    n_tokens: usize,
+    max_tokens: usize,
     words: Slice,
     codes: Slice,
     offset: Slice,
@@ -997,16 +1106,16 @@ impl Product {
     fn upload(gpu: &Gpu, encoding: Encoding, packed: &Packed, codes: &[i8]) -> Result<Self> {
         let shape = packed.shape();
         let tokens = codes.chunks_exact(shape.k());
-        let n_tokens = tokens.len();
+        let max_tokens = tokens.len();
         let sums: Vec<i32> = tokens.map(|token| code_sum(encoding, token)).collect();
         Ok(Self {
             shape,
-            n_tokens,
+            max_tokens,
             words: gpu.upload("w", packed.words())?,
             codes: gpu.upload("x", &encode_codes(encoding, codes, shape.k()))?,
             offset: gpu.upload("offset", &row_offsets(packed))?,
             code_sum: gpu.upload("code_sum", &sums)?,
-            acc: gpu.storage("acc", n_tokens * kernels::padded_rows(shape.n()))?,
+            acc: gpu.storage("acc", max_tokens * kernels::padded_rows(shape.n()))?,
         })
     }
 
@@ -1014,22 +1123,30 @@ impl Product {
         kernels::padded_rows(self.shape.n()) / cpu_ref::layout::TILE_ROWS
     }
 
+    /// With room for all tokens, from the first tile on.
+    fn gemm(&self, layout: Layout) -> Gemm {
+        let Self { shape, max_tokens, .. } = *self;
+        Gemm { layout, shape, tile_base: 0, tiles: self.tiles(), max_tokens }
+    }
+
     fn inputs(&self) -> SumInputs<'_> {
         let Self { words, codes, offset, code_sum, .. } = self;
         SumInputs { words, codes, offset, code_sum }
     }
 
+    /// What a call finds for the first tokens.
     async fn run<'a>(
         &'a self,
         gpu: &Gpu,
         call: &Call,
         mut buffers: Vec<&'a Slice>,
+        n_tokens: usize,
     ) -> Result<Vec<i32>> {
         buffers.push(&self.acc);
-        let params = PassParams { n_tokens: self.n_tokens as u32, ..PassParams::default() };
+        let params = PassParams { n_tokens: n_tokens as u32, ..PassParams::default() };
         run(gpu, call, params, &buffers)?;
         let n_pad = kernels::padded_rows(self.shape.n());
-        let words = gpu.read_async(&self.acc, self.n_tokens * n_pad).await?;
+        let words = gpu.read_async(&self.acc, n_tokens * n_pad).await?;
         let rows = words.chunks_exact(n_pad).flat_map(|row| &row[..self.shape.n()]);
         Ok(rows.map(|&word| word as i32).collect())
     }
@@ -1343,7 +1460,7 @@ pub async fn quantize_async(
 
 #[cfg(test)]
 mod tests {
-    use super::super::Variant;
+    use super::super::{Cooperative, Variant};
     use super::*;
     use crate::wait::block_on;
 
@@ -1384,7 +1501,7 @@ mod tests {
 
     #[test]
     fn wrong_tiles_are_replaced_and_named() {
-        let tiles = GemmPlan { rows: 64, tokens: 32 };
+        let tiles = GemmPlan::tile(64, 32);
         let mut gemms = Gemms::new(GemmPlans { i2: tiles, ..GemmPlans::default() });
         let mut checks = Vec::new();
         let mut check = |wrong: Option<GemmPlan>, layout| {
@@ -1400,6 +1517,17 @@ mod tests {
         }
         let usual = (Layout::Planes, GemmPlan::default());
         assert_eq!(checks, [(Layout::I2, tiles), (Layout::I2, GemmPlan::FEW), usual]);
+        assert_eq!(gemms.refused.len(), 1);
+        // Cooperative matrices give way to the same tile without.
+        let matrices = Cooperative { size: 16, subgroup: 32 };
+        let [cooperative, _] = GemmPlan::all_of(matrices);
+        let mut gemms = Gemms::new(GemmPlans::default().with(Layout::I2, cooperative));
+        let check = async |plan: GemmPlan| match plan.cooperative {
+            Some(_) => Err(wrong_result()),
+            None => Ok(()),
+        };
+        let plan = block_on(gemms.plan(Layout::I2, check)).unwrap();
+        assert_eq!(plan, GemmPlan { cooperative: None, ..cooperative });
         assert_eq!(gemms.refused.len(), 1);
         // Where nothing is right there is no kernel for a prompt.
         let mut gemms = Gemms::new(GemmPlans::default());

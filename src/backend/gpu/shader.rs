@@ -37,6 +37,8 @@ kernels! {
     GEMM_I2 = "gemm_i2",
     GEMM_PLANES_FEW = "gemm_planes_few",
     GEMM_I2_FEW = "gemm_i2_few",
+    GEMM_I2_COOP8 = "gemm_i2_coop8",
+    GEMM_I2_COOP16 = "gemm_i2_coop16",
     GROUP_GEMV = "group_gemv",
     GROUP_GEMV_INT8 = "group_gemv_int8",
     FUSED_QKV = "fused_qkv",
@@ -75,6 +77,8 @@ pub const UNCHECKED: &[Kernel] = &[
     GEMM_I2,
     GEMM_PLANES_FEW,
     GEMM_I2_FEW,
+    GEMM_I2_COOP8,
+    GEMM_I2_COOP16,
     FUSED_QKV,
     FUSED_GATED,
     FUSED_RESIDUAL,
@@ -83,6 +87,10 @@ pub const UNCHECKED: &[Kernel] = &[
     ATTENTION_BLOCKS,
     ATTENTION_MERGE,
 ];
+
+/// The kernels that need cooperative matrices: see [`Cooperative`](super::Cooperative). No other needs
+/// an optional feature.
+pub const COOPERATIVE: &[Kernel] = &[GEMM_I2_COOP8, GEMM_I2_COOP16];
 
 /// The snippets of `shaders/shared/`.
 const SNIPPETS: &[(&str, &str)] = &[
@@ -97,6 +105,7 @@ const SNIPPETS: &[(&str, &str)] = &[
     ("exp", include_str!("../../../shaders/shared/exp.wgsl")),
     ("levels", include_str!("../../../shaders/shared/levels.wgsl")),
     ("mass", include_str!("../../../shaders/shared/mass.wgsl")),
+    ("gemm_coop", include_str!("../../../shaders/shared/gemm_coop.wgsl")),
     ("gemm_few", include_str!("../../../shaders/shared/gemm_few.wgsl")),
     ("gemm_tile", include_str!("../../../shaders/shared/gemm_tile.wgsl")),
     ("gemv_shape", include_str!("../../../shaders/shared/gemv_shape.wgsl")),

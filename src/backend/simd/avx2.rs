@@ -29,6 +29,7 @@ use super::columns::{Line, STEP};
 use super::head::{CODE_WORDS, LimbSums};
 use super::lanes::Lanes;
 use super::portable::widen_scales;
+use super::rows::{LineCodes, Rows};
 use super::tables::{FieldTables, build_tables};
 use super::{Activations, CHUNK_WORDS, Level, impl_kernels};
 
@@ -310,6 +311,34 @@ pub(super) fn stripe_sums(
         let (byte, field) = place(row);
         let (half, lane, part, e) = (byte / 32, byte / 16 % 2, byte / 8 % 2, byte % 8);
         *sum = wide[half][part][field][8 * lane + e];
+    }
+}
+
+/// Rows to ask for ahead, as [`AHEAD`].
+const ROWS_AHEAD: usize = 12;
+
+/// `Σ (w + 1)·x` of each row in `open`. A line adds eight times two products of a code ≤ 2 and an
+/// activation to a lane of i16, at most 4096.
+#[target_feature(enable = "avx2")]
+pub(super) fn open_sums(rows: &Rows, x: &[LineCodes], open: &[u32], sums: &mut [i32]) {
+    // The last rows ask again for the last one.
+    let ahead = open.iter().skip(ROWS_AHEAD).chain(std::iter::repeat(&open[open.len() - 1]));
+    for ((sum, &row), &ahead) in sums.iter_mut().zip(open).zip(ahead) {
+        let mut lanes = _mm256_setzero_si256();
+        let lines = rows.row(row).iter().zip(rows.row(ahead));
+        for ((line, ahead), x) in lines.zip(x) {
+            prefetch::<_MM_HINT_T1>(&ahead.0, 0);
+            let mut short = _mm256_setzero_si256();
+            for (half, words) in line.0.as_chunks::<PAIR_WORDS>().0.iter().enumerate() {
+                for (codes, x) in codes(load(words)).into_iter().zip(x) {
+                    let products = _mm256_maddubs_epi16(codes, load_codes(&x.as_chunks().0[half]));
+                    short = _mm256_add_epi16(short, products);
+                }
+            }
+            let wide = _mm256_madd_epi16(short, _mm256_set1_epi16(1));
+            lanes = _mm256_add_epi32(lanes, wide);
+        }
+        *sum = row_sums(lanes).into_iter().sum();
     }
 }
 
@@ -600,6 +629,27 @@ pub(super) fn prefetch_next(pairs: &[[u32; PAIR_WORDS]], tile: &[[u32; CHUNK_WOR
     }
 }
 
+/// Bytes of a page, whatever its real size: caches follow a stream of lines no further.
+const PAGE_BYTES: usize = 4096;
+/// Words of a cache line.
+const LINE_WORDS: usize = 16;
+/// Lines of a page that are asked for before it is reached.
+const FIRST_LINES: usize = 4;
+
+/// Asks for the beginning of the next page to come into the second-level cache, if these are the first
+/// bytes of a page. Within a page the hardware sees a stream and runs ahead of it by itself, better than it
+/// can be told to; at each page it has to find out anew.
+#[inline(always)]
+pub(super) fn ask_next_page(chunk: &[u32; CHUNK_WORDS]) {
+    let in_page = chunk.as_ptr().addr() % PAGE_BYTES;
+    if in_page < size_of_val(chunk) {
+        let next = (PAGE_BYTES - in_page) / size_of::<u32>();
+        for line in 0..FIRST_LINES {
+            prefetch::<_MM_HINT_T1>(chunk, next + line * LINE_WORDS);
+        }
+    }
+}
+
 /// Asks for the cache line so many words ahead.
 #[inline(always)]
 pub(super) fn prefetch<const HINT: i32>(at: &[u32], words: usize) {
@@ -640,6 +690,14 @@ pub(super) fn row_sums(lanes: __m256i) -> [i32; 2] {
 pub(super) fn fields(x: &[i8; CHUNK_K]) -> [__m256i; 4] {
     let x = x.as_chunks::<16>().0;
     [field(&x[0]), field(&x[1]), field(&x[2]), field(&x[3])]
+}
+
+/// 32 activations.
+#[inline]
+#[target_feature(enable = "avx2")]
+fn load_codes(x: &[i8; 32]) -> __m256i {
+    // SAFETY: `x` has 32 bytes to read, and the load needs no alignment.
+    unsafe { _mm256_loadu_si256(x.as_ptr().cast()) }
 }
 
 /// The 16 activations of a field, in both 128-bit lanes.

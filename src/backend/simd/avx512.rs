@@ -11,14 +11,16 @@
 //!    are fields 0 and 1 (the latter times 4), and `v >> 4` brings fields 2 and 3 to the same
 //!    places. Sums of field 1 and 3 are kept apart and divided by 4 at the end, exactly.
 //! 3. All 8 quads of a chunk are summed at once, 16 accumulators, so that the weights are read
-//!    front to back; they are prefetched 8 KiB ahead.
+//!    front to back; the next page's first lines are asked for at the beginning of each.
 //! 4. GEMM keeps 4 quads × up to 4 tokens: a masked field is used for every token, which leaves
 //!    `vpdpbusd` as the limit. It passes a tile twice or more often; meanwhile the next one is asked
 //!    for, so that memory is read all the time, and not in the first pass alone.
 //! 5. Binary weights are bits, 1 for −1: `Σ w·x = Σ x − 2·Σ bit·x`, with eight one-bit fields a byte.
 //! 6. By columns, four of them are interleaved byte by byte: a lane is a row with its four weights, and
 //!    the columns that come later in the list are asked for.
-//! 7. Float activations: a lane is a row, and `vpermps` looks up a nibble ([`super::tables`]).
+//! 7. By rows, a line of a row meets 64 activations a field; four rows share them, and those that come
+//!    later in the list are asked for.
+//! 8. Float activations: a lane is a row, and `vpermps` looks up a nibble ([`super::tables`]).
 #![expect(unsafe_code, reason = "loads, and entry into target features")]
 
 use std::arch::x86_64::*;
@@ -26,11 +28,12 @@ use std::arch::x86_64::*;
 use cpu_ref::layout::columns::STRIPE_ROWS;
 use cpu_ref::layout::{CHUNK_K, TILE_ROWS};
 
-use super::avx2::{PREFETCH_CHUNKS, next_tile, prefetch};
+use super::avx2::{ask_next_page, next_tile, prefetch};
 use super::base3::{FEW_BASE3, few_base3, unpack_base3};
 use super::columns::{Line, STEP};
 use super::head::{CODE_WORDS, LimbSums};
 use super::lanes::Lanes;
+use super::rows::{LineCodes, Rows};
 use super::tables::{NibbleTables, i2_column};
 use super::{Activations, CHUNK_WORDS, GroupLayout, GroupScales, Level, impl_kernels};
 
@@ -159,9 +162,9 @@ fn gemv_tile(
     let mut units = [_mm512_setzero_si512(); QUADS];
     let mut fours = [_mm512_setzero_si512(); QUADS];
     for (chunk, x) in tile.iter().zip(x) {
+        ask_next_page(chunk);
         let (x0, x1, x2, x3) = (field::<0>(x), field::<1>(x), field::<2>(x), field::<3>(x));
         for (q, quad) in chunk.as_chunks::<QUAD_WORDS>().0.iter().enumerate() {
-            prefetch::<_MM_HINT_T0>(quad, PREFETCH_CHUNKS * CHUNK_WORDS);
             let v = load(quad);
             let u = _mm512_srli_epi16::<4>(v);
             units[q] = _mm512_dpbusd_epi32(units[q], _mm512_and_si512(v, low), x0);
@@ -224,6 +227,50 @@ pub(super) fn stripe_sums(
         store(acc[0], even);
         // A sum of multiples of 4.
         store(_mm512_srai_epi32::<2>(acc[1]), odd);
+    }
+}
+
+/// Rows that are summed at once.
+const OPEN_ROWS: usize = 4;
+
+/// Rows to ask for ahead, as [`AHEAD`].
+const ROWS_AHEAD: usize = 4 * OPEN_ROWS;
+
+/// `Σ (w + 1)·x` of each row in `open`.
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]
+pub(super) fn open_sums(rows: &Rows, x: &[LineCodes], open: &[u32], sums: &mut [i32]) {
+    let (low, high) = (_mm512_set1_epi8(0x03), _mm512_set1_epi8(0x0c));
+    for (first, sums) in (0..).step_by(OPEN_ROWS).zip(sums.chunks_mut(OPEN_ROWS)) {
+        // The last ones again, where there are no more.
+        let at = |i: usize| rows.row(open[i.min(open.len() - 1)]);
+        let now: [_; OPEN_ROWS] = std::array::from_fn(|r| &at(first + r)[..x.len()]);
+        let ahead: [_; OPEN_ROWS] = std::array::from_fn(|r| &at(first + ROWS_AHEAD + r)[..x.len()]);
+        let mut units = [_mm512_setzero_si512(); OPEN_ROWS];
+        let mut fours = [_mm512_setzero_si512(); OPEN_ROWS];
+        for (l, x) in x.iter().enumerate() {
+            let x = [codes(&x[0]), codes(&x[1]), codes(&x[2]), codes(&x[3])];
+            for r in 0..OPEN_ROWS {
+                prefetch::<_MM_HINT_T1>(&ahead[r][l].0, 0);
+                let v = load(&now[r][l].0);
+                let u = _mm512_srli_epi16::<4>(v);
+                units[r] = _mm512_dpbusd_epi32(units[r], _mm512_and_si512(v, low), x[0]);
+                fours[r] = _mm512_dpbusd_epi32(fours[r], _mm512_and_si512(v, high), x[1]);
+                units[r] = _mm512_dpbusd_epi32(units[r], _mm512_and_si512(u, low), x[2]);
+                fours[r] = _mm512_dpbusd_epi32(fours[r], _mm512_and_si512(u, high), x[3]);
+            }
+        }
+        for (units, fours) in units.iter_mut().zip(fours) {
+            // Each lane of `fours` is a sum of multiples of 4.
+            *units = _mm512_add_epi32(*units, _mm512_srai_epi32::<2>(fours));
+        }
+        // After the transposition, element `r` of each lane is of row `r`.
+        let [a, b, c, d] = transpose(units);
+        let lanes = _mm512_add_epi32(_mm512_add_epi32(a, b), _mm512_add_epi32(c, d));
+        let mut wide = [0; 16];
+        store(lanes, &mut wide);
+        for (r, sum) in sums.iter_mut().enumerate() {
+            *sum = wide.iter().skip(r).step_by(OPEN_ROWS).sum();
+        }
     }
 }
 
@@ -353,10 +400,10 @@ pub(super) fn limb_sums(chunks: &[[u32; CODE_WORDS]], hi: &[i8], lo: &[i8], sums
     let (mut high, mut low, mut of_x) = ([zero; QUADS], [zero; QUADS], [zero; 2]);
     let limbs = hi.as_chunks().0.iter().zip(lo.as_chunks().0);
     for (chunk, (hi, lo)) in chunks.iter().zip(limbs) {
+        ask_next_page(chunk);
         let (hi, lo) = (broadcast(hi), broadcast(lo));
         of_x = [_mm512_dpbusd_epi32(of_x[0], bias, hi), _mm512_dpbusd_epi32(of_x[1], bias, lo)];
         for (q, quad) in chunk.as_chunks::<QUAD_WORDS>().0.iter().enumerate() {
-            prefetch::<_MM_HINT_T0>(quad, PREFETCH_CHUNKS * CHUNK_WORDS);
             let codes = _mm512_xor_si512(load(quad), bias);
             high[q] = _mm512_dpbusd_epi32(high[q], codes, hi);
             low[q] = _mm512_dpbusd_epi32(low[q], codes, lo);
@@ -538,6 +585,14 @@ fn field<const FIELD: usize>(x: &[i8; CHUNK_K]) -> __m512i {
 fn broadcast(codes: &[i8; 16]) -> __m512i {
     // SAFETY: `codes` has 16 bytes to read, and the load needs no alignment.
     _mm512_broadcast_i32x4(unsafe { _mm_loadu_si128(codes.as_ptr().cast()) })
+}
+
+/// 64 activations.
+#[inline]
+#[target_feature(enable = "avx512f")]
+fn codes(x: &[i8; CHUNK_K]) -> __m512i {
+    // SAFETY: `x` has 64 bytes to read, and the load needs no alignment.
+    unsafe { _mm512_loadu_si512(x.as_ptr().cast()) }
 }
 
 /// Four rows' pieces.

@@ -22,10 +22,10 @@ use std::arch::x86_64::*;
 use cpu_ref::layout::base3::{self, GROUP_CHUNKS, GROUP_PIECES};
 use cpu_ref::layout::{CHUNK_K, PIECE_WORDS, TILE_ROWS};
 
-use super::avx2::{PREFETCH_CHUNKS, prefetch};
+use super::avx2::{PREFETCH_CHUNKS, ask_next_page, prefetch};
 use super::avx512::{
     Avx512Vnni, QUAD_WORDS, Vector, build_tables, gemm_tile, limb_sums, load, lookup_chunk,
-    row_order, signs_tile, store, stripe_sums, transpose, widen_scales,
+    open_sums, row_order, signs_tile, store, stripe_sums, transpose, widen_scales,
 };
 use super::base3::Chunk;
 use super::{Activations, CHUNK_WORDS, Level, impl_kernels};
@@ -190,6 +190,7 @@ fn tokens_tile<const T: usize>(tile: &[Chunk], x: Activations<'_>, acc: &mut [[i
     }
     for (g, group) in groups.iter().enumerate() {
         for (p, piece) in group.iter().enumerate() {
+            ask_next_page(piece);
             for (word, halves) in piece.as_chunks::<TILE_ROWS>().0.iter().enumerate() {
                 let mut x_digits = [[_mm512_setzero_si512(); 5]; T];
                 for (t, x_digits) in x_digits.iter_mut().enumerate() {
@@ -198,7 +199,6 @@ fn tokens_tile<const T: usize>(tile: &[Chunk], x: Activations<'_>, acc: &mut [[i
                     *x_digits = [a, b, c, d, activations(&chunks[GROUP_PIECES], 4 * p + word)];
                 }
                 for (half, rows) in halves.as_chunks::<QUAD_WORDS>().0.iter().enumerate() {
-                    prefetch::<_MM_HINT_T0>(rows, PREFETCH_CHUNKS * CHUNK_WORDS);
                     let digits = decoder.digits(load(rows));
                     for t in 0..T {
                         let sums = &mut sums[t][half];

@@ -11,7 +11,8 @@ use cpu_ref::layout::TILE_ROWS;
 
 use super::avx2::{
     BLOCK_CHUNKS, BLOCK_TOKENS, PAIR_WORDS, PAIRS, QUARTERS, Vector, add_rows, blocks, codes,
-    field, fields, limb_sums, load, lookup_chunk, prefetch_next, row_sums, stripe_sums, unpack,
+    field, fields, limb_sums, load, lookup_chunk, open_sums, prefetch_next, row_sums, stripe_sums,
+    unpack,
 };
 use super::base3::{FEW_BASE3, few_base3, unpack_base3};
 use super::portable::widen_scales;

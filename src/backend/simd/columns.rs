@@ -10,7 +10,7 @@ use rayon::prelude::*;
 use super::Level;
 use crate::layout::Packed;
 
-/// A stripe's share of a column: a cache line.
+/// 256 weights: a stripe's share of a column, or a part of a row. A cache line.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, bytemuck::Pod, bytemuck::Zeroable)]
 #[repr(C, align(64))]
 pub struct Line(pub(super) [u32; LINE_WORDS]);
@@ -21,12 +21,15 @@ pub(super) fn most_nonzeros(level: Level) -> Option<usize> {
     match level {
         Level::Avx512Vbmi | Level::Avx512Vnni => Some(40),
         Level::AvxVnni | Level::Avx2 => Some(30),
-        Level::NeonI8mm | Level::NeonDotprod | Level::Neon | Level::Simd128 | Level::Scalar => None,
+        Level::NeonI8mm | Level::NeonDotprod | Level::Neon => None,
+        Level::RelaxedSimd | Level::Simd128 | Level::Scalar => None,
     }
 }
 
-/// All weights 0.
-const EMPTY: Line = Line([0x5555_5555; LINE_WORDS]);
+impl Line {
+    /// All weights 0.
+    pub(super) const EMPTY: Self = Self([0x5555_5555; LINE_WORDS]);
+}
 
 /// Inputs a step of the kernels takes.
 pub(super) const STEP: usize = 4;
@@ -43,7 +46,7 @@ impl Columns {
     /// Packs a matrix again.
     pub fn pack(matrix: &Packed) -> Self {
         let (n, k) = (matrix.shape().n(), matrix.shape().k());
-        let mut lines = vec![EMPTY; n.div_ceil(STRIPE_ROWS) * k];
+        let mut lines = vec![Line::EMPTY; n.div_ceil(STRIPE_ROWS) * k];
         lines.par_chunks_exact_mut(k).enumerate().for_each(|(stripe, lines)| {
             let first = stripe * STRIPE_ROWS;
             for row in 0..STRIPE_ROWS.min(n - first) {
@@ -78,6 +81,11 @@ impl Columns {
     /// What it takes.
     pub fn len_bytes(&self) -> usize {
         size_of_val(&self.lines[..])
+    }
+
+    /// What a column takes.
+    pub(super) fn column_bytes(&self) -> usize {
+        self.rows() / STRIPE_ROWS * size_of::<Line>()
     }
 
     /// Stripes `first..first + n`.

@@ -10,8 +10,9 @@ use cpu_ref::rope::Frequencies;
 use super::columns::{Columns, NonZeros, most_nonzeros};
 use super::head::Int8Head;
 use super::load::{Layer, Weights};
-use super::matrix::{Head, Linears, Matrix, Scales};
-use super::pool::{Pool, Split};
+use super::matrix::{Head, Linears, Matrix, Scales, UpRows};
+use super::pool::{self, Pool, Split, Table};
+use super::rows::{self, Open};
 use super::{Activations, Kernels, Level, TokenScale, attention};
 use crate::backend::choices::Choices;
 use crate::backend::{
@@ -65,18 +66,30 @@ struct Work {
     inputs: Vec<f32>,
     /// `[M, 64·chunks]`.
     codes: Vec<i8>,
-    /// `[M, K/group]`, or `[M]` of each run of matrices in turn.
+    /// `[M, K/group]`, or `[M]`.
     scales: Vec<TokenScale>,
-    /// `[tiles][M][32]` of each run of matrices in turn: sums of codes.
+    /// `[tiles][M][32]`: sums of codes.
     acc: Vec<i32>,
     /// As `acc`: results of matrices with scales of groups.
     products: Vec<f32>,
-    /// `[M, N]`.
+    /// `[M, N]`: the results of all matrices that read the same vector.
     rows: Vec<f32>,
     /// The inputs of a matrix by columns.
     nonzeros: NonZeros,
-    /// Products by columns so far.
+    /// The gates of a matrix by rows.
+    open: Open,
+    spared: Spared,
+}
+
+/// What decode steps did by columns and by rows.
+#[derive(Default)]
+struct Spared {
+    /// Products by columns, and by rows, so far.
     by_columns: u64,
+    by_rows: u64,
+    /// Bytes of matrices that the pass does not read whole, and what it reads of them by columns and rows.
+    whole: u64,
+    parts: u64,
 }
 
 /// What one forward pass leaves for its next step.
@@ -130,7 +143,7 @@ impl Work {
         };
         let tiled = |linears: &Linears, of_groups: bool| -> usize {
             let runs = linears.runs().iter().filter(|run| run.scales.is_of_groups() == of_groups);
-            runs.map(|run| run.tiles() * TILE_ROWS).sum()
+            runs.map(|run| run.tiles() * TILE_ROWS).max().unwrap_or_default()
         };
         // Whole stripes, where a matrix is there by columns too.
         let acc = |linears: &Linears| match linears.columns() {
@@ -138,14 +151,17 @@ impl Work {
             None => tiled(linears, false),
         };
         let columns = all().filter_map(Linears::columns).map(Columns::k).max().unwrap_or_default();
+        let gates = all().filter_map(Linears::up).map(|up| up.rows.n()).max().unwrap_or_default();
         let scales = |linears: &Linears| {
-            let groups = linears.runs().iter().map(Matrix::groups).max().unwrap_or_default();
-            groups.max(linears.runs().len())
+            linears.runs().iter().map(|run| run.groups().max(1)).max().unwrap_or_default()
         };
         let codes = |linears: &Linears| {
             let of_codes = |run: &&Matrix| int8_groups || !run.scales.is_of_groups();
             let needed = linears.runs().iter().any(|run| of_codes(&run));
-            if needed { linears.k().next_multiple_of(CHUNK_K) } else { 0 }
+            let padded = linears.k().next_multiple_of(CHUNK_K);
+            // Whole lines, where a matrix is there by rows too.
+            let lines = linears.up().map_or(0, |up| up.rows.chunks() * CHUNK_K);
+            if needed { padded.max(lines) } else { 0 }
         };
         let inputs = |linears: &Linears| {
             let needed =
@@ -165,7 +181,8 @@ impl Work {
             products: vec![0.0; most(&|linears| tiled(linears, true))],
             rows: vec![0.0; most(&Linears::n)],
             nonzeros: NonZeros::new(columns),
-            by_columns: 0,
+            open: Open::new(gates),
+            spared: Spared::default(),
         }
     }
 
@@ -180,75 +197,52 @@ impl Work {
         out: &mut [f32],
         finish: impl Fn(&dyn Kernels, usize, &mut [f32], &mut [f32]) + Sync,
     ) {
-        let n_tokens = x.len() / linears.k();
-        let (mut acc_start, mut products_start) = (0, 0);
-        for (index, run) in linears.runs().iter().enumerate() {
-            let len = run.tiles() * n_tokens * TILE_ROWS;
-            match run.scales {
-                Scales::Rows(_) => {
-                    let columns = linears.columns();
-                    self.multiply_codes((run, columns), x, norm, index * n_tokens, acc_start);
-                    acc_start += len;
+        let (n_tokens, n) = (x.len() / linears.k(), linears.n());
+        let mut start = 0;
+        for run in linears.runs() {
+            let columns = start..start + run.shape.n();
+            start = columns.end;
+            match &run.scales {
+                Scales::Rows(scale) => {
+                    let by_columns = linears.columns();
+                    self.multiply_codes((run, scale, by_columns), (x, norm), (n, columns));
                 }
-                Scales::Groups { .. } => {
-                    self.multiply_groups(run, x, norm, products_start);
-                    products_start += len;
-                }
+                Scales::Groups { .. } => self.multiply_groups(run, (x, norm), (n, columns)),
             }
         }
 
-        let Self { pool, kernels, scales, acc, products, rows, .. } = self;
-        let (kernels, n) = (kernels.as_ref(), linears.n());
+        let Self { pool, kernels, rows, .. } = self;
+        let kernels = kernels.as_ref();
         let rows = &mut rows[..n_tokens * n];
         let out_len = out.len() / n_tokens;
         pool.stripes2(rows, Split { len: n, cost: 8 * n }, out, out_len, |first, rows, out| {
             let tokens = rows.chunks_exact_mut(n).zip(out.chunks_exact_mut(out_len));
             for (m, (row, out)) in (first..).zip(tokens) {
-                let (mut rest, mut acc, mut products) = (&mut *row, &acc[..], &products[..]);
-                for (index, run) in linears.runs().iter().enumerate() {
-                    let (y, after) = rest.split_at_mut(run.shape.n());
-                    rest = after;
-                    let len = run.tiles() * n_tokens * TILE_ROWS;
-                    match &run.scales {
-                        Scales::Rows(weight_scale) => {
-                            let act_scale = scales[index * n_tokens + m].act_scale;
-                            let tiled = &acc[..len];
-                            kernels.dequantize(tiled, (m, n_tokens), weight_scale, act_scale, y);
-                            acc = &acc[len..];
-                        }
-                        Scales::Groups { .. } => {
-                            kernels.untile(&products[..len], (m, n_tokens), y);
-                            products = &products[len..];
-                        }
-                    }
-                }
                 finish(kernels, m, row, out);
             }
         });
     }
 
-    /// `acc[tiles][M][32]` from `acc_start` on, and M scales from `first_scale` on. One token goes by
-    /// columns, where there are any and it pays.
+    /// Writes these columns of `rows[M, n]`. One token goes by columns of the matrix, where there are any
+    /// and it pays.
     fn multiply_codes(
         &mut self,
-        (run, columns): (&Matrix, Option<&Columns>),
-        x: &[f32],
-        norm: Option<&[f32]>,
-        first_scale: usize,
-        acc_start: usize,
+        (run, weight_scale, by_columns): (&Matrix, &[f32], Option<&Columns>),
+        (x, norm): (&[f32], Option<&[f32]>),
+        (n, columns): (usize, Range<usize>),
     ) {
         let (k, chunks) = (run.shape.k(), run.chunks());
         let n_tokens = x.len() / k;
         if run.has_input() {
             self.prepare(run, x, norm);
         }
-        let Self { pool, kernels, eps, inputs, codes, scales, acc, nonzeros, by_columns, .. } =
+        let Self { pool, kernels, eps, inputs, codes, scales, acc, rows, nonzeros, spared, .. } =
             self;
         let (kernels, eps) = (kernels.as_ref(), *eps);
         let (x, norm) = if run.has_input() { (&inputs[..n_tokens * k], None) } else { (x, norm) };
 
         let codes = &mut codes[..n_tokens * chunks * CHUNK_K];
-        let scales = &mut scales[first_scale..][..n_tokens];
+        let scales = &mut scales[..n_tokens];
         let per_token = Split { len: chunks * CHUNK_K, cost: 8 * k };
         pool.stripes2(codes, per_token, scales, 1, |first, codes, scales| {
             let x = x[first * k..].chunks_exact(k);
@@ -258,46 +252,124 @@ impl Work {
             }
         });
 
-        if let (Some(columns), 1) = (columns, n_tokens) {
+        let rows = &mut rows[..n_tokens * n];
+        if let (Some(by_columns), 1) = (by_columns, n_tokens) {
             nonzeros.collect(&codes[..k]);
             if most_nonzeros(kernels.level()).is_some_and(|most| nonzeros.at_most(most)) {
-                let nonzeros = &*nonzeros;
-                let acc = &mut acc[acc_start..][..run.shape.n().next_multiple_of(STRIPE_ROWS)];
+                let (nonzeros, act_scale) = (&*nonzeros, scales[0].act_scale);
+                let acc = &mut acc[..by_columns.rows()];
                 let split = Split { len: STRIPE_ROWS, cost: nonzeros.len() * STRIPE_ROWS / 4 };
-                pool.stripes(acc, split, |first, acc| {
-                    let lines = columns.stripes(first, acc.len() / STRIPE_ROWS);
+                let table = Table { values: rows, width: n, columns, chunk: STRIPE_ROWS };
+                pool.stripes_and_columns(acc, split, table, |first, acc, mut y| {
+                    let lines = by_columns.stripes(first, acc.len() / STRIPE_ROWS);
                     kernels.gemv_columns(lines, nonzeros, acc);
+                    let scale = &weight_scale[first * STRIPE_ROWS..][..y.len()];
+                    let acc = &acc[..y.len().next_multiple_of(TILE_ROWS)];
+                    kernels.dequantize(acc, (0, 1), scale, act_scale, y.row(0));
                 });
-                *by_columns += 1;
+                spared.by_columns += 1;
+                spared.whole += size_of_val(run.words()) as u64;
+                spared.parts += (nonzeros.len() * by_columns.column_bytes()) as u64;
                 return;
             }
         }
+        let acc = &mut acc[..run.tiles() * n_tokens * TILE_ROWS];
+        let table = Table { values: rows, width: n, columns, chunk: TILE_ROWS };
         let x = Activations::new(codes, scales, chunks);
-        let acc = &mut acc[acc_start..][..run.tiles() * n_tokens * TILE_ROWS];
-        let tile_words = run.tile_words();
-        let per_tile =
-            Split { len: n_tokens * TILE_ROWS, cost: n_tokens * tile_words * size_of::<u32>() };
-        pool.stripes(acc, per_tile, |first, acc| {
-            let tiles = acc.len() / (n_tokens * TILE_ROWS);
-            let words = &run.words()[first * tile_words..][..tiles * tile_words];
-            match run.is_base3() {
-                true => kernels.gemm_base3(words, x, acc),
-                false => kernels.gemm(words, x, acc),
-            }
-        });
+        multiply_tiles((pool, kernels), (run, weight_scale, 0), x, acc, table);
     }
 
-    /// `products[tiles][M][32]` from `start` on.
-    fn multiply_groups(&mut self, run: &Matrix, x: &[f32], norm: Option<&[f32]>, start: usize) {
+    /// `gated[I]` of one token with relu²: the gates first, and of `up_proj` only the rows whose gate is
+    /// open, if that pays. Else all of them, and the same bits; a 0 may have another sign, which is
+    /// that of a number that was not computed, and which the codes of `down` do not have.
+    fn gate_and_up(
+        &mut self,
+        (run, up): (&Matrix, &UpRows),
+        (x, norm): (&[f32], Option<&[f32]>),
+        gated: &mut [f32],
+    ) {
+        let Self { pool, kernels, eps, codes, scales, acc, rows, open, spared, .. } = self;
+        let kernels = kernels.as_ref();
+        let Scales::Rows(weight_scale) = &run.scales else {
+            unreachable!("`Linears::add_up_rows` takes no others")
+        };
+        let (n, row_bytes) = (gated.len(), up.rows.row_bytes());
+        let codes = &mut codes[..up.rows.chunks() * CHUNK_K];
+        let scale = kernels.norm_quantize(x, norm, *eps, codes);
+        let scales = &mut scales[..1];
+        scales[0] = scale;
+        let (codes, scales) = (&*codes, &*scales);
+        let tiled = Activations::new(&codes[..run.chunks() * CHUNK_K], scales, run.chunks());
+        let (gate, up_values) = rows[..2 * n].split_at_mut(n);
+        let half = n / TILE_ROWS;
+        let acc = &mut acc[..n];
+        multiply_tiles(
+            (pool, kernels),
+            (run, weight_scale, 0),
+            tiled,
+            acc,
+            Table::row(gate, TILE_ROWS),
+        );
+
+        open.collect(gate);
+        let act_scale = scale.act_scale;
+        let is_finite = rows::is_finite(run.shape.k(), act_scale, up.largest_scale);
+        if !is_finite || !most_open(kernels.level(), run).is_some_and(|most| open.at_most(most)) {
+            let second = (run, &weight_scale[..], half);
+            multiply_tiles((pool, kernels), second, tiled, acc, Table::row(up_values, TILE_ROWS));
+            kernels.gated_activation(gate, up_values, Activation::Relu2, gated);
+            return;
+        }
+        let x = Activations::new(codes, scales, up.rows.chunks());
+        let (gate, weight_scale, open) = (&*gate, &weight_scale[n..], open.rows());
+        let (acc, products) = (&mut acc[..open.len()], &mut up_values[..open.len()]);
+        let split = Split { len: 1, cost: row_bytes };
+        pool.stripes2(acc, split, products, 1, |first, acc, products| {
+            let open = &open[first..][..acc.len()];
+            kernels.gemv_rows(&up.rows, x, open, acc);
+            for ((product, &sum), &row) in products.iter_mut().zip(&*acc).zip(open) {
+                let (gate, weight_scale) = (gate[row as usize], weight_scale[row as usize]);
+                *product = gate * gate * (sum as f32 * (weight_scale * act_scale));
+            }
+        });
+        gated.fill(0.0);
+        for (&row, &product) in open.iter().zip(&*products) {
+            gated[row as usize] = product;
+        }
+        spared.by_rows += 1;
+        spared.whole += (half * run.tile_words() * size_of::<u32>()) as u64;
+        spared.parts += (open.len() * row_bytes) as u64;
+    }
+
+    /// Writes these columns of `rows[M, n]`.
+    fn multiply_groups(
+        &mut self,
+        run: &Matrix,
+        (x, norm): (&[f32], Option<&[f32]>),
+        (n, columns): (usize, Range<usize>),
+    ) {
         let (k, groups) = (run.shape.k(), run.groups());
         let n_tokens = x.len() / k;
         self.prepare(run, x, norm);
-        let Self { pool, kernels, int8_groups, inputs, codes, scales, products, .. } = self;
+        let Self { pool, kernels, int8_groups, inputs, codes, scales, products, rows, .. } = self;
         let kernels = kernels.as_ref();
         let inputs = &inputs[..n_tokens * k];
-        let products = &mut products[start..][..run.tiles() * n_tokens * TILE_ROWS];
+        let tile_len = n_tokens * TILE_ROWS;
+        let products = &mut products[..run.tiles() * tile_len];
+        let values = &mut rows[..n_tokens * n];
+        let table = Table { values, width: n, columns, chunk: TILE_ROWS };
+        let untile = |products: &[f32], mut y: pool::Columns<'_, f32>| {
+            for m in 0..n_tokens {
+                kernels.untile(products, (m, n_tokens), y.row(m));
+            }
+        };
         if !*int8_groups {
-            multiply_floats(pool, kernels, run, inputs, products);
+            let split = Split { len: tile_len, cost: Split::cost_of_pieces(TILES_PER_TABLE) };
+            pool.stripes_and_columns(products, split, table, |first, products, y| {
+                let weights = run.group_weights().part(first, products.len() / tile_len);
+                kernels.group_gemm(weights, inputs, products);
+                untile(products, y);
+            });
             return;
         }
 
@@ -317,11 +389,16 @@ impl Work {
         );
         let x = Activations::of_groups(codes, scales, k / CHUNK_K, groups);
         let cost = n_tokens * run.tile_words() * size_of::<u32>();
-        let per_tile = Split { len: n_tokens * TILE_ROWS, cost };
-        pool.stripes(products, per_tile, |first, products| {
-            let tiles = products.len() / (n_tokens * TILE_ROWS);
-            kernels.group_gemm_int8(run.group_weights().part(first, tiles), x, products);
-        });
+        pool.stripes_and_columns(
+            products,
+            Split { len: tile_len, cost },
+            table,
+            |first, products, y| {
+                let weights = run.group_weights().part(first, products.len() / tile_len);
+                kernels.group_gemm_int8(weights, x, products);
+                untile(products, y);
+            },
+        );
     }
 
     /// Keys and values of `positions`, which the rows hold after `query_size` values, into the cache.
@@ -382,6 +459,49 @@ impl Work {
     }
 }
 
+/// Percents of open gates up to which `up_proj` goes by rows: a row has two bits a weight.
+fn most_open(level: Level, whole: &Matrix) -> Option<usize> {
+    let most = rows::most_open(level)?;
+    Some(if whole.is_base3() { most * 4 / 5 } else { most })
+}
+
+/// The columns of a table from tiles of a matrix, `first` and the next ones: as many as `acc[tiles][M][32]`
+/// has room for.
+fn multiply_tiles(
+    (pool, kernels): (&mut Pool, &dyn Kernels),
+    (run, weight_scale, first): (&Matrix, &[f32], usize),
+    x: Activations<'_>,
+    acc: &mut [i32],
+    table: Table<'_, f32>,
+) {
+    let n_tokens = x.n_tokens();
+    let (tile_len, tile_words) = (n_tokens * TILE_ROWS, run.tile_words());
+    let split = Split { len: tile_len, cost: n_tokens * tile_words * size_of::<u32>() };
+    pool.stripes_and_columns(acc, split, table, |at, acc, mut y| {
+        let (words, weight_scale) =
+            (&run.words()[(first + at) * tile_words..], &weight_scale[(first + at) * TILE_ROWS..]);
+        // So few tiles that the sums are still in the second-level cache when they are scaled.
+        let tiles = (CACHED_SUMS / tile_len).max(1);
+        let parts = acc.chunks_mut(tiles * tile_len).zip(words.chunks(tiles * tile_words));
+        for (part, (acc, words)) in parts.enumerate() {
+            let words = &words[..acc.len() / tile_len * tile_words];
+            match run.is_base3() {
+                true => kernels.gemm_base3(words, x, acc),
+                false => kernels.gemm(words, x, acc),
+            }
+            let start = part * tiles * TILE_ROWS;
+            let rows = start..(start + acc.len() / n_tokens).min(y.len());
+            for m in 0..n_tokens {
+                let (y, weight_scale) = (&mut y.row(m)[rows.clone()], &weight_scale[rows.clone()]);
+                kernels.dequantize(acc, (m, n_tokens), weight_scale, x.act_scale(m), y);
+            }
+        }
+    });
+}
+
+/// Sums of codes that stay in the second-level cache with what they are made of: 128 KiB.
+const CACHED_SUMS: usize = 32 << 10;
+
 /// Tiles that a thread takes at least: it builds the tables of the products for all of them.
 const TILES_PER_TABLE: usize = 4;
 
@@ -434,16 +554,12 @@ impl SimdBackend {
         let Weights { embedding, lm_head, int8_head, mut layers, mut notes } =
             super::load::load(level, pool.threads(), source, options, progress)?;
         let gemv = format!("{} {}", gemv_name(&layers), level.name());
-        let by_columns = options.sparse == Sparse::Auto
-            && config.hidden_act == Activation::Relu2
-            && most_nonzeros(level).is_some();
-        if by_columns {
-            layers.iter_mut().for_each(|layer| layer.down.add_columns());
-        }
-        let columns = layers.iter().filter_map(|layer| layer.down.columns());
-        let columns: usize = columns.map(Columns::len_bytes).sum();
-        if columns > 0 {
-            notes.push(format!("down by columns too, {} MB more", columns.div_ceil(1_000_000)));
+        if options.sparse == Sparse::Auto && config.hidden_act == Activation::Relu2 {
+            let more: usize = layers.iter_mut().map(|layer| layer.spare(level)).sum();
+            if more > 0 {
+                let more = more.div_ceil(1_000_000);
+                notes.push(format!("up by rows and down by columns too, {more} MB more"));
+            }
         }
         let (hidden, query) = (config.hidden_size, config.query_size());
         let intermediate = config.intermediate_size;
@@ -493,6 +609,19 @@ impl SimdBackend {
 }
 
 impl Layer {
+    /// Keeps what the level needs to leave out weights whose inputs are 0; returns the bytes that takes.
+    fn spare(&mut self, level: Level) -> usize {
+        if most_nonzeros(level).is_some() {
+            self.down.add_columns();
+        }
+        // The inputs of `down` are codes, in which a 0 has no sign.
+        if self.down.columns().is_some() && rows::most_open(level).is_some() {
+            self.gate_up.add_up_rows();
+        }
+        let columns = self.down.columns().map_or(0, Columns::len_bytes);
+        columns + self.gate_up.up().map_or(0, |up| up.rows.len_bytes())
+    }
+
     /// Bytes of matrices, their scales and norms.
     fn bytes(&self) -> u64 {
         let linears: u64 =
@@ -505,11 +634,13 @@ impl Layer {
 }
 
 impl SimdBackend {
-    /// What the last pass has read. Of the rows that the int8 head computes exactly, which depend on the
-    /// data, none is counted.
+    /// What the last pass has read; of matrices that went by columns or rows, those it took. Of the rows
+    /// that the int8 head computes exactly, which depend on the data, none is counted.
     fn read_by_pass(&self) -> Traffic {
         let Pass { tokens, start, want, .. } = &self.pass;
         let layers: u64 = self.layers.iter().map(Layer::bytes).sum();
+        let Spared { whole, parts, .. } = self.work.spared;
+        let layers = layers - whole + parts;
         let embedded = self.embedding.bytes() / self.config.vocab_size as u64 * tokens.len() as u64;
         let table = self.lm_head.as_ref().unwrap_or(&self.embedding);
         let head = match (&self.int8_head, want) {
@@ -585,6 +716,7 @@ impl Backend for SimdBackend {
         }
         (pass.start, pass.want) = (batch.start, batch.want);
         pass.sequence = Some(batch.sequence);
+        (self.work.spared.whole, self.work.spared.parts) = (0, 0);
         let end = batch.start + pass.tokens.len();
         self.cache.apply(self.blocks.prepare(batch.sequence, batch.start, end)?)?;
         let half = self.frequencies.inv_freq.len();
@@ -669,6 +801,12 @@ impl Backend for SimdBackend {
         let Layer { post_attention_layernorm, gate_up, .. } = &self.layers[layer];
         let ModelConfig { hidden_size, intermediate_size, hidden_act, .. } = self.config;
         let Pass { tokens, hidden, gated, .. } = &mut self.pass;
+        if let (Some(up), 1) = (gate_up.up(), tokens.len()) {
+            let x = (&hidden[..hidden_size], Some(&post_attention_layernorm[..]));
+            let gated = &mut gated[..intermediate_size];
+            self.work.gate_and_up((&gate_up.runs()[0], up), x, gated);
+            return Ok(());
+        }
         self.work.linear(
             gate_up,
             &hidden[..tokens.len() * hidden_size],
@@ -865,12 +1003,13 @@ fn processor_name() -> Option<String> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::backend::Packing;
 
-    /// Logits after each of some tokens of the built-in model, fed one by one, and how many products
-    /// went by columns.
-    fn stepwise(sparse: Sparse) -> (Vec<f32>, u64) {
+    /// Logits after each of some tokens of the built-in model, fed one by one, how many products went by
+    /// columns and by rows, and what was read.
+    fn stepwise(sparse: Sparse, packing: Packing) -> (Vec<f32>, [u64; 2], Traffic) {
         let checkpoint = crate::built_in::checkpoint().unwrap();
-        let options = LoadOptions { sparse, threads: Some(2), ..LoadOptions::default() };
+        let options = LoadOptions { sparse, packing, threads: Some(2), ..LoadOptions::default() };
         let mut backend = SimdBackend::load(&checkpoint, &options, &mut |_| {}).unwrap();
         assert_eq!(backend.device.notes.len(), usize::from(sparse == Sparse::Auto));
         let sequence = backend.sequences().open();
@@ -891,7 +1030,8 @@ mod tests {
             let Output::Logits(logits) = backend.finish().unwrap() else { panic!("no logits") };
             all.extend(logits);
         }
-        (all, backend.work.by_columns)
+        let Spared { by_columns, by_rows, .. } = backend.work.spared;
+        (all, [by_columns, by_rows], backend.traffic)
     }
 
     #[test]
@@ -899,11 +1039,16 @@ mod tests {
         if most_nonzeros(Level::detect().unwrap()).is_none() {
             return;
         }
-        let (expected, none) = stepwise(Sparse::Off);
-        let (found, some) = stepwise(Sparse::Auto);
         let bits = |logits: &[f32]| logits.iter().map(|x| x.to_bits()).collect::<Vec<_>>();
-        assert_eq!(bits(&expected), bits(&found));
-        assert!(none == 0 && some >= 24, "{some} products by columns");
+        for packing in [Packing::TwoBits, Packing::Base3] {
+            let (expected, none, all) = stepwise(Sparse::Off, packing);
+            let (found, some, read) = stepwise(Sparse::Auto, packing);
+            assert_eq!(bits(&expected), bits(&found), "{packing:?}");
+            assert_eq!(none, [0, 0]);
+            assert!(some.iter().all(|&products| products >= 24), "{some:?} by columns and rows");
+            let share = read.weights as f64 / all.weights as f64;
+            assert!(share > 0.5 && share < 0.95, "{share} of the bytes");
+        }
     }
 
     #[test]

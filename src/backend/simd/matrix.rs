@@ -3,6 +3,7 @@
 use cpu_ref::layout::TILE_ROWS;
 
 use super::columns::Columns;
+use super::rows::{self, Rows};
 use super::{CHUNK_WORDS, GroupLayout, GroupWeights, Kernels, TableRows};
 use crate::error::Result;
 use crate::format::Bytes;
@@ -17,11 +18,19 @@ use crate::weights::{
 pub(super) struct Linears {
     runs: Vec<Matrix>,
     columns: Option<Columns>,
+    up: Option<UpRows>,
+}
+
+/// `up_proj` by rows, beside the matrix of which it is the second half.
+pub(super) struct UpRows {
+    pub(super) rows: Rows,
+    /// The largest of its rows' scales.
+    pub(super) largest_scale: f32,
 }
 
 impl Linears {
     fn new(runs: Vec<Matrix>) -> Self {
-        Self { runs, columns: None }
+        Self { runs, columns: None, up: None }
     }
 
     /// Packs the rows of `parts`, with five weights a byte where `base3` says so and one number
@@ -89,6 +98,29 @@ impl Linears {
     /// The matrix by columns.
     pub(super) fn columns(&self) -> Option<&Columns> {
         self.columns.as_ref()
+    }
+
+    /// With the second half of its rows by themselves, too: those of `up_proj`, after as many of
+    /// `gate_proj`. If there is one matrix alone, its input goes into codes as it is, and the halves
+    /// meet between two tiles.
+    pub(super) fn add_up_rows(&mut self) {
+        let [matrix] = &self.runs[..] else { return };
+        let (n, half) = (matrix.shape.n(), matrix.shape.n() / 2);
+        let Scales::Rows(scales) = &matrix.scales else { return };
+        if matrix.has_input() || !n.is_multiple_of(2 * TILE_ROWS) {
+            return;
+        }
+        let rows = match &matrix.weights {
+            Weights::I2(packed) => Rows::pack(packed, half..n),
+            Weights::Base3(packed) => Rows::pack(&packed.to_i2(), half..n),
+            Weights::Signs(_) => return,
+        };
+        self.up = Some(UpRows { rows, largest_scale: rows::largest(&scales[half..]) });
+    }
+
+    /// The second half by rows.
+    pub(super) fn up(&self) -> Option<&UpRows> {
+        self.up.as_ref()
     }
 
     /// The matrices, each of which takes its input in one way.
@@ -359,5 +391,6 @@ pub(super) fn table_rows(table: &Table) -> TableRows<'_> {
             TableRows::Codes { group: *group, codes, scale, min }
         }
         TableData::Groups(_) => unreachable!("`Head::pack` packs it"),
+        TableData::Stored(_) => unreachable!("not of `embedding` and `lm_head`"),
     }
 }

@@ -30,6 +30,7 @@ mod base3;
 mod columns;
 mod cpu;
 mod head;
+mod helpers;
 mod lanes;
 mod load;
 mod matrix;
@@ -42,6 +43,9 @@ mod neon_i8mm;
 mod packed_file;
 mod pool;
 mod portable;
+#[cfg(all(target_arch = "wasm32", target_feature = "relaxed-simd"))]
+mod relaxed_simd;
+mod rows;
 mod scalar;
 #[cfg(all(target_arch = "wasm32", target_feature = "simd128"))]
 mod simd128;
@@ -59,8 +63,10 @@ use crate::kv_cache::{HeadChunk, HeadChunkMut};
 pub use attention::{Attended, Queries, Softmax, attention};
 pub use columns::{Columns, Line, NonZeros};
 pub use cpu::{SimdBackend, description, threads};
+pub use helpers::{lend_thread, lent_thread_crashed, lent_threads};
 pub(crate) use matrix::Matrix;
 pub use portable::TokenScale;
+pub use rows::{Open, Rows};
 
 /// Words of one chunk of a tile: 32 rows × 16 bytes.
 const CHUNK_WORDS: usize = TILE_ROWS * PIECE_WORDS;
@@ -92,6 +98,8 @@ pub enum Level {
     NeonDotprod,
     /// AArch64 without it.
     Neon,
+    /// WebAssembly with relaxed SIMD.
+    RelaxedSimd,
     /// WebAssembly with 128-bit SIMD.
     Simd128,
     /// Whatever the compiler makes of plain loops.
@@ -100,7 +108,7 @@ pub enum Level {
 
 impl Level {
     /// All levels, best first.
-    pub const ALL: [Self; 9] = [
+    pub const ALL: [Self; 10] = [
         Self::Avx512Vbmi,
         Self::Avx512Vnni,
         Self::AvxVnni,
@@ -108,6 +116,7 @@ impl Level {
         Self::NeonI8mm,
         Self::NeonDotprod,
         Self::Neon,
+        Self::RelaxedSimd,
         Self::Simd128,
         Self::Scalar,
     ];
@@ -122,6 +131,7 @@ impl Level {
             Self::NeonI8mm => "neon-i8mm",
             Self::NeonDotprod => "neon-dotprod",
             Self::Neon => "neon",
+            Self::RelaxedSimd => "relaxed-simd",
             Self::Simd128 => "simd128",
             Self::Scalar => "scalar",
         }
@@ -137,6 +147,7 @@ impl Level {
             Self::NeonI8mm => "NEON int8 matrix product",
             Self::NeonDotprod => "NEON dot product",
             Self::Neon => "NEON",
+            Self::RelaxedSimd => "WebAssembly relaxed SIMD",
             Self::Simd128 => "WebAssembly SIMD",
             Self::Scalar => "scalar",
         }
@@ -197,6 +208,8 @@ impl Level {
             Self::NeonDotprod => Some(Box::new(neon_dotprod::NeonDotprod::new()?)),
             #[cfg(all(target_arch = "aarch64", target_endian = "little"))]
             Self::Neon => Some(Box::new(neon::Neon::new()?)),
+            #[cfg(all(target_arch = "wasm32", target_feature = "relaxed-simd"))]
+            Self::RelaxedSimd => Some(Box::new(relaxed_simd::RelaxedSimd::new()?)),
             #[cfg(all(target_arch = "wasm32", target_feature = "simd128"))]
             Self::Simd128 => Some(Box::new(simd128::Simd128::new()?)),
             Self::Scalar => Some(Box::new(scalar::Scalar::new()?)),
@@ -220,6 +233,7 @@ pub struct Activations<'a> {
     groups: usize,
     group: usize,
     /// Whether they meet weights that were unpacked into a cache, so that none are to be asked for.
+    #[cfg_attr(not(target_arch = "x86_64"), expect(dead_code, reason = "only x86-64 asks ahead"))]
     in_cache: bool,
 }
 
@@ -506,9 +520,14 @@ pub trait Kernels: Send + Sync {
     /// [`Kernels::gemm`] for five weights a byte, `words[tiles][pieces][4][32]`
     /// (`cpu_ref::layout::base3`).
     fn gemm_base3(&self, words: &[u32], x: Activations<'_>, acc: &mut [i32]);
+
     /// `acc[n] = Σ_k w[n,k]·x[k]` of the inputs that are not 0, for whole stripes of a matrix by
     /// columns: `lines[stripes][K]` and `acc[256·stripes]`.
     fn gemv_columns(&self, lines: &[Line], x: &NonZeros, acc: &mut [i32]);
+
+    /// `acc[i] = Σ_k w[n,k]·x[k]` of some rows n = `open[i]` of a matrix by rows, for one token padded
+    /// to [`Rows::chunks`].
+    fn gemv_rows(&self, rows: &Rows, x: Activations<'_>, open: &[u32], acc: &mut [i32]);
 
     /// `y[n,m] = Σ_g d[n,g]·Σ_{k∈g} w[n,k]·x[m,k]` for M tokens `x[M,K]`, into `y[tiles][M][32]`:
     /// `cpu_ref::group_gemv::group_dot` within its bound.
@@ -691,6 +710,17 @@ macro_rules! impl_kernels {
                             stripe_sums(lines, columns, codes, acc);
                             acc.iter_mut().for_each(|acc| *acc -= sum);
                         }
+                    };
+                fn gemv_rows(rows: &super::Rows, x: super::Activations<'_>, open: &[u32],
+                    acc: &mut [i32]) -> ()
+                    where x.n_tokens() == 1 && x.chunks == rows.chunks() && acc.len() == open.len()
+                    => {
+                        if open.is_empty() {
+                            return;
+                        }
+                        open_sums(rows, x.token(0).as_chunks().0, open, acc);
+                        let sum = x.code_sum(0);
+                        acc.iter_mut().for_each(|acc| *acc -= sum);
                     };
                 fn group_gemm(weights: super::GroupWeights<'_>, x: &[f32], y: &mut [f32]) -> ()
                     where x.len().is_multiple_of(weights.k)

@@ -16,6 +16,7 @@ use super::neon::{
     load_signs_activations, lookup_chunk, tiles,
 };
 use super::portable::widen_scales;
+use super::rows::open_sums;
 use super::tables::build_tables;
 use super::{Activations, CHUNK_WORDS, Level, impl_kernels};
 

@@ -18,6 +18,7 @@ use super::neon::{
 };
 use super::neon_dotprod::sdot;
 use super::portable::widen_scales;
+use super::rows::open_sums;
 use super::tables::build_tables;
 use super::{Activations, CHUNK_WORDS, Level, impl_kernels};
 

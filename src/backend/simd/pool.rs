@@ -7,15 +7,18 @@
 #![expect(unsafe_code, reason = "lends borrowed closures and disjoint slices to threads")]
 
 use std::cell::UnsafeCell;
+use std::ops::Range;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering::SeqCst};
-use std::thread::JoinHandle;
+use std::thread::{JoinHandle, Thread};
 
+use super::helpers::{self, Busy};
 use crate::error::{Error, Result};
 
 /// Turns of the wait loop before a worker sleeps: some 100 µs, longer than any pause within a pass.
-const SPINS: u32 = 4000;
+/// WebAssembly has no instruction to pause with, and its turns are shorter.
+const SPINS: u32 = if cfg!(target_family = "wasm") { 40_000 } else { 4000 };
 
 /// Cost below which a piece is not worth taking, in the unit of [`Split::cost`]: some 2 µs.
 const MIN_PIECE_COST: usize = 32 << 10;
@@ -28,7 +31,14 @@ type Job<'a> = dyn Fn() + Sync + 'a;
 /// A fixed set of threads, the caller being one of them.
 pub(super) struct Pool {
     shared: Arc<Shared>,
-    workers: Vec<JoinHandle<()>>,
+    workers: Vec<Worker>,
+}
+
+/// A thread that is not the caller.
+enum Worker {
+    /// The pool's own.
+    Started(JoinHandle<()>),
+    Lent(Busy),
 }
 
 struct Shared {
@@ -67,6 +77,49 @@ impl Split {
     }
 }
 
+/// A table `[rows, width]` of which some columns are written, `chunk` for each chunk of a slice.
+pub(super) struct Table<'a, T> {
+    pub(super) values: &'a mut [T],
+    pub(super) width: usize,
+    pub(super) columns: Range<usize>,
+    pub(super) chunk: usize,
+}
+
+impl<'a, T> Table<'a, T> {
+    /// All of one row.
+    pub(super) fn row(values: &'a mut [T], chunk: usize) -> Self {
+        let width = values.len();
+        Self { values, width, columns: 0..width, chunk }
+    }
+}
+
+/// A piece's columns of a table.
+pub(super) struct Columns<'a, T> {
+    values: &'a Base<T>,
+    rows: usize,
+    width: usize,
+    start: usize,
+    end: usize,
+}
+
+impl<T> Columns<'_, T> {
+    /// How many.
+    pub(super) fn len(&self) -> usize {
+        self.end - self.start
+    }
+
+    /// These columns of a row.
+    ///
+    /// # Panics
+    /// If the table has no such row.
+    pub(super) fn row(&mut self, row: usize) -> &mut [T] {
+        assert!(row < self.rows, "a row of the table");
+        // SAFETY: `Pool::stripes_and_columns` borrows the table mutably and gives each column to one
+        // piece; this piece's are borrowed by one row at a time.
+        unsafe { self.values.stripe(row * self.width + self.start, self.len()) }
+    }
+}
+
 impl Pool {
     /// A pool of `threads` threads, the caller included.
     ///
@@ -90,14 +143,13 @@ impl Pool {
         let mut pool = Self { shared, workers: Vec::with_capacity(threads - 1) };
         for index in 0..threads - 1 {
             let shared = Arc::clone(&pool.shared);
-            let worker = std::thread::Builder::new()
-                .name(format!("sterna-cpu-{}", index + 1))
-                .spawn(move || shared.work(index))
+            let worker = Worker::new(index, move || shared.work(index))
                 .map_err(|error| fail(error.to_string()))?;
             pool.workers.push(worker);
         }
         // A thread's start takes time and memory: have it here, not in the first pass.
         while pool.shared.active.load(SeqCst) != 0 {
+            helpers::abort_if_crashed();
             std::thread::yield_now();
         }
         Ok(pool)
@@ -133,15 +185,53 @@ impl Pool {
         let chunks = data.len() / split.len;
         assert_eq!(data.len(), chunks * split.len, "a whole number of chunks");
         assert_eq!(other.len(), chunks * other_len, "as many chunks as the first slice");
-        let smallest = MIN_PIECE_COST.div_ceil(split.cost.max(1));
+        let (data, other) = (Base(data.as_mut_ptr()), Base(other.as_mut_ptr()));
+        self.pieces(chunks, split.cost, &|first, n| {
+            // SAFETY: chunks first..first + n lie within the slice, which is borrowed mutably
+            // for this call and whose elements are Send; no other piece has any of them.
+            let stripe = unsafe { data.stripe(first * split.len, n * split.len) };
+            // SAFETY: the same.
+            let other = unsafe { other.stripe(first * other_len, n * other_len) };
+            f(first, stripe, other);
+        });
+    }
+
+    /// [`Pool::stripes`] over a slice and the columns of a table: with each of its chunks go the next
+    /// `table.chunk` columns, as far as there are.
+    pub(super) fn stripes_and_columns<T: Send, U: Send>(
+        &mut self,
+        data: &mut [T],
+        split: Split,
+        table: Table<'_, U>,
+        f: impl Fn(usize, &mut [T], Columns<'_, U>) + Sync,
+    ) {
+        let chunks = data.len() / split.len;
+        assert_eq!(data.len(), chunks * split.len, "a whole number of chunks");
+        let Table { values, width, columns, chunk } = table;
+        assert!(columns.start <= columns.end && columns.end <= width, "columns of the table");
+        let rows = values.len() / width;
+        let (data, values) = (Base(data.as_mut_ptr()), Base(values.as_mut_ptr()));
+        self.pieces(chunks, split.cost, &|first, n| {
+            // SAFETY: as in `stripes2`.
+            let stripe = unsafe { data.stripe(first * split.len, n * split.len) };
+            let start = (columns.start + first * chunk).min(columns.end);
+            let end = (start + n * chunk).min(columns.end);
+            f(first, stripe, Columns { values: &values, rows, width, start, end });
+        });
+    }
+
+    /// Calls `f(first, n)` until chunks `first..first + n` have been all of `chunks` once; on several
+    /// threads if it is worth it, where each costs `cost`.
+    fn pieces(&mut self, chunks: usize, cost: usize, f: &(dyn Fn(usize, usize) + Sync)) {
+        let smallest = MIN_PIECE_COST.div_ceil(cost.max(1));
         let piece = chunks.div_ceil(self.threads() * PIECES_PER_THREAD).max(smallest);
         if self.workers.is_empty() || chunks <= piece {
             if chunks > 0 {
-                f(0, data, other);
+                f(0, chunks);
             }
             return;
         }
-        let (data, other) = (Base(data.as_mut_ptr()), Base(other.as_mut_ptr()));
+        // The counter hands out each chunk once.
         let next = AtomicUsize::new(0);
         self.run(&|| {
             loop {
@@ -149,14 +239,7 @@ impl Pool {
                 if first >= chunks {
                     break;
                 }
-                let n = piece.min(chunks - first);
-                // SAFETY: chunks first..first + n lie within the slice, which is borrowed mutably
-                // for this call and whose elements are Send; no other piece overlaps them, because
-                // the counter hands out each chunk once.
-                let stripe = unsafe { data.stripe(first * split.len, n * split.len) };
-                // SAFETY: the same.
-                let other = unsafe { other.stripe(first * other_len, n * other_len) };
-                f(first, stripe, other);
+                f(first, piece.min(chunks - first));
             }
         });
     }
@@ -164,6 +247,7 @@ impl Pool {
     /// Runs `job` on the caller and on every worker that comes in time; returns when all that
     /// began have ended.
     fn run(&mut self, job: &Job<'_>) {
+        helpers::abort_if_crashed();
         let shared = &*self.shared;
         let job_pointer: *const Job<'_> = job;
         // SAFETY: erases the lifetime only. No worker reads the pointer after `close` has been
@@ -192,8 +276,32 @@ impl Drop for Pool {
         self.shared.stop.store(true, SeqCst);
         for worker in self.workers.drain(..) {
             worker.thread().unpark();
+            worker.join();
+        }
+    }
+}
+
+impl Worker {
+    /// A lent thread that runs `work`, or else a new one.
+    fn new(index: usize, work: impl FnOnce() + Send + 'static) -> std::io::Result<Self> {
+        helpers::take(work).map(Self::Lent).or_else(|work| {
+            let name = format!("sterna-cpu-{}", index + 1);
+            std::thread::Builder::new().name(name).spawn(work).map(Self::Started)
+        })
+    }
+
+    fn thread(&self) -> &Thread {
+        match self {
+            Self::Started(worker) => worker.thread(),
+            Self::Lent(worker) => worker.thread(),
+        }
+    }
+
+    fn join(self) {
+        match self {
             // A worker catches its job's panics, and that job's caller has reported them.
-            let _ = worker.join();
+            Self::Started(worker) => drop(worker.join()),
+            Self::Lent(worker) => worker.join(),
         }
     }
 }
@@ -276,6 +384,7 @@ impl Drop for Close<'_> {
                 spins += 1;
                 std::hint::spin_loop();
             } else {
+                helpers::abort_if_crashed();
                 std::thread::yield_now();
             }
         }
@@ -326,6 +435,37 @@ mod tests {
                     });
                     assert!(data.iter().enumerate().all(|(i, &v)| v == (round + 1) * i));
                     assert!(other.iter().enumerate().all(|(i, &v)| v == (round + 1) * i));
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn every_column_is_visited_once() {
+        for threads in [1, 2, 5] {
+            let mut pool = Pool::new(threads).unwrap();
+            // The last chunk may have fewer columns, or none.
+            for (chunks, columns, width) in
+                [(0, 2..2, 5), (1, 0..3, 3), (7, 4..23, 30), (9, 1..23, 23)]
+            {
+                let (mut data, mut values) = (vec![0; chunks * 2], vec![0; 4 * width]);
+                let table =
+                    Table { values: &mut values, width, columns: columns.clone(), chunk: 3 };
+                let split = Split { len: 2, cost: DEAR };
+                pool.stripes_and_columns(&mut data, split, table, |first, data, mut part| {
+                    data.fill(first + 1);
+                    for row in 0..4 {
+                        for (i, value) in part.row(row).iter_mut().enumerate() {
+                            *value += 100 * row + 3 * first + i + 1;
+                        }
+                    }
+                });
+                assert!(!data.contains(&0));
+                for (at, value) in values.into_iter().enumerate() {
+                    let (row, column) = (at / width, at % width);
+                    let written = columns.clone().position(|other| other == column);
+                    let expected = written.map_or(0, |at| 100 * row + at + 1);
+                    assert_eq!(value, expected, "{row} {column}");
                 }
             }
         }

@@ -323,7 +323,9 @@ pub(super) fn gated_activation(gate: &[f32], up: &[f32], activation: Activation,
     match activation {
         Activation::Relu2 => {
             for (z, (&gate, &up)) in z.iter_mut().zip(gate_up) {
-                *z = Activation::Relu2.apply(gate) * up;
+                // A NaN is not below 0.
+                let positive = if gate < 0.0 { 0.0 } else { gate };
+                *z = positive * positive * up;
             }
         }
         Activation::Silu => {

@@ -8,6 +8,7 @@ use super::columns::stripe_sums;
 use super::head::limb_sums;
 use super::lanes::Plain as Vector;
 use super::portable::widen_scales;
+use super::rows::open_sums;
 use super::tables::{FieldTables, build_tables};
 use super::{Activations, CHUNK_WORDS, Level, impl_kernels};
 

@@ -24,6 +24,16 @@ pub enum FloatType {
     Q6K,
 }
 
+impl From<Float> for FloatType {
+    fn from(float: Float) -> Self {
+        match float {
+            Float::F32 => Self::F32,
+            Float::F16 => Self::F16,
+            Float::Bf16 => Self::Bf16,
+        }
+    }
+}
+
 impl FloatType {
     /// Every type.
     pub const ALL: [Self; 7] =

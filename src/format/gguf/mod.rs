@@ -62,10 +62,23 @@ pub(super) struct Header {
     pub(super) tensors: Vec<TensorInfo>,
 }
 
-/// Parses the header of a file of `file_len` bytes that begins with `bytes`: the whole file, or
-/// its first [`MAX_HEADER_BYTES`].
-pub(super) fn parse(file: &str, bytes: &[u8], file_len: u64, shard: usize) -> Result<Header> {
-    let mut reader = Reader { file, bytes, at: 0, file_len };
+/// Parses the header of a file of `file_len` bytes that begins with `bytes`; `None` if the header goes
+/// on after these. Of the whole file or its first [`MAX_HEADER_BYTES`] it does not.
+pub(super) fn parse(
+    file: &str,
+    bytes: &[u8],
+    file_len: u64,
+    shard: usize,
+) -> Result<Option<Header>> {
+    let mut reader = Reader { file, bytes, at: 0, file_len, is_cut: false };
+    match header(&mut reader, shard) {
+        Err(_) if reader.is_cut => Ok(None),
+        parsed => parsed.map(Some),
+    }
+}
+
+fn header(reader: &mut Reader<'_>, shard: usize) -> Result<Header> {
+    let file = reader.file;
     let (tensor_count, key_count) = reader.counts()?;
     let mut metadata = Metadata::new(file);
     for _ in 0..key_count {
@@ -88,7 +101,7 @@ pub(super) fn parse(file: &str, bytes: &[u8], file_len: u64, shard: usize) -> Re
     }
     drop(names);
     let alignment = alignment(&metadata)?;
-    let tensors = Places::new(&reader, &stored, alignment)?.tensors(shard)?;
+    let tensors = Places::new(reader, &stored, alignment)?.tensors(shard)?;
     Ok(Header { metadata, tensors })
 }
 
@@ -122,6 +135,8 @@ struct Reader<'a> {
     bytes: &'a [u8],
     at: usize,
     file_len: u64,
+    /// Whether something was asked for that follows `bytes`.
+    is_cut: bool,
 }
 
 impl<'a> Reader<'a> {
@@ -129,15 +144,16 @@ impl<'a> Reader<'a> {
         Error::Gguf { file: self.file.to_owned(), problem: problem.to_string() }
     }
 
+    /// Bytes that may still be of the header, whether they are here or not.
     fn left(&self) -> u64 {
-        (self.bytes.len() - self.at) as u64
+        self.file_len.min(MAX_HEADER_BYTES).saturating_sub(self.at as u64)
     }
 
     /// The next `len` bytes, which are those of `what`.
     fn take(&mut self, len: u64, what: &dyn fmt::Display) -> Result<&'a [u8]> {
         if len > self.left() {
             let at = self.at;
-            if (self.bytes.len() as u64) < self.file_len {
+            if self.file_len > MAX_HEADER_BYTES {
                 return Err(self.invalid(format_args!(
                     "{what} at byte {at} takes {len} bytes; at most {MAX_HEADER_BYTES} bytes of \
                      header are read"
@@ -149,8 +165,14 @@ impl<'a> Reader<'a> {
             )));
         }
         let start = self.at;
-        self.at += len as usize;
-        Ok(&self.bytes[start..self.at])
+        // No more than the longest header.
+        let end = start + len as usize;
+        let Some(bytes) = self.bytes.get(start..end) else {
+            self.is_cut = true;
+            return Err(self.invalid(format_args!("{what} at byte {start} is not here")));
+        };
+        self.at = end;
+        Ok(bytes)
     }
 
     fn array<const N: usize>(&mut self, what: &dyn fmt::Display) -> Result<[u8; N]> {
@@ -348,9 +370,9 @@ impl fmt::Display for Labelled<'_> {
 }
 
 /// Where tensors stand in the file.
-struct Places<'a> {
-    reader: &'a Reader<'a>,
-    stored: &'a [Stored<'a>],
+struct Places<'r, 'a> {
+    reader: &'r Reader<'a>,
+    stored: &'r [Stored<'a>],
     alignment: u64,
     /// Where the data section begins in the file, and how long it is.
     data_start: u64,
@@ -359,8 +381,8 @@ struct Places<'a> {
     room: Vec<u64>,
 }
 
-impl<'a> Places<'a> {
-    fn new(reader: &'a Reader<'a>, stored: &'a [Stored<'a>], alignment: u64) -> Result<Self> {
+impl<'r, 'a> Places<'r, 'a> {
+    fn new(reader: &'r Reader<'a>, stored: &'r [Stored<'a>], alignment: u64) -> Result<Self> {
         let data_start = (reader.at as u64).next_multiple_of(alignment);
         let data_len = reader.file_len.saturating_sub(data_start);
         let mut order: Vec<usize> = (0..stored.len()).collect();

@@ -17,8 +17,8 @@ blocking! {
     check = check_async(gpu: &Gpu, plan: GemvPlan) -> ();
     check_gemm = check_gemm_async(gpu: &Gpu, layout: Layout, plan: GemmPlan) -> ();
     check_groups = check_groups_async(gpu: &Gpu, int8: bool) -> ();
-    check_head = check_head_async(gpu: &Gpu) -> ();
-    check_sample = check_sample_async(gpu: &Gpu) -> ();
+    check_head = check_head_async(gpu: &Gpu, max_rows: usize) -> ();
+    check_sample = check_sample_async(gpu: &Gpu, vocab_size: usize) -> ();
     check_attention = check_attention_async(gpu: &Gpu, layout: KvLayout) -> ();
     multiply = multiply_async(
         gpu: &Gpu, plans: SumPlans, packed: &Packed, codes: &[i8], n_tokens: usize

@@ -1,11 +1,13 @@
-//! What was measured, kept in a file for each adapter.
+//! What was measured, kept in a file for each adapter; where there are no files, by whoever hosts the
+//! program.
 //!
 //! ```json
 //! {"key": {"adapter": "…", "driver": "…", "api": "vulkan", "wgpu": "30.0.1", "kernels": "…",
 //!   "capabilities": "Adapter"},
 //!  "plans": {"down 2560x6912 norm": {"variant": "packed_dot", "slices": 8, "rows": 32,
 //!   "unroll": 1, "fused": true}},
-//!  "gemms": {"gemm_i2 13824x2560": {"rows": 64, "tokens": 64}}}
+//!  "gemms": {"gemm_i2 13824x2560": {"rows": 64, "tokens": 64,
+//!   "cooperative": {"size": 16, "subgroup": 32}}}}
 //! ```
 
 use std::collections::BTreeMap;
@@ -13,6 +15,7 @@ use std::ffi::OsString;
 use std::fs::{self, File};
 use std::io::{self, Read, Write};
 use std::path::{Path, PathBuf};
+use std::sync::{Mutex, PoisonError};
 
 use serde::{Deserialize, Serialize};
 
@@ -55,6 +58,39 @@ fn native_directory() -> Option<PathBuf> {
 #[cfg(target_family = "wasm")]
 fn native_directory() -> Option<PathBuf> {
     None
+}
+
+/// Where measurements are kept.
+pub(super) enum Place {
+    /// One file for each adapter.
+    Directory(PathBuf),
+    /// See [`remember`].
+    Memory,
+}
+
+impl Place {
+    /// Of a program that says nothing else; `None` if there is no home directory.
+    pub fn of_this_program() -> Option<Self> {
+        match cfg!(target_family = "wasm") {
+            true => Some(Self::Memory),
+            false => directory().map(Self::Directory),
+        }
+    }
+}
+
+/// What a program without directories knows of its adapter.
+static MEMORY: Mutex<Option<String>> = Mutex::new(None);
+
+/// Hands over what [`remembered`] returned at another time, before a model is loaded where there are no
+/// directories: in a browser. It may be any text: what is not for the adapter, the driver and these kernels
+/// is not used, and said so.
+pub fn remember(measured: String) {
+    *MEMORY.lock().unwrap_or_else(PoisonError::into_inner) = Some(measured);
+}
+
+/// What was handed over, or measured since; worth keeping where a load may find it.
+pub fn remembered() -> Option<String> {
+    MEMORY.lock().unwrap_or_else(PoisonError::into_inner).clone()
 }
 
 /// What a measurement is good for: with another of any of these, it says nothing.
@@ -122,23 +158,36 @@ impl Kept {
         Self { key: key.clone(), plans: BTreeMap::new(), gemms: BTreeMap::new() }
     }
 
-    /// What is in the file of a key, or nothing. If there is a file and it is not for this key, why.
-    pub fn read(directory: &Path, key: &Key) -> (Self, Option<String>) {
-        let path = key.file(directory);
-        let problem = match read_bounded(&path) {
-            Err(error) if error.kind() == io::ErrorKind::NotFound => None,
-            Err(error) => Some(error.to_string()),
-            Ok(bytes) => match serde_json::from_slice::<Self>(&bytes) {
-                Ok(kept) if kept.plans.len().max(kept.gemms.len()) > MAX_PLANS => {
-                    Some("too many plans".to_owned())
-                }
-                Ok(kept) if kept.key == *key => return (kept, None),
-                Ok(kept) => Some(kept.difference(key)),
-                Err(error) => Some(error.to_string()),
-            },
+    /// What is kept for a key, or nothing. If there is something and it is not for this key, why.
+    pub fn read(place: &Place, key: &Key) -> (Self, Option<String>) {
+        let (name, bytes) = match place {
+            Place::Directory(directory) => {
+                let path = key.file(directory);
+                (path.display().to_string(), read_bounded(&path))
+            }
+            Place::Memory => {
+                let bytes = remembered().map(String::into_bytes);
+                let bytes = bytes.ok_or_else(|| io::ErrorKind::NotFound.into());
+                ("what is remembered of the GPU".to_owned(), bytes.and_then(bounded))
+            }
         };
-        let note = problem.map(|problem| format!("{}: not used: {problem}", path.display()));
-        (Self::new(key), note)
+        let parsed = match bytes {
+            Ok(bytes) => Self::parse(&bytes, key),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return (Self::new(key), None),
+            Err(error) => Err(error.to_string()),
+        };
+        match parsed {
+            Ok(kept) => (kept, None),
+            Err(problem) => (Self::new(key), Some(format!("{name}: not used: {problem}"))),
+        }
+    }
+
+    fn parse(bytes: &[u8], key: &Key) -> std::result::Result<Self, String> {
+        let kept: Self = serde_json::from_slice(bytes).map_err(|error| error.to_string())?;
+        if kept.plans.len().max(kept.gemms.len()) > MAX_PLANS {
+            return Err("too many plans".to_owned());
+        }
+        if kept.key == *key { Ok(kept) } else { Err(kept.difference(key)) }
     }
 
     /// The first part of the key that is another.
@@ -180,11 +229,25 @@ impl Kept {
         self.gemms.extend(plans.iter().cloned());
     }
 
+    /// Keeps it; in a directory as a whole file or not at all.
+    ///
+    /// # Errors
+    /// [`Error::Io`] if directory or file cannot be written.
+    pub fn write(&self, place: &Place) -> Result<()> {
+        match place {
+            Place::Directory(directory) => self.write_file(directory).map(|_| ()),
+            Place::Memory => {
+                remember(serde_json::to_string(self).expect("strings and numbers"));
+                Ok(())
+            }
+        }
+    }
+
     /// Writes the file, whole or not at all, and says where it is.
     ///
     /// # Errors
     /// [`Error::Io`] if directory or file cannot be written.
-    pub fn write(&self, directory: &Path) -> Result<PathBuf> {
+    pub fn write_file(&self, directory: &Path) -> Result<PathBuf> {
         let path = self.key.file(directory);
         let write = || -> io::Result<()> {
             let parent = path.parent().expect("the file is in a directory");
@@ -205,6 +268,10 @@ impl Kept {
 fn read_bounded(path: &Path) -> io::Result<Vec<u8>> {
     let mut bytes = Vec::new();
     File::open(path)?.take(MAX_FILE_BYTES + 1).read_to_end(&mut bytes)?;
+    bounded(bytes)
+}
+
+fn bounded(bytes: Vec<u8>) -> io::Result<Vec<u8>> {
     if bytes.len() as u64 > MAX_FILE_BYTES {
         return Err(io::Error::new(io::ErrorKind::InvalidData, "larger than 1 MiB"));
     }
@@ -222,6 +289,10 @@ mod tests {
         Key { adapter, driver, api, wgpu, kernels, capabilities }
     }
 
+    fn read(directory: &Path, key: &Key) -> (Kept, Option<String>) {
+        Kept::read(&Place::Directory(directory.to_owned()), key)
+    }
+
     fn kept(key: &Key) -> Kept {
         let mut kept = Kept::new(key);
         let plan = GemvPlan { slices: 4, fused: false, ..GemvPlan::from(Variant::PackedDot) };
@@ -233,10 +304,10 @@ mod tests {
     fn what_is_written_is_read_back() {
         let directory = tempfile::tempdir().unwrap();
         let below = directory.path().join("not/there/yet");
-        assert_eq!(Kept::read(&below, &key()), (Kept::new(&key()), None));
-        let path = kept(&key()).write(&below).unwrap();
+        assert_eq!(read(&below, &key()), (Kept::new(&key()), None));
+        let path = kept(&key()).write_file(&below).unwrap();
         assert_eq!(path, key().file(&below));
-        assert_eq!(Kept::read(&below, &key()), (kept(&key()), None));
+        assert_eq!(read(&below, &key()), (kept(&key()), None));
         // Nothing else is left behind.
         assert_eq!(fs::read_dir(path.parent().unwrap()).unwrap().count(), 1);
     }
@@ -244,14 +315,14 @@ mod tests {
     #[test]
     fn another_key_is_not_used() {
         let directory = tempfile::tempdir().unwrap();
-        kept(&key()).write(directory.path()).unwrap();
+        kept(&key()).write_file(directory.path()).unwrap();
         let other = || "other".to_owned();
         for (what, key) in [
             ("driver", Key { driver: other(), ..key() }),
             ("wgpu", Key { wgpu: other(), ..key() }),
             ("kernels", Key { kernels: other(), ..key() }),
         ] {
-            let (found, note) = Kept::read(directory.path(), &key);
+            let (found, note) = read(directory.path(), &key);
             assert_eq!(found, Kept::new(&key));
             let note = note.unwrap();
             assert!(
@@ -265,19 +336,19 @@ mod tests {
             Key { api: other(), ..key() },
             Key { capabilities: other(), ..key() },
         ] {
-            assert_eq!(Kept::read(directory.path(), &key), (Kept::new(&key), None));
+            assert_eq!(read(directory.path(), &key), (Kept::new(&key), None));
         }
         // What is copied to another adapter's file is found out.
         let stranger = Key { adapter: other(), ..key() };
         fs::copy(key().file(directory.path()), stranger.file(directory.path())).unwrap();
-        let note = Kept::read(directory.path(), &stranger).1.unwrap();
+        let note = read(directory.path(), &stranger).1.unwrap();
         assert!(note.contains("adapter"), "{note}");
     }
 
     #[test]
     fn a_damaged_file_is_not_used_and_is_replaced() {
         let directory = tempfile::tempdir().unwrap();
-        let path = kept(&key()).write(directory.path()).unwrap();
+        let path = kept(&key()).write_file(directory.path()).unwrap();
         let good = fs::read(&path).unwrap();
         let text = String::from_utf8(good.clone()).unwrap();
         let many: Vec<String> = (0..=MAX_PLANS)
@@ -298,18 +369,37 @@ mod tests {
             format!("{{\"key\": {key_json}, \"plans\": {{{}}}}}", many.join(",")).into_bytes(),
         ] {
             fs::write(&path, &bad).unwrap();
-            let (found, note) = Kept::read(directory.path(), &key());
+            let (found, note) = read(directory.path(), &key());
             let note = note.expect("a note");
             assert_eq!(found, Kept::new(&key()), "{note}");
             assert!(note.contains("not used") && note.lines().count() == 1, "{note}");
-            kept(&key()).write(directory.path()).unwrap();
+            kept(&key()).write_file(directory.path()).unwrap();
             assert_eq!(fs::read(&path).unwrap(), good);
         }
         // A directory in its place is no file.
         fs::remove_file(&path).unwrap();
         fs::create_dir(&path).unwrap();
-        assert!(Kept::read(directory.path(), &key()).1.is_some());
-        assert!(kept(&key()).write(directory.path()).is_err());
+        assert!(read(directory.path(), &key()).1.is_some());
+        assert!(kept(&key()).write_file(directory.path()).is_err());
+    }
+
+    #[test]
+    fn what_is_remembered_is_used_for_its_key_alone() {
+        assert_eq!(Kept::read(&Place::Memory, &key()), (Kept::new(&key()), None));
+        kept(&key()).write(&Place::Memory).unwrap();
+        assert_eq!(Kept::read(&Place::Memory, &key()), (kept(&key()), None));
+        let text = remembered().unwrap();
+        let other = Key { kernels: "other".to_owned(), ..key() };
+        let note = Kept::read(&Place::Memory, &other).1.unwrap();
+        assert!(note.contains("not used: kernels"), "{note}");
+        for bad in ["", "{}", "null", &text[..40], &" ".repeat(MAX_FILE_BYTES as usize + 1)] {
+            remember(bad.to_owned());
+            let (found, note) = Kept::read(&Place::Memory, &key());
+            assert_eq!(found, Kept::new(&key()));
+            assert!(note.is_some_and(|note| note.lines().count() == 1), "{bad:.40}");
+        }
+        remember(text);
+        assert_eq!(Kept::read(&Place::Memory, &key()).0, kept(&key()));
     }
 
     #[test]

@@ -13,6 +13,7 @@ struct Class {
 }
 
 const AMD: u32 = 0x1002;
+const APPLE: u32 = 0x106b;
 const INTEL: u32 = 0x8086;
 
 const CLASSES: &[Class] = &[
@@ -26,7 +27,11 @@ const CLASSES: &[Class] = &[
     },
     // Apple's GPUs have no packed dot (MSL multiplies four chars one by one), and a popcount takes them
     // four cycles; f32 products are what they are made for.
-    Class { matches: |adapter| adapter.api == "metal", variant: Variant::HalfMagic, fused: true },
+    Class {
+        matches: |adapter| adapter.api == "metal" || adapter.vendor == APPLE,
+        variant: Variant::HalfMagic,
+        fused: true,
+    },
     // GCN and the first RDNA have no v_dot4.
     Class {
         matches: |adapter| adapter.vendor == AMD && is_one_of(adapter, AMD_WITHOUT_DOT),
@@ -43,19 +48,19 @@ const CLASSES: &[Class] = &[
     Class { matches: |_| true, variant: Variant::PackedDot, fused: true },
 ];
 
-/// Parts of names, as Mesa and as the vendor's drivers write them.
+/// Parts of names, as Mesa, as the vendor's drivers and as browsers write them.
 #[rustfmt::skip]
 const AMD_WITHOUT_DOT: &[&str] = &[
     "TAHITI", "PITCAIRN", "VERDE", "OLAND", "HAINAN", "BONAIRE", "HAWAII", "KAVERI", "KABINI",
     "TONGA", "ICELAND", "CARRIZO", "FIJI", "STONEY", "POLARIS", "VEGA10", "RAVEN", "RENOIR",
     "NAVI10", "R7 ", "R9 ", "RX 4", "RX 550 ", "RX 560", "RX 570", "RX 580", "RX 590", "RX 5600",
-    "RX 5700", "Vega 3", "Vega 6", "Vega 8", "Vega 1", "RX Vega",
+    "RX 5700", "Vega 3", "Vega 6", "Vega 8", "Vega 1", "RX Vega", "amd gcn-", "amd rdna-1",
 ];
 #[rustfmt::skip]
 const INTEL_WITHOUT_DOT: &[&str] = &[
     "HD Graphics 4", "HD Graphics 5", "HD Graphics 6", "HD Graphics P", "Iris(R) Plus",
     "Iris Plus", "Iris(R) Pro", "Iris Pro", "(ICL", "(SKL", "(KBL", "(CFL", "(CML", "(BDW", "(GLK",
-    "(BXT", "(JSL", "(EHL",
+    "(BXT", "(JSL", "(EHL", "intel gen-7", "intel gen-8", "intel gen-9", "intel gen-11",
 ];
 
 fn is_one_of(adapter: &AdapterDescription, names: &[&str]) -> bool {
@@ -69,11 +74,16 @@ pub(super) fn plan(adapter: &AdapterDescription) -> GemvPlan {
     GemvPlan { fused: *fused, ..GemvPlan::from(*variant) }
 }
 
-/// The tiles that are likely to be fastest.
+/// The tiles that are likely to be fastest. Cooperative matrices have to win a race first: some are no
+/// faster, and wgpu calls them experimental.
 pub(super) fn gemms(adapter: &AdapterDescription) -> GemmPlans {
     let plan = match adapter.kind {
+        // It takes seconds to compile a tile.
+        AdapterKind::Software if adapter.name.to_lowercase().contains("swiftshader") => {
+            GemmPlan::FEW
+        }
         // The fewer workgroups the fewer loads; a few cores need no more of them.
-        AdapterKind::Software => GemmPlan { rows: 128, tokens: 64 },
+        AdapterKind::Software => GemmPlan::tile(128, 64),
         _ => GemmPlan::default(),
     };
     GemmPlans { planes: plan, i2: plan }
@@ -109,6 +119,11 @@ mod tests {
             ("Intel(R) UHD Graphics 630 (CFL GT2)", INTEL, "vulkan", BitSerial),
             ("Intel(R) HD Graphics 520", INTEL, "dx12", BitSerial),
             ("Apple M4 Pro", 0, "metal", HalfMagic),
+            ("apple metal-3", APPLE, "browser-webgpu", HalfMagic),
+            ("amd gcn-5", AMD, "browser-webgpu", BitSerial),
+            ("amd rdna-3", AMD, "browser-webgpu", PackedDot),
+            ("intel gen-9", INTEL, "browser-webgpu", BitSerial),
+            ("intel gen-12lp", INTEL, "browser-webgpu", PackedDot),
             ("something new", 0x4711, "vulkan", PackedDot),
         ] {
             let adapter = AdapterDescription {

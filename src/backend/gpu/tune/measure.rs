@@ -20,22 +20,26 @@ use crate::kv_cache::KvFormat;
 use crate::layout::Layout;
 use crate::random::Random;
 use crate::shape::MatShape;
+#[cfg(feature = "measure")]
 use crate::wait::block_on;
 
 /// Bytes of weights that take turns: more than the last-level caches that there are, 96 MiB on
-/// discrete GPUs and 48 MiB on integrated ones. On a software rasteriser only the path is tested.
+/// discrete GPUs and 48 MiB on integrated ones, which is all that a page may ask of a phone. On a
+/// software rasteriser only the path is tested.
 fn rotated_bytes(kind: AdapterKind) -> u64 {
     match kind {
         AdapterKind::Software => 8 << 20,
         AdapterKind::Integrated => 96 << 20,
+        _ if cfg!(target_family = "wasm") => 96 << 20,
         AdapterKind::Discrete | AdapterKind::Virtual | AdapterKind::Other => 256 << 20,
     }
 }
 
 /// Fewest copies of a matrix, and most: each of them has bind groups of its own.
 const COPIES: (usize, usize) = (3, 96);
-/// How long a pass should take, so that a clock's ticks do not count.
-const PASS: Duration = Duration::from_millis(2);
+/// How long a pass should take, so that a clock's ticks do not count: a browser's are a tenth of a
+/// millisecond, and it says a little later that a pass is complete.
+const PASS: Duration = Duration::from_millis(if cfg!(target_family = "wasm") { 10 } else { 2 });
 /// Most steps of a pass.
 const MAX_STEPS: u32 = 512;
 /// Timed passes; their median counts.
@@ -69,23 +73,23 @@ impl<'a> Bench<'a> {
     ///
     /// # Errors
     /// [`Error::Gpu`] if the driver fails, or has no memory for it.
-    pub fn new(gpu: &'a Gpu, steps: &[StepShape], start: Instant) -> Result<Self> {
+    pub async fn new(gpu: &'a Gpu, steps: &[StepShape], start: Instant) -> Result<Self> {
         let largest = steps.iter().map(|step| step_bytes(gpu, step)).max().unwrap_or_default();
         // Half of the copies in each buffer.
         let half = (rotated_bytes(gpu.adapter.kind) / 2).max(2 * (largest + 256));
         let half = half.min(gpu.max_binding()) & !255;
         let scope = gpu.device.push_error_scope(wgpu::ErrorFilter::OutOfMemory);
         let weights = [(); 2].map(|()| gpu.storage("weights", half as usize / 4));
-        if let Some(problem) = block_on(async { Ok(scope.pop().await) })? {
+        if let Some(problem) = scope.pop().await {
             return Err(gpu.error("make room for measuring", problem.to_string()));
         }
         let [first, second] = weights;
         let weights = [first?, second?];
-        fill(gpu, &weights)?;
+        fill(gpu, &weights).await?;
         let uniform = gpu.params_buffer();
         let params = PassParams { n_tokens: 1, ..PassParams::default() };
         gpu.queue.write_buffer(&uniform, 0, bytemuck::bytes_of(&params));
-        let clock = Clock::new(gpu)?;
+        let clock = Clock::new(gpu).await?;
         Ok(Self {
             gpu,
             start,
@@ -145,7 +149,7 @@ impl<'a> Bench<'a> {
             SumInputs { words: &words, codes: &codes, offset: &offset, code_sum: &code_sum };
         let gemm = Gemm { layout, shape, tile_base: 0, tiles, max_tokens };
         let call = gemm.call_for(plan, max_tokens);
-        let buffers = [gemm_inputs(layout, inputs), vec![&acc]].concat();
+        let buffers = [gemm_inputs(call.kernel, inputs), vec![&acc]].concat();
         gpu.op(&self.pipelines, &call, &self.gemm_uniform, &buffers)
     }
 
@@ -157,9 +161,9 @@ impl<'a> Bench<'a> {
     ///
     /// # Errors
     /// [`Error::Gpu`] if the driver fails.
-    pub fn copy_gb_s(&self, budget: Duration) -> Result<Option<f64>> {
+    pub async fn copy_gb_s(&self, budget: Duration) -> Result<Option<f64>> {
         let bytes = self.weights[0].len_bytes();
-        let copies = |count: u32| {
+        let copies = async |count: u32| {
             let mut encoder = self.gpu.device.create_command_encoder(&Default::default());
             for i in 0..count as usize {
                 let [from, to] = [&self.weights[i % 2], &self.weights[(i + 1) % 2]];
@@ -168,17 +172,17 @@ impl<'a> Bench<'a> {
             let commands = encoder.finish();
             let begin = Instant::now();
             self.gpu.queue.submit([commands]);
-            self.gpu.wait("measure a copy")?;
+            self.gpu.done("measure a copy").await?;
             Ok::<_, Error>(begin.elapsed().saturating_sub(self.clock.empty))
         };
         if !self.left(budget) {
             return Ok(None);
         }
-        let first = copies(1)?.max(Duration::from_nanos(1));
+        let first = copies(1).await?.max(Duration::from_nanos(1));
         let count = passes_for(10 * PASS, first, 64);
         let mut times = Vec::new();
         while times.len() < PASSES && self.left(budget) {
-            times.push(copies(count)?);
+            times.push(copies(count).await?);
         }
         let time = median(&mut times).filter(|time| !time.is_zero());
         Ok(time.map(|time| (2 * bytes * u64::from(count)) as f64 / time.as_secs_f64() / 1e9))
@@ -189,7 +193,7 @@ impl<'a> Bench<'a> {
     ///
     /// # Errors
     /// [`Error::Gpu`] if the driver fails.
-    pub fn dispatch_us(&self, budget: Duration) -> Result<Option<f64>> {
+    pub async fn dispatch_us(&self, budget: Duration) -> Result<Option<f64>> {
         const N: usize = 64;
         const COUNT: usize = 256;
         let zeros = |what| self.gpu.storage(what, N);
@@ -203,8 +207,8 @@ impl<'a> Bench<'a> {
             if !self.left(budget) {
                 break;
             }
-            let once = self.clock.time(self.gpu, &self.params, many(COUNT))?;
-            let twice = self.clock.time(self.gpu, &self.params, many(2 * COUNT))?;
+            let once = self.clock.time(self.gpu, &self.params, many(COUNT)).await?;
+            let twice = self.clock.time(self.gpu, &self.params, many(2 * COUNT)).await?;
             if pass > 0 {
                 times.push(twice.saturating_sub(once));
             }
@@ -300,14 +304,14 @@ impl Track for Bench<'_> {
         self.start.elapsed()
     }
 
-    fn check(&mut self, plan: GemvPlan) -> Result<()> {
+    async fn check(&mut self, plan: GemvPlan) -> Result<()> {
         // The check of a fused plan runs the split kernels too.
         let fused = GemvPlan { fused: true, ..plan };
         if let Some(None) = self.checked.get(&fused) {
             return Ok(());
         }
         if !self.checked.contains_key(&plan) {
-            let problem = match self_test::check(self.gpu, plan) {
+            let problem = match self_test::check_async(self.gpu, plan).await {
                 Ok(()) => None,
                 Err(Error::SelfTest { kernel, problem, .. }) => Some((kernel, problem)),
                 Err(error) => return Err(error),
@@ -324,7 +328,7 @@ impl Track for Bench<'_> {
         }
     }
 
-    fn measure(
+    async fn measure(
         &mut self,
         step: &StepShape,
         plan: GemvPlan,
@@ -332,33 +336,34 @@ impl Track for Bench<'_> {
     ) -> Result<Option<Duration>> {
         let ops = self.step_ops(step, plan)?;
         let mut at = 0;
-        let mut pass = |count: u32| {
+        let mut pass = async |count: u32| {
             let first = at;
             at += count as usize;
             let steps = (first..at).flat_map(|i| ops.step(i));
-            self.clock.time(self.gpu, &self.params, steps)
+            self.clock.time(self.gpu, &self.params, steps).await
         };
         // The first pass pays for what is done once; it only says how many steps to take.
-        let mut one = pass(1)?;
+        let mut one = pass(1).await?;
         let warm_since = Instant::now();
         while !self.is_warm && warm_since.elapsed() < WARM_UP && self.start.elapsed() < end {
-            one = pass(passes_for(PASS, one, MAX_STEPS))? / passes_for(PASS, one, MAX_STEPS);
+            let count = passes_for(PASS, one, MAX_STEPS);
+            one = pass(count).await? / count;
         }
         self.is_warm = true;
         let count = passes_for(PASS, one, MAX_STEPS).max(COPIES.0 as u32);
         let mut times = Vec::new();
         while times.len() < PASSES && self.start.elapsed() + count * one < end {
-            times.push(pass(count)?);
+            times.push(pass(count).await?);
         }
         // A clock that saw nothing has measured nothing.
         Ok(median(&mut times).map(|time| time / count).filter(|time| !time.is_zero()))
     }
 
-    fn check_gemm(&mut self, layout: Layout, plan: GemmPlan) -> Result<()> {
-        self_test::check_gemm(self.gpu, layout, plan)
+    async fn check_gemm(&mut self, layout: Layout, plan: GemmPlan) -> Result<()> {
+        self_test::check_gemm_async(self.gpu, layout, plan).await
     }
 
-    fn measure_gemm(
+    async fn measure_gemm(
         &mut self,
         product: &GemmShape,
         plan: GemmPlan,
@@ -367,16 +372,16 @@ impl Track for Bench<'_> {
         let op = self.gemm_op(product, plan)?;
         let params = PassParams { n_tokens: self.gemm_tokens() as u32, ..self.params };
         self.gpu.queue.write_buffer(&self.gemm_uniform, 0, bytemuck::bytes_of(&params));
-        let pass = |count: u32| {
+        let pass = async |count: u32| {
             let ops = std::iter::repeat_n(&op, count as usize);
-            self.clock.time(self.gpu, &params, ops)
+            self.clock.time(self.gpu, &params, ops).await
         };
         // The first pass pays for what is done once; it only says how many products to take.
-        let one = pass(1)?;
+        let one = pass(1).await?;
         let count = passes_for(PASS, one, MAX_STEPS);
         let mut times = Vec::new();
         while times.len() < GEMM_PASSES && self.start.elapsed() + count * one < end {
-            times.push(pass(count)?);
+            times.push(pass(count).await?);
         }
         Ok(median(&mut times).map(|time| time / count).filter(|time| !time.is_zero()))
     }
@@ -484,8 +489,8 @@ pub(crate) fn copy_gb_s(gpu: &Gpu, len_bytes: u64, passes: usize) -> Result<f64>
     }
     let [a, b] = buffers;
     let buffers = [a?, b?];
-    fill(gpu, &buffers)?;
-    let empty = Clock::new(gpu)?.empty;
+    block_on(fill(gpu, &buffers))?;
+    let empty = block_on(Clock::new(gpu))?.empty;
     let copies = |count: u32| {
         let mut encoder = gpu.device.create_command_encoder(&Default::default());
         for i in 0..count as usize {
@@ -507,7 +512,7 @@ pub(crate) fn copy_gb_s(gpu: &Gpu, len_bytes: u64, passes: usize) -> Result<f64>
 }
 
 /// Fills buffers with random words.
-fn fill(gpu: &Gpu, buffers: &[Slice]) -> Result<()> {
+async fn fill(gpu: &Gpu, buffers: &[Slice]) -> Result<()> {
     let mut random = Random::new(2);
     let words: Vec<u64> = (0..NOISE_BYTES / 8).map(|_| random.bits()).collect();
     let noise = gpu.upload("noise", &words)?;
@@ -519,7 +524,7 @@ fn fill(gpu: &Gpu, buffers: &[Slice]) -> Result<()> {
         }
     }
     gpu.queue.submit([encoder.finish()]);
-    gpu.wait("make room for measuring")
+    gpu.done("make room for measuring").await
 }
 
 /// Times a pass: on the device where it can, else on the host.
@@ -539,7 +544,7 @@ struct Queries {
 }
 
 impl Clock {
-    fn new(gpu: &Gpu) -> Result<Self> {
+    async fn new(gpu: &Gpu) -> Result<Self> {
         const LEN_BYTES: u64 = 16;
         let queries = gpu.has_timestamps().then(|| {
             let set = gpu.device.create_query_set(&wgpu::QuerySetDescriptor {
@@ -564,7 +569,7 @@ impl Clock {
         let params = PassParams::default();
         let mut times = Vec::new();
         for _ in 0..2 * PASSES {
-            times.push(host.time(gpu, &params, [])?);
+            times.push(host.time(gpu, &params, []).await?);
         }
         // The least of them: what is taken off should never be more than there was.
         let empty = times.into_iter().min().unwrap_or_default();
@@ -572,7 +577,7 @@ impl Clock {
     }
 
     /// Runs operations in one pass.
-    fn time<'a>(
+    async fn time<'a>(
         &self,
         gpu: &Gpu,
         params: &PassParams,
@@ -595,14 +600,15 @@ impl Clock {
         });
         let begin = Instant::now();
         gpu.queue.submit([commands]);
-        gpu.wait("measure kernels")?;
+        gpu.done("measure kernels").await?;
         let elapsed = begin.elapsed();
         let host = elapsed.saturating_sub(self.empty);
         let Some(queries) = &self.queries else { return Ok(host) };
-        let ticks = gpu.read_staging(&queries.staging, 4, |words| {
+        let ticks = gpu.read_staging_async(&queries.staging, 4, |words| {
             let at = |i: usize| u64::from(words[i]) | u64::from(words[i + 1]) << 32;
             at(2).checked_sub(at(0))
-        })?;
+        });
+        let ticks = ticks.await?;
         let device =
             ticks.map(|ticks| Duration::from_nanos((ticks as f64 * queries.period) as u64));
         // Some drivers' timestamps are no times: they stand still, or run ahead of the host.

@@ -2,7 +2,8 @@
 //!
 //! No driver says whether it runs a packed dot product in one instruction or in twenty, so the plans
 //! are raced: each step of a decoded token on weights that no cache holds, whole steps against whole
-//! steps, within a budget of time. The winners are kept in a file, by adapter, driver and kernels.
+//! steps, within a budget of time. The winners are kept, by adapter, driver and kernels: in a file, or
+//! where there are none by whoever hosts the program.
 //! Where nothing is measured, a table by vendor decides. A plan that is wrong on an adapter is no
 //! candidate there, however fast; and whatever is chosen is checked again before a model runs.
 
@@ -18,15 +19,17 @@ use cpu_ref::layout::TILE_ROWS;
 use cpu_ref::mlp::Activation;
 use serde::Serialize;
 
-use super::device::{AdapterKind, Gpu};
+use super::device::{AdapterKind, Cooperative, Gpu};
 use super::kernels::{GemmPlan, GemvPlan, RowOrder, Variant, padded_rows};
 use crate::backend::Tune;
 use crate::config::{Activations, ModelConfig};
 use crate::error::{Error, Result};
 use crate::layout::Layout;
 use crate::shape::MatShape;
+use crate::wait::block_on;
+use cache::Place;
 
-pub use cache::{Key, directory};
+pub use cache::{Key, directory, remember, remembered};
 #[cfg(feature = "measure")]
 pub(crate) use measure::copy_gb_s;
 
@@ -202,6 +205,20 @@ impl StepShape {
     }
 }
 
+/// What an adapter can run.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct Limits {
+    /// Most lanes of a workgroup.
+    lanes: u32,
+    cooperative: Option<Cooperative>,
+}
+
+impl Limits {
+    fn of(gpu: &Gpu) -> Self {
+        Self { lanes: gpu.lanes(), cooperative: gpu.cooperative() }
+    }
+}
+
 /// A product of many tokens: the largest matrix of a model's layers, on which the tiles of a layout are
 /// raced.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -224,11 +241,14 @@ impl GemmShape {
         format!("{kernel} {}x{}", self.shape.n(), self.shape.k())
     }
 
-    /// The plans that may run it, the default first.
-    fn candidates(default: GemmPlan, lanes: u32) -> Vec<GemmPlan> {
-        let others = GemmPlan::all().into_iter().filter(|&plan| plan != default);
+    /// The plans that may run it: the default first, then those with cooperative matrices, which are
+    /// likely to be faster.
+    fn candidates(&self, default: GemmPlan, limits: Limits) -> Vec<GemmPlan> {
+        let matrices = limits.cooperative.filter(|_| self.layout == Layout::I2);
+        let cooperative = matrices.into_iter().flat_map(GemmPlan::all_of);
+        let others = cooperative.chain(GemmPlan::all()).filter(|&plan| plan != default);
         let mut plans = vec![default];
-        plans.extend(others.filter(|plan| plan.lanes() <= lanes as usize));
+        plans.extend(others.filter(|plan| plan.lanes() <= limits.lanes as usize));
         plans
     }
 }
@@ -327,19 +347,19 @@ trait Track {
     /// Since the budget began.
     fn elapsed(&self) -> Duration;
     /// Whether a plan is exact here.
-    fn check(&mut self, plan: GemvPlan) -> Result<()>;
+    async fn check(&mut self, plan: GemvPlan) -> Result<()>;
     /// The time of one step; `None` if there is not enough left until `end`.
-    fn measure(
+    async fn measure(
         &mut self,
         step: &StepShape,
         plan: GemvPlan,
         end: Duration,
     ) -> Result<Option<Duration>>;
     /// Whether the kernels of many tokens of a layout are exact here.
-    fn check_gemm(&mut self, layout: Layout, plan: GemmPlan) -> Result<()>;
+    async fn check_gemm(&mut self, layout: Layout, plan: GemmPlan) -> Result<()>;
     /// The time of one product of [`Self::gemm_tokens`]; `None` if there is not enough left until
     /// `end`.
-    fn measure_gemm(
+    async fn measure_gemm(
         &mut self,
         product: &GemmShape,
         plan: GemmPlan,
@@ -353,7 +373,7 @@ trait Track {
 /// and so on, in the order of [`Race::next`]; those who beat the default do it once more.
 ///
 /// A candidate that fails is refused, not the race: the driver may reject one kernel only.
-fn race(
+async fn race(
     steps: &[StepShape],
     default: GemvPlan,
     lanes: u32,
@@ -378,7 +398,7 @@ fn race(
             }
             is_over = false;
             let plan = race.candidates[at].0;
-            race.candidates[at].1 = run(&race.step, plan, budget, track);
+            race.candidates[at].1 = run(&race.step, plan, budget, track).await;
             longest = longest.max(track.elapsed().saturating_sub(begin));
         }
     }
@@ -390,7 +410,7 @@ fn race(
         for (plan, outcome) in &mut race.candidates {
             let again = [default, winner].contains(plan) && track.elapsed() + longest < budget;
             if let (true, Outcome::Time(time)) = (again, &mut *outcome)
-                && let Outcome::Time(second) = run(&race.step, *plan, budget, track)
+                && let Outcome::Time(second) = run(&race.step, *plan, budget, track).await
             {
                 *time = (*time).min(second);
             }
@@ -400,20 +420,21 @@ fn race(
 }
 
 /// Races the tiles of products of many tokens until the budget ends, the defaults first.
-fn race_gemms(
+async fn race_gemms(
     products: &[GemmShape],
     defaults: GemmPlans,
-    lanes: u32,
+    limits: Limits,
     budget: Duration,
     track: &mut impl Track,
 ) -> Vec<GemmRace> {
     let start = |product: &GemmShape| {
-        let plans = GemmShape::candidates(defaults.of(product.layout), lanes).into_iter();
+        let plans = product.candidates(defaults.of(product.layout), limits).into_iter();
         GemmRace { product: *product, candidates: plans.map(|p| (p, Outcome::Waiting)).collect() }
     };
     let mut races: Vec<GemmRace> = products.iter().map(start).collect();
     let mut longest = Duration::ZERO;
-    for at in 0..GemmPlan::all().len() {
+    let most = races.iter().map(|race| race.candidates.len()).max().unwrap_or_default();
+    for at in 0..most {
         for GemmRace { product, candidates } in &mut races {
             let Some((plan, outcome)) = candidates.get_mut(at) else { continue };
             let begin = track.elapsed();
@@ -421,17 +442,27 @@ fn race_gemms(
             if begin + longest >= budget {
                 return races;
             }
-            let checked = track.check_gemm(product.layout, *plan);
-            *outcome =
-                outcome_of(checked.and_then(|()| track.measure_gemm(product, *plan, budget)));
+            let measured = match track.check_gemm(product.layout, *plan).await {
+                Ok(()) => track.measure_gemm(product, *plan, budget).await,
+                Err(error) => Err(error),
+            };
+            *outcome = outcome_of(measured);
             longest = longest.max(track.elapsed().saturating_sub(begin));
         }
     }
     races
 }
 
-fn run(step: &StepShape, plan: GemvPlan, budget: Duration, track: &mut impl Track) -> Outcome {
-    outcome_of(track.check(plan).and_then(|()| track.measure(step, plan, budget)))
+async fn run(
+    step: &StepShape,
+    plan: GemvPlan,
+    budget: Duration,
+    track: &mut impl Track,
+) -> Outcome {
+    outcome_of(match track.check(plan).await {
+        Ok(()) => track.measure(step, plan, budget).await,
+        Err(error) => Err(error),
+    })
 }
 
 fn outcome_of(measured: Result<Option<Duration>>) -> Outcome {
@@ -535,7 +566,7 @@ pub struct GemmReport {
 /// What was measured of tiles.
 #[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct GemmCandidateReport {
-    /// Their `rows` and `tokens`.
+    /// Their `rows`, `tokens` and `cooperative`.
     #[serde(flatten)]
     pub plan: GemmPlan,
     /// Microseconds of the product.
@@ -617,16 +648,25 @@ pub fn tune(
     budget: Duration,
     directory: Option<&Path>,
 ) -> Result<Report> {
+    block_on(tune_async(gpu, steps, budget, directory))
+}
+
+async fn tune_async(
+    gpu: &Gpu,
+    steps: &[StepShape; 4],
+    budget: Duration,
+    directory: Option<&Path>,
+) -> Result<Report> {
     let start = Instant::now();
-    let mut bench = measure::Bench::new(gpu, steps, start)?;
+    let mut bench = measure::Bench::new(gpu, steps, start).await?;
     // The races are what the budget is for; what is left is enough for the rest.
     let default = defaults::plan(&gpu.adapter);
-    let races = race(steps, default, gpu.lanes(), budget * 7 / 10, &mut bench);
+    let races = race(steps, default, gpu.lanes(), budget * 7 / 10, &mut bench).await;
     let products = products_of(steps, races.iter().map(Race::winner))?;
     let gemms = defaults::gemms(&gpu.adapter);
-    let gemms = race_gemms(&products, gemms, gpu.lanes(), budget * 9 / 10, &mut bench);
-    let copy_gb_s = bench.copy_gb_s(budget)?;
-    let dispatch_us = bench.dispatch_us(budget)?;
+    let gemms = race_gemms(&products, gemms, Limits::of(gpu), budget * 9 / 10, &mut bench).await;
+    let copy_gb_s = bench.copy_gb_s(budget).await?;
+    let dispatch_us = bench.dispatch_us(budget).await?;
     let key = Key::of(gpu);
     let kept = match directory {
         _ if gpu.adapter.kind == AdapterKind::Software => {
@@ -634,10 +674,10 @@ pub fn tune(
         }
         None => Err(NO_DIRECTORY.to_owned()),
         Some(directory) => {
-            let (mut kept, _) = cache::Kept::read(directory, &key);
+            let (mut kept, _) = cache::Kept::read(&Place::Directory(directory.to_owned()), &key);
             kept.add(&winners(&races));
             kept.add_gemms(&gemm_winners(&gemms));
-            kept.write(directory).map_err(|error| error.to_string())
+            kept.write_file(directory).map_err(|error| error.to_string())
         }
     };
     let (kept, not_kept) = match kept {
@@ -717,11 +757,13 @@ impl GemmPlans {
         }
     }
 
-    fn set(&mut self, layout: Layout, plan: GemmPlan) {
+    /// These with another plan for a layout.
+    pub fn with(mut self, layout: Layout, plan: GemmPlan) -> Self {
         match layout {
             Layout::Planes => self.planes = plan,
             Layout::I2 => self.i2 = plan,
         }
+        self
     }
 }
 
@@ -742,7 +784,7 @@ pub(super) enum Plans {
 ///
 /// # Errors
 /// [`Error::Dimension`] if a matrix is too large.
-pub(super) fn choose(
+pub(super) async fn choose(
     gpu: &Gpu,
     config: &ModelConfig,
     tune: Tune,
@@ -756,22 +798,25 @@ pub(super) fn choose(
     if tune == Tune::Off || gpu.adapter.kind == AdapterKind::Software {
         return Ok((Plans::Preferred(defaults, order), gemms, Vec::new()));
     }
-    if cfg!(target_family = "wasm") {
-        let note = "not tuned: measuring waits for the GPU, which a browser does not allow";
-        return Ok((Plans::Preferred(defaults, order), gemms, vec![note.to_owned()]));
-    }
-    let measure = |missing: &[StepShape], products: &dyn Fn(&[Race]) -> Vec<GemmShape>| {
+    let lanes = gpu.lanes();
+    let measure = async |missing: &[StepShape], products: &dyn Fn(&[Race]) -> Vec<GemmShape>| {
         let start = Instant::now();
-        let gpu = gpu.open_again()?;
-        let mut bench = measure::Bench::new(&gpu, missing, start)?;
-        let races = race(missing, default, gpu.lanes(), AUTO_BUDGET - AUTO_GEMM, &mut bench);
-        let products = products(&races);
-        let gemms = race_gemms(&products, gemms, gpu.lanes(), AUTO_BUDGET, &mut bench);
-        Ok((races, gemms))
+        let gpu = gpu.open_again().await?;
+        let raced = async {
+            let mut bench = measure::Bench::new(&gpu, missing, start).await?;
+            let races = race(missing, default, lanes, AUTO_BUDGET - AUTO_GEMM, &mut bench).await;
+            let products = products(&races);
+            let gemms =
+                race_gemms(&products, gemms, Limits::of(&gpu), AUTO_BUDGET, &mut bench).await;
+            Ok((races, gemms))
+        };
+        let raced = raced.await;
+        gpu.destroy();
+        raced
     };
-    let directory = cache::directory();
-    let adapter = Adapter { default, gemms, lanes: gpu.lanes(), key: Key::of(gpu) };
-    let (plans, gemms, notes) = kept_or_measured(&steps, &adapter, directory.as_deref(), measure)?;
+    let place = Place::of_this_program();
+    let adapter = Adapter { default, gemms, limits: Limits::of(gpu), key: Key::of(gpu) };
+    let (plans, gemms, notes) = kept_or_measured(&steps, &adapter, place.as_ref(), measure).await?;
     Ok((Plans::Preferred(plans, order), gemms, notes))
 }
 
@@ -779,27 +824,26 @@ pub(super) fn choose(
 struct Adapter {
     default: GemvPlan,
     gemms: GemmPlans,
-    /// Most lanes of a workgroup.
-    lanes: u32,
+    limits: Limits,
     key: Key,
 }
 
 /// The plans in the cache, those of a race for what is not in it, and the defaults for what was not
 /// reached. What goes wrong with measuring is not worth failing for: it is a note.
-fn kept_or_measured(
+async fn kept_or_measured(
     steps: &[StepShape; 4],
     adapter: &Adapter,
-    directory: Option<&Path>,
-    measure: impl FnOnce(
+    place: Option<&Place>,
+    measure: impl AsyncFnOnce(
         &[StepShape],
         &dyn Fn(&[Race]) -> Vec<GemmShape>,
     ) -> Result<(Vec<Race>, Vec<GemmRace>)>,
 ) -> Result<([GemvPlan; 4], GemmPlans, Vec<String>)> {
-    let Adapter { default, gemms, lanes, ref key } = *adapter;
+    let Adapter { default, gemms, limits, ref key } = *adapter;
     let mut notes = Vec::new();
-    let mut kept = match directory {
-        Some(directory) => {
-            let (kept, problem) = cache::Kept::read(directory, key);
+    let mut kept = match place {
+        Some(place) => {
+            let (kept, problem) = cache::Kept::read(place, key);
             notes.extend(problem);
             kept
         }
@@ -807,10 +851,10 @@ fn kept_or_measured(
     };
     // A file may say anything: only what could have been measured is taken from it.
     let known = |kept: &cache::Kept, step: &StepShape| {
-        kept.plan(&step.id()).filter(|plan| step.candidates(default, lanes).contains(plan))
+        kept.plan(&step.id()).filter(|plan| step.candidates(default, limits.lanes).contains(plan))
     };
     let known_gemm = |kept: &cache::Kept, product: &GemmShape| {
-        let candidates = GemmShape::candidates(gemms.of(product.layout), lanes);
+        let candidates = product.candidates(gemms.of(product.layout), limits);
         kept.gemm(&product.id()).filter(|plan| candidates.contains(plan))
     };
     let products = [Layout::Planes, Layout::I2].map(|layout| GemmShape::of(steps, layout));
@@ -835,7 +879,7 @@ fn kept_or_measured(
         steps.iter().filter(|step| known(&kept, step).is_none()).copied().collect();
     if !missing.is_empty() || !missing_gemms(&[]).is_empty() {
         let start = Instant::now();
-        match measure(&missing, &missing_gemms) {
+        match measure(&missing, &missing_gemms).await {
             Ok((races, gemm_races)) => {
                 let (winners, gemm_winners) = (winners(&races), gemm_winners(&gemm_races));
                 let count = winners.len() + gemm_winners.len();
@@ -846,7 +890,7 @@ fn kept_or_measured(
                 notes.extend(gemm_refusals(&gemm_races));
                 kept.add(&winners);
                 kept.add_gemms(&gemm_winners);
-                let problem = match directory.map(|directory| kept.write(directory)) {
+                let problem = match place.map(|place| kept.write(place)) {
                     Some(Ok(_)) => None,
                     Some(Err(error)) => Some(error.to_string()),
                     None => Some(NO_DIRECTORY.to_owned()),
@@ -860,7 +904,7 @@ fn kept_or_measured(
     let mut tiles = gemms;
     for product in &products {
         if let Some(plan) = known_gemm(&kept, product) {
-            tiles.set(product.layout, plan);
+            tiles = tiles.with(product.layout, plan);
         }
     }
     Ok((plans, tiles, notes))

@@ -4,6 +4,7 @@ use super::*;
 use crate::synthetic::{NAMES, bitnet_2b4t, published, tiny_bonsai, tiny_normed};
 
 const LANES: u32 = 256;
+const LIMITS: Limits = Limits { lanes: LANES, cooperative: None };
 const MS: Duration = Duration::from_millis(1);
 
 fn default() -> GemvPlan {
@@ -51,12 +52,12 @@ impl<F: Fn(&StepShape, GemvPlan) -> u32> Track for Fake<F> {
         self.now
     }
 
-    fn check(&mut self, plan: GemvPlan) -> Result<()> {
+    async fn check(&mut self, plan: GemvPlan) -> Result<()> {
         self.now += 10 * MS;
         if self.wrong == Some(plan.variant) { Err(wrong()) } else { Ok(()) }
     }
 
-    fn measure(
+    async fn measure(
         &mut self,
         step: &StepShape,
         plan: GemvPlan,
@@ -74,12 +75,12 @@ impl<F: Fn(&StepShape, GemvPlan) -> u32> Track for Fake<F> {
         Ok(Some(Duration::from_micros((self.time)(step, plan).into())))
     }
 
-    fn check_gemm(&mut self, layout: Layout, plan: GemmPlan) -> Result<()> {
+    async fn check_gemm(&mut self, layout: Layout, plan: GemmPlan) -> Result<()> {
         self.now += 10 * MS;
         if self.wrong_tiles == Some((layout, plan)) { Err(wrong()) } else { Ok(()) }
     }
 
-    fn measure_gemm(
+    async fn measure_gemm(
         &mut self,
         product: &GemmShape,
         plan: GemmPlan,
@@ -90,13 +91,50 @@ impl<F: Fn(&StepShape, GemvPlan) -> u32> Track for Fake<F> {
         }
         self.now += 50 * MS;
         self.measured_gemms.push((product.layout, plan));
-        // The smaller the faster.
-        Ok(Some(Duration::from_micros((plan.rows * plan.tokens) as u64)))
+        // The smaller the faster, and cooperative matrices 16 times.
+        let times = if plan.cooperative.is_some() { 16 } else { 1 };
+        Ok(Some(Duration::from_micros((plan.rows * plan.tokens / times) as u64)))
     }
 
     fn gemm_tokens(&self) -> usize {
         256
     }
+}
+
+fn race(
+    steps: &[StepShape],
+    default: GemvPlan,
+    lanes: u32,
+    budget: Duration,
+    track: &mut impl Track,
+) -> Vec<Race> {
+    pollster::block_on(super::race(steps, default, lanes, budget, track))
+}
+
+fn race_gemms(
+    products: &[GemmShape],
+    defaults: GemmPlans,
+    limits: Limits,
+    budget: Duration,
+    track: &mut impl Track,
+) -> Vec<GemmRace> {
+    pollster::block_on(super::race_gemms(products, defaults, limits, budget, track))
+}
+
+fn kept_or_measured(
+    steps: &[StepShape; 4],
+    adapter: &Adapter,
+    directory: Option<&Path>,
+    measure: impl FnOnce(
+        &[StepShape],
+        &dyn Fn(&[Race]) -> Vec<GemmShape>,
+    ) -> Result<(Vec<Race>, Vec<GemmRace>)>,
+) -> Result<([GemvPlan; 4], GemmPlans, Vec<String>)> {
+    let place = directory.map(|directory| Place::Directory(directory.to_owned()));
+    let measure = async |missing: &[StepShape], products: &dyn Fn(&[Race]) -> Vec<GemmShape>| {
+        measure(missing, products)
+    };
+    pollster::block_on(super::kept_or_measured(steps, adapter, place.as_ref(), measure))
 }
 
 #[test]
@@ -282,7 +320,7 @@ const SPLIT: GemvPlan =
     GemvPlan { variant: Variant::BitSerial, slices: 4, rows: 32, unroll: 1, fused: false };
 
 fn adapter() -> Adapter {
-    Adapter { default: default(), gemms: GemmPlans::default(), lanes: LANES, key: key() }
+    Adapter { default: default(), gemms: GemmPlans::default(), limits: LIMITS, key: key() }
 }
 
 /// What a race on a fake adapter finds, on which one plan is twice as fast.
@@ -294,7 +332,7 @@ fn measured(
     let budget = 1000 * 1000 * MS;
     let races = race(steps, default(), LANES, budget, &mut track);
     let products = products(&races);
-    let gemms = race_gemms(&products, GemmPlans::default(), LANES, budget, &mut track);
+    let gemms = race_gemms(&products, GemmPlans::default(), LIMITS, budget, &mut track);
     Ok((races, gemms))
 }
 
@@ -320,7 +358,7 @@ fn tiles_are_raced_for_each_layout_within_the_budget() {
     let all = GemmPlan::all().len();
     for (budget, reached) in [(0, 0), (70, 1), (130, 2), (1_000_000, 2 * all)] {
         let mut track = Fake::new(|_, _| 1);
-        let races = race_gemms(&products, GemmPlans::default(), LANES, budget * MS, &mut track);
+        let races = race_gemms(&products, GemmPlans::default(), LIMITS, budget * MS, &mut track);
         assert!(track.now <= (budget + 10) * MS, "{:?} of {budget} ms", track.now);
         assert_eq!(track.measured_gemms.len(), reached);
         assert_eq!(gemm_winners(&races).len(), reached.min(2));
@@ -328,8 +366,51 @@ fn tiles_are_raced_for_each_layout_within_the_budget() {
         assert!(races.iter().all(|race| winner(&race.candidates) == expected));
     }
     // Few lanes a workgroup leave what fits, and the default.
-    let candidates = GemmShape::candidates(GemmPlan::default(), 64);
-    assert_eq!(candidates, [GemmPlan::default(), GemmPlan { rows: 64, tokens: 32 }]);
+    let few = Limits { lanes: 64, ..LIMITS };
+    let candidates = products[0].candidates(GemmPlan::default(), few);
+    assert_eq!(candidates, [GemmPlan::default(), GemmPlan::tile(64, 32)]);
+}
+
+#[test]
+fn cooperative_matrices_race_where_there_are_some() {
+    let matrices = Cooperative { size: 16, subgroup: 32 };
+    let limits = Limits { cooperative: Some(matrices), ..LIMITS };
+    let products = products_of(&steps(), [default(), SPLIT]).unwrap();
+    let candidates = |at: usize| products[at].candidates(GemmPlan::default(), limits);
+    let [first, second] = GemmPlan::all_of(matrices);
+    assert_eq!(candidates(0)[..3], [GemmPlan::default(), first, second]);
+    assert_eq!(candidates(0).len(), 2 + GemmPlan::all().len());
+    // Bit planes are not for them, and a workgroup may be too large.
+    assert!(candidates(1).iter().all(|plan| plan.cooperative.is_none()));
+    let wide = Cooperative { size: 8, subgroup: 64 };
+    let limits = Limits { cooperative: Some(wide), ..LIMITS };
+    let fits = products[0].candidates(GemmPlan::default(), limits);
+    let fits: Vec<_> = fits.into_iter().filter(|plan| plan.cooperative.is_some()).collect();
+    assert_eq!(fits, [GemmPlan::all_of(wide)[1]]);
+    // A wrong one takes no part, the other wins and is kept.
+    let limits = Limits { cooperative: Some(matrices), ..LIMITS };
+    let mut track = Fake::new(|_, _| 1);
+    track.wrong_tiles = Some((Layout::I2, first));
+    let budget = 1000 * 1000 * MS;
+    let races = race_gemms(&products[..1], GemmPlans::default(), limits, budget, &mut track);
+    assert_eq!(winner(&races[0].candidates), second);
+    let problems = gemm_refusals(&races);
+    assert!(problems[0].contains("gemm_i2_coop16 64x64 of 16x16"), "{problems:?}");
+    let report = serde_json::to_value(GemmReport::new(&races[0], 256, 13_824)).unwrap();
+    let cooperative = serde_json::json!({ "size": 16, "subgroup": 32 });
+    assert_eq!(report["winner"]["cooperative"], cooperative);
+    let directory = tempfile::tempdir().unwrap();
+    let mut kept = cache::Kept::new(&key());
+    kept.add(&steps().map(|step| (step.id(), default())));
+    kept.add_gemms(&gemm_winners(&races));
+    kept.write_file(directory.path()).unwrap();
+    let offers = Adapter { limits, ..adapter() };
+    let (_, tiles, _) = kept_or_measured(&steps(), &offers, Some(directory.path()), never).unwrap();
+    assert_eq!(tiles.i2, second);
+    // The file's plan is not for an adapter without them.
+    let (_, tiles, _) =
+        kept_or_measured(&steps(), &adapter(), Some(directory.path()), measured).unwrap();
+    assert_eq!(tiles.i2.cooperative, None);
 }
 
 #[test]
@@ -337,17 +418,20 @@ fn wrong_tiles_do_not_take_part_and_are_reported() {
     let products = products_of(&steps(), [default()]).unwrap();
     let mut track = Fake::new(|_, _| 1);
     track.wrong_tiles = Some((Layout::I2, GemmPlan::FEW));
-    let races = race_gemms(&products, GemmPlans::default(), LANES, 1000 * 1000 * MS, &mut track);
-    assert_eq!(winner(&races[0].candidates), GemmPlan { rows: 64, tokens: 32 });
+    let races = race_gemms(&products, GemmPlans::default(), LIMITS, 1000 * 1000 * MS, &mut track);
+    assert_eq!(winner(&races[0].candidates), GemmPlan::tile(64, 32));
     let problems = gemm_refusals(&races);
     assert!(problems.len() == 1 && problems[0].contains("gemm_i2_few 32x8"), "{problems:?}");
     let report = GemmReport::new(&races[0], 256, 13_824);
     let json = serde_json::to_value(&report).unwrap();
     assert_eq!((&json["kernel"], &json["m"]), (&"gemm_i2".into(), &256.into()));
-    assert_eq!(json["winner"], serde_json::json!({ "rows": 64, "tokens": 32 }));
+    assert_eq!(
+        json["winner"],
+        serde_json::json!({ "rows": 64, "tokens": 32, "cooperative": null })
+    );
     let ops = 2.0 * 256.0 * 13_824.0 * 2560.0;
     let expected = serde_json::json!({
-        "rows": 64, "tokens": 64, "us": 4096.0, "gop_s": ops / 4096e-6 / 1e9, "exact": true,
+        "rows": 64, "tokens": 64, "cooperative": null, "us": 4096.0, "gop_s": ops / 4096e-6 / 1e9, "exact": true,
         "refused": null,
     });
     assert_eq!(json["candidates"][0], expected);
@@ -393,7 +477,7 @@ fn a_file_cannot_ask_for_what_there_is_not() {
         kept.add(&steps().map(|step| (step.id(), good)));
         kept.add(&[(steps()[1].id(), wrong)]);
         kept.add_gemms(&[(product.id(), GemmPlan::FEW)]);
-        kept.write(directory.path()).unwrap();
+        kept.write_file(directory.path()).unwrap();
         let (plans, _, _) =
             kept_or_measured(&steps(), &adapter(), Some(directory.path()), |missing, products| {
                 assert_eq!(missing, &steps()[1..2]);
@@ -402,11 +486,15 @@ fn a_file_cannot_ask_for_what_there_is_not() {
             .unwrap();
         assert_eq!(plans, [good, SPLIT, good, good], "{wrong:?}");
     }
-    for wrong in [GemmPlan { rows: 0, tokens: 64 }, GemmPlan { rows: 128, tokens: usize::MAX }] {
+    for wrong in [
+        GemmPlan::tile(0, 64),
+        GemmPlan::tile(128, usize::MAX),
+        GemmPlan::all_of(Cooperative { size: 0, subgroup: usize::MAX })[0],
+    ] {
         let mut kept = cache::Kept::new(&key());
         kept.add(&steps().map(|step| (step.id(), good)));
         kept.add_gemms(&[(product.id(), wrong)]);
-        kept.write(directory.path()).unwrap();
+        kept.write_file(directory.path()).unwrap();
         let measure = |missing: &[StepShape], products: &dyn Fn(&[Race]) -> Vec<GemmShape>| {
             assert_eq!((missing.len(), products(&[])), (0, vec![product]));
             measured(missing, products)
