@@ -31,11 +31,18 @@ function lack() {
   return sum(-128, 2, 1000) === -24 ? undefined : 'the relaxed SIMD of the browser computes wrongly';
 }
 
+let opened;
+
+/** The engine of this worker, made ready when it is first wanted; see `openBuild`. */
+export function openedBuild() {
+  return (opened ??= openBuild());
+}
+
 /**
  * Makes an engine ready: `wasm` has what it exports, `memory` is its memory, `threads(wanted)` starts threads and says how many
  * there are, with the caller, and what there is to tell about it.
  */
-export async function openBuild() {
+async function openBuild() {
   let why = lack();
   if (!why) {
     try {

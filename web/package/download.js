@@ -4,7 +4,7 @@
 // A file that the engine reads has `name`, `size` and `read(offset, buffer)`, which fills the buffer or
 // throws. A worker may read synchronously, and so the engine asks for no more than it needs at a time.
 
-import { Sha256 } from './sterna_web.js';
+import { openedBuild } from './builds.js';
 import { Entry, fail } from './cache.js';
 
 /** Attempts that bring nothing before a download fails. */
@@ -60,7 +60,7 @@ const isFinal = ({ status }) => status >= 400 && status < 500 && ![408, 416, 429
  * Returns its SHA-256; `undefined` if it is not there and need not be.
  */
 async function transfer(url, target, progress, optional) {
-  const hash = new Sha256();
+  const hash = new (await openedBuild()).wasm.Sha256();
   await target.hashDone(hash);
   if (target.done > 0 && target.done === target.total) return hash.hex();
   const restart = async () => {
@@ -443,7 +443,7 @@ async function findDamage(entry, onProgress) {
   for (const [index, file] of entry.record.files.entries()) {
     if (!file.sha256) continue;
     const handle = await entry.handle(index);
-    const hash = new Sha256();
+    const hash = new (await openedBuild()).wasm.Sha256();
     const progress = progressOf(onProgress, file.name);
     let done = 0;
     const isLong = handle.getSize() === file.length;

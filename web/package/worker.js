@@ -1,6 +1,6 @@
 // The worker: loads models and runs them, one text at a time. Its other end is sterna.js.
 
-import { openBuild } from './builds.js';
+import { openedBuild } from './builds.js';
 import { checkModel, ofUser, openModel, small } from './download.js';
 import { keep, kept } from './measured.js';
 
@@ -15,8 +15,6 @@ const UNREADABLE = new Set([
   'TensorDtype', 'TensorShape', 'TensorValue', 'Tokenizer', 'UnexpectedTensor', 'UnknownArchitecture',
 ]);
 
-/** The engine for this browser, once it is wanted. */
-let build;
 /** The last load: how to have the model again. */
 let request;
 let engine;
@@ -35,8 +33,7 @@ async function open(source, onProgress, options) {
 }
 
 async function load({ source, device, options, check }, emit) {
-  build ??= openBuild();
-  const { wasm: { Engine, Files, measured, remember, resolve }, threads } = await build;
+  const { wasm: { Engine, Files, measured, remember, resolve }, threads } = await openedBuild();
   const onProgress = (progress) => emit('progress', progress);
   const label = source.builtIn ? 'built-in model' : source.url ?? source.files[0].name;
   const layers = (done, total) => onProgress({ stage: 'layers', done, total });
@@ -73,7 +70,7 @@ async function load({ source, device, options, check }, emit) {
 /** What there is to know of the model, with what the browser tells of the GPU. */
 async function info() {
   // WebAssembly's memory never shrinks: this is the most that there was.
-  const found = { ...JSON.parse(engine.info()), memoryBytes: (await build).memory.buffer.byteLength };
+  const found = { ...JSON.parse(engine.info()), memoryBytes: (await openedBuild()).memory.buffer.byteLength };
   found.notes.push(...threadNotes);
   if (!found.device.startsWith('gpu')) return found;
   const adapter = (await navigator.gpu?.requestAdapter())?.info;
@@ -138,7 +135,7 @@ async function cause(error) {
 
 async function check() {
   const device = request.device === 'auto' && engine ? JSON.parse(engine.info()).device : request.device;
-  const { verify } = (await build).wasm;
+  const { verify } = (await openedBuild()).wasm;
   return JSON.parse(await verify(device.replace(/:\d+$/, '')));
 }
 

@@ -102,7 +102,7 @@ export async function usePage(browser, server, outDir) {
     async keeps_models_of_urls_and_takes_dropped_files() {
       const greedily = async (what) => {
         await page.click('#clear');
-        await settings(() => page.fill('#max-tokens', '60'));
+        await settings(() => page.fill('#max-tokens', '24'));
         await send('Once upon a time');
         await page.waitForFunction(() => document.querySelectorAll('#texts li').length === 2, null, PATIENCE);
         await idle();
@@ -136,6 +136,7 @@ export async function usePage(browser, server, outDir) {
       await page.click('#load-model');
       await page.waitForFunction(() => document.getElementById('about').textContent.startsWith('built-in'), null, PATIENCE);
       await idle();
+    },
     async outlives_its_device() {
       await page.evaluate(() => new BroadcastChannel('sterna-test').postMessage('destroy'));
       await settings(() => page.fill('#max-tokens', '24'));

@@ -10,6 +10,7 @@ if (how === 'no-storage') {
 }
 if (how === 'no-room') {
   navigator.storage.estimate = async () => ({ quota: 1_000_000, usage: 0 });
+}
 if (how === 'unknown-gpu') {
   // Software adapters are not measured.
   const values = { isFallbackAdapter: false, vendor: 'tests', architecture: '', device: '', description: '' };
