@@ -139,11 +139,7 @@ async function check() {
   return JSON.parse(await verify(device.replace(/:\d+$/, '')));
 }
 
-async function checkCached({ url }, emit) {
-  wasm ??= init();
-  await wasm;
-  return checkModel(url, (progress) => emit('progress', progress));
-}
+const checkCached = ({ url }, emit) => checkModel(url, (progress) => emit('progress', progress));
 
 /** What may be called; the other end calls one at a time. */
 const METHODS = { load, generate, verify: check, checkCached };
