@@ -53,10 +53,23 @@ async function readRecord(directory) {
   }
 }
 
-/** Runs `work` while nobody else has the model's files; where they are in use, `busy` instead. */
-function locked(key, work, busy) {
-  const name = `${ROOT}/${key}`;
-  return navigator.locks.request(name, { ifAvailable: Boolean(busy) }, (lock) => (lock ? work() : busy()));
+/** How long a worker that has ended may keep its locks. */
+const RELEASED_MS = 1000;
+
+/** Runs `work` while nobody else has the model's files; where they stay in use, `busy` instead. */
+async function locked(key, work, busy) {
+  const options = busy ? { signal: AbortSignal.timeout(RELEASED_MS) } : {};
+  let isMine = false;
+  const mine = () => {
+    isMine = true;
+    return work();
+  };
+  try {
+    return await navigator.locks.request(`${ROOT}/${key}`, options, mine);
+  } catch (error) {
+    if (busy && !isMine) return busy();
+    throw error;
+  }
 }
 
 /**
