@@ -99,6 +99,21 @@ export async function usePage(browser, server, outDir) {
       await page.keyboard.press('Escape');
       if (!/verified/.test(await page.innerText('#device'))) throw new Error('the header does not say so');
     },
+    async outlives_its_device() {
+      await page.evaluate(() => new BroadcastChannel('sterna-test').postMessage('destroy'));
+      await settings(() => page.fill('#max-tokens', '24'));
+      await page.click('#again');
+      await page.waitForFunction(() => !document.getElementById('problem').hidden, null, PATIENCE);
+      await idle();
+      const said = await page.innerText('#problem');
+      if (!/device was lost.*still here/s.test(said)) throw new Error(`the page says ${said}`);
+      equal(await page.locator('#texts li').first().innerText(), 'Once upon a time', 'what was asked');
+      await picture('lost');
+      await page.click('#again');
+      await page.waitForFunction(() => document.querySelectorAll('#texts li').length === 2, null, PATIENCE);
+      await idle();
+      equal(await text(), greedy, 'the same text on another device');
+    },
     async keeps_models_of_urls_and_takes_dropped_files() {
       const greedily = async (what) => {
         await page.click('#clear');
@@ -136,21 +151,6 @@ export async function usePage(browser, server, outDir) {
       await page.click('#load-model');
       await page.waitForFunction(() => document.getElementById('about').textContent.startsWith('built-in'), null, PATIENCE);
       await idle();
-    },
-    async outlives_its_device() {
-      await page.evaluate(() => new BroadcastChannel('sterna-test').postMessage('destroy'));
-      await settings(() => page.fill('#max-tokens', '24'));
-      await page.click('#again');
-      await page.waitForFunction(() => !document.getElementById('problem').hidden, null, PATIENCE);
-      await idle();
-      const said = await page.innerText('#problem');
-      if (!/device was lost.*still here/s.test(said)) throw new Error(`the page says ${said}`);
-      equal(await page.locator('#texts li').first().innerText(), 'Once upon a time', 'what was asked');
-      await picture('lost');
-      await page.click('#again');
-      await page.waitForFunction(() => document.querySelectorAll('#texts li').length === 2, null, PATIENCE);
-      await idle();
-      equal(await text(), greedy, 'the same text on another device');
     },
     async works_by_keyboard_alone() {
       await page.focus('#open-settings');
