@@ -4,6 +4,9 @@
 //! logit is an exact integer times both scales. How far it can be from the exact logit is known for
 //! each row ([`bounds`]), so only the rows that may be the greedy one need the exact table
 //! (`head_input`, `head_int8`, `head_rerank`, `head_pick`).
+//!
+//! Six bits of a code do as well, with wider bounds: see [`coarse`]. The CPU chooses greedy tokens by
+//! those, and draws others by all eight.
 
 use crate::argmax::argmax;
 use crate::reduce::{NORM_LANES, lane_sum};
@@ -57,6 +60,35 @@ pub fn quantize_row(w: &[f32], least_normal: f32, codes: &mut [i8]) -> Row {
     Row { scale, error: up(error + flushed), norm: up(norm) }
 }
 
+/// What [`quantize_row`] found, for logits of [`coarse_sums`]: the error is `‖w − scale·d/2‖₂`.
+pub fn coarse_row(w: &[f32], least_normal: f32, row: Row, codes: &[i8]) -> Row {
+    if !row.scale.is_normal() {
+        return row;
+    }
+    let rest = |(&value, &code): (&f32, &i8)| {
+        f64::from(value) - f64::from(row.scale) * f64::from(middle(code)) / 2.0
+    };
+    let error = norm_of(w.iter().zip(codes).map(rest));
+    let is_subnormal = |value: &f64| value.abs() < f64::from(least_normal);
+    let flushed = norm_of(w.iter().map(|&value| f64::from(value)).filter(is_subnormal));
+    Row { error: up(error + flushed), ..row }
+}
+
+/// The upper six bits of `q + 128`.
+pub fn coarse(code: i8) -> u8 {
+    (code as u8 ^ 128) >> 2
+}
+
+/// The lower two bits of `q + 128`: `q = 4·coarse + rest − 128`.
+pub fn rest(code: i8) -> u8 {
+    code as u8 & 3
+}
+
+/// `d = 8·coarse − 253`: twice the mean of the four codes with these six bits.
+pub fn middle(code: i8) -> i32 {
+    8 * i32::from(coarse(code)) - 253
+}
+
 fn norm_of(values: impl Iterator<Item = f64>) -> f64 {
     values.map(|value| value * value).sum::<f64>().sqrt()
 }
@@ -81,6 +113,8 @@ pub struct Input {
     pub bound: f32,
     /// What a row's norm is multiplied with in its margin: `½√K·scale + gamma(K)·bound`.
     pub rest: f32,
+    /// Sums of the high and of the low limbs.
+    pub sums: [i32; 2],
 }
 
 /// The normalised hidden state → [`Input`]: `scale` is the smallest power of two with
@@ -96,6 +130,7 @@ pub fn quantize_input(x: &[f32]) -> Input {
         scale: if absmax.is_finite() { 0.0 } else { f32::NAN },
         bound: f32::INFINITY,
         rest: f32::INFINITY,
+        sums: [0; 2],
     };
     if !absmax.is_finite() || absmax < 2f32.powi(-100) {
         return input;
@@ -110,6 +145,8 @@ pub fn quantize_input(x: &[f32]) -> Input {
         *hi = (v + 128).div_euclid(256) as i8;
         *lo = (v - 256 * i32::from(*hi)) as i8;
     }
+    input.sums =
+        [&input.hi, &input.lo].map(|limbs| limbs.iter().map(|&limb| i32::from(limb)).sum());
     if (LEAST..=1.0 / LEAST).contains(&absmax) {
         let half_step = input.scale * half_sqrt(x.len());
         let squares = lane_sum::<NORM_LANES>(x.iter().map(|&value| value * value));
@@ -145,6 +182,19 @@ pub fn sums(codes: &[i8], x: &Input) -> [i32; 2] {
 /// The approximate logit: `row.scale·(x.scale·(256·S_hi + S_lo))`, each operation in f32.
 pub fn logit(row: Row, x: &Input, [hi, lo]: [i32; 2]) -> f32 {
     row.scale * (x.scale * (256.0 * hi as f32 + lo as f32))
+}
+
+/// `[Σ_k d[k]·hi[k], Σ_k d[k]·lo[k]]` of the codes' [`middle`]s.
+pub fn coarse_sums(codes: &[i8], x: &Input) -> [i32; 2] {
+    assert_eq!(codes.len(), x.hi.len());
+    let dot = |limbs: &[i8]| codes.iter().zip(limbs).map(|(&q, &b)| middle(q) * i32::from(b)).sum();
+    [dot(&x.hi), dot(&x.lo)]
+}
+
+/// The approximate logit of [`coarse_sums`], for [`bounds`] with a [`coarse_row`]:
+/// `row.scale·(x.scale·(128·S_hi + ½·S_lo))`, each operation in f32.
+pub fn coarse_logit(row: Row, x: &Input, [hi, lo]: [i32; 2]) -> f32 {
+    row.scale * (x.scale * (128.0 * hi as f32 + 0.5 * lo as f32))
 }
 
 /// Lower and upper bound of the exact logit in f32, computed in any order; `None` if there is none.
@@ -256,7 +306,44 @@ mod tests {
                 // Below the trivial bound, but for rows that have no codes.
                 let trivial = f64::from(row.norm) * x_norm;
                 assert!(magnitude < 1e-12 || f64::from(upper - lower) < 0.05 * trivial);
+
+                let row = coarse_row(&w, 0.0, row, &codes);
+                let logit = coarse_logit(row, &x_codes, coarse_sums(&codes, &x_codes));
+                let [lower, upper] = bounds(row, &x_codes, logit).unwrap();
+                assert!((f64::from(lower)..=f64::from(upper)).contains(&exact), "{k} {magnitude}");
+                assert!(magnitude < 1e-12 || f64::from(upper - lower) < 0.2 * trivial);
             }
+        }
+    }
+
+    #[test]
+    fn six_bits_of_a_code() {
+        for code in -127..=127i8 {
+            let (coarse, rest) = (i32::from(coarse(code)), i32::from(rest(code)));
+            assert_eq!(4 * coarse + rest - 128, i32::from(code));
+            assert!((0..64).contains(&coarse) && (0..4).contains(&rest));
+            assert!((2 * i32::from(code) - middle(code)).abs() <= 3);
+        }
+        // 127 is one of 124..=127, −50 of −52..=−49, 0 of 0..=3.
+        let (w, mut codes) = ([1.27, -0.5, 0.0], [0; 3]);
+        let row = quantize_row(&w, 0.0, &mut codes);
+        assert_eq!(codes.map(middle), [251, -101, 3]);
+        let coarse = coarse_row(&w, 0.0, row, &codes);
+        assert_eq!((coarse.scale, coarse.norm), (row.scale, row.norm));
+        let expected = f32::sqrt(1.5 * 1.5 + 0.5 * 0.5 + 1.5 * 1.5) * 0.01;
+        assert!((coarse.error - expected).abs() < 1e-6, "{} {expected}", coarse.error);
+        let x = quantize_input(&[127.0, -1.0, 0.0]);
+        assert_eq!(coarse_sums(&codes, &x), [251 * 127 + 101, 0]);
+        let logit = coarse_logit(coarse, &x, coarse_sums(&codes, &x));
+        assert_eq!(logit, row.scale * (125.5 * 127.0 + 50.5));
+        // Rows without codes keep their error.
+        for w in [[0.0; 3], [1e-30; 3], [f32::NAN; 3]] {
+            let row = quantize_row(&w, 0.0, &mut codes);
+            let same = |a: Row, b: Row| {
+                [a.scale, a.error, a.norm].map(f32::to_bits)
+                    == [b.scale, b.error, b.norm].map(f32::to_bits)
+            };
+            assert!(same(coarse_row(&w, 0.0, row, &codes), row), "{w:?}");
         }
     }
 

@@ -12,7 +12,8 @@
 //! Storage is 2 bits a weight in either layout. `base3` takes 1.6, with the words of a tile in another
 //! order. `signs` stores a binary matrix {−1, +1} in the same
 //! way at 1 bit a weight: its chunks are 128 columns. Scales of groups of inputs lie apart, in
-//! `group_scales`. `int8_rows` has the same tiles of int8 codes, each with what belongs to its rows.
+//! `group_scales`. `int8_rows` has the same tiles of int8 codes, each with what belongs to its rows, and
+//! `split_rows` the same codes in six bits and two.
 
 /// Rows of a tile.
 pub const TILE_ROWS: usize = 32;
@@ -303,6 +304,73 @@ pub mod int8_rows {
     /// `scale, error, norm` of row `n`.
     pub fn row(words: &[u32], chunks: usize, n: usize) -> [f32; 3] {
         let first = piece_index(chunks, n, chunks);
+        std::array::from_fn(|i| f32::from_bits(words[first + i]))
+    }
+}
+
+/// int8 codes in two parts, `q + 128 = 4·coarse + rest`, which lie apart: most of a head's use is for six
+/// bits of each.
+///
+/// A piece of `rest` has bits `2j+1..2j` of byte `b` for `k = 64·group + 16·j + b`, as `i2` has. The coarse
+/// parts of a group of 64 columns are three pieces: byte `b` of piece `p` holds that of
+/// `k = 64·group + 16·p + b` in its low bits, and bits `2p+1..2p` of that of `k = 64·group + 48 + b` above.
+///
+/// ```text
+/// coarse[tile = n/32][3·(k/64) + p][row = n%32][4]    and after a tile's last group what belongs to its
+///                                                     rows: [row][scale, coarse error, norm, error] as f32
+/// rest[tile = n/32][k/64][row = n%32][4]
+/// ```
+///
+/// K is padded with codes of 0 to a whole group, and N with rows whose words are 0, and so their scale.
+pub mod split_rows {
+    use super::{PIECE_WORDS, TILE_ROWS};
+
+    /// Columns of a group.
+    pub const GROUP_K: usize = 64;
+
+    /// Pieces of a group's coarse parts.
+    pub const COARSE_PIECES: usize = 3;
+
+    /// Groups along K.
+    pub fn groups(k: usize) -> usize {
+        k.div_ceil(GROUP_K)
+    }
+
+    /// Words of a tile's coarse parts and row values.
+    pub fn coarse_tile_words(k: usize) -> usize {
+        (COARSE_PIECES * groups(k) + 1) * TILE_ROWS * PIECE_WORDS
+    }
+
+    /// Words of a tile's rests.
+    pub fn rest_tile_words(k: usize) -> usize {
+        groups(k) * TILE_ROWS * PIECE_WORDS
+    }
+
+    fn byte(words: &[u32], piece: usize, byte: usize) -> u8 {
+        words[piece + byte / 4].to_le_bytes()[byte % 4]
+    }
+
+    /// The coarse part of code `q[n,k]` of a table with `groups = groups(K)`.
+    pub fn coarse(words: &[u32], groups: usize, n: usize, k: usize) -> u8 {
+        let (group, field, b) = (k / GROUP_K, k % GROUP_K / 16, k % 16);
+        let pieces = COARSE_PIECES * groups + 1;
+        let piece = |p| super::piece_index(pieces, n, COARSE_PIECES * group + p);
+        if field < COARSE_PIECES {
+            return byte(words, piece(field), b) & 63;
+        }
+        (0..COARSE_PIECES).map(|p| byte(words, piece(p), b) >> 6 << (2 * p)).sum()
+    }
+
+    /// The rest of code `q[n,k]` of a table with `groups = groups(K)`.
+    pub fn rest(words: &[u32], groups: usize, n: usize, k: usize) -> u8 {
+        let (group, field, b) = (k / GROUP_K, k % GROUP_K / 16, k % 16);
+        byte(words, super::piece_index(groups, n, group), b) >> (2 * field) & 3
+    }
+
+    /// `scale, coarse error, norm, error` of row `n`, from the coarse words.
+    pub fn row(words: &[u32], groups: usize, n: usize) -> [f32; 4] {
+        let pieces = COARSE_PIECES * groups + 1;
+        let first = super::piece_index(pieces, n, pieces - 1);
         std::array::from_fn(|i| f32::from_bits(words[first + i]))
     }
 }

@@ -1,7 +1,7 @@
 //! The tokens that a backend chooses on the host, and which of them become text.
 
 use crate::error::{Error, Result};
-use crate::sampler::{Mark, Sampler};
+use crate::sampler::{Mark, Sampler, Sampling};
 
 /// A sampler, and what the last pass chose with it.
 #[derive(Default)]
@@ -19,6 +19,11 @@ impl Choices {
     /// See [`super::Backend::choose_with`].
     pub(super) fn choose_with(&mut self, sampler: Sampler) {
         *self = Self { sampler, ..Self::default() };
+    }
+
+    /// Whether the next choices are the largest of the logits.
+    pub(super) fn are_greedy(&self) -> bool {
+        self.sampler.sampling() == Sampling::Greedy
     }
 
     /// The token that was chosen last.
@@ -91,7 +96,6 @@ impl Choices {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::sampler::Sampling;
 
     const LOGITS: [f32; 8] = [0.3, 1.0, -0.5, 0.8, 0.9, 0.0, 0.1, 0.6];
 

@@ -366,6 +366,9 @@ pub struct LoadOptions {
     pub max_batch: usize,
     /// CPU threads; `None`: one per physical core.
     pub threads: Option<usize>,
+    /// Binds each thread but the caller's to a processor of its own, one of each core first. Linux alone;
+    /// elsewhere, or with fewer processors than threads, the CPU backend does not load.
+    pub pin: bool,
     /// Quantises the activations of a model that is defined with f32 ones: faster, and not the
     /// model's own numbers. See [`Activations::Int8Group`].
     pub int8_activations: bool,
@@ -474,6 +477,7 @@ impl Default for LoadOptions {
             max_batch: 512,
             max_logit_rows: 64,
             threads: None,
+            pin: false,
             int8_activations: false,
             head: HeadChoice::default(),
             packing: Packing::default(),

@@ -125,6 +125,14 @@ struct LoadArguments {
     #[arg(long, value_name = "N", value_parser = at_least_one)]
     threads: Option<usize>,
 
+    /// Bind each CPU thread but the first to a processor of its own (Linux)
+    ///
+    /// Where threads are few and other programs run, the system moves them about; bound ones keep their
+    /// caches, and wait for whoever else is bound there. --threads must not exceed the processors that
+    /// the program may use.
+    #[arg(long)]
+    pin: bool,
+
     /// What linear layers multiply with, for models whose weights alone are quantised (Bonsai)
     ///
     /// "model" is what the model defines: f32. "int8" rounds activations to int8 in the groups that
@@ -363,6 +371,7 @@ impl LoadArguments {
             kv,
             max_batch,
             threads,
+            pin: self.pin,
             int8_activations,
             head,
             packing,

@@ -2,8 +2,8 @@
 
 use std::ops::Range;
 
-use cpu_ref::head_int8::{MAX_K, quantize_row};
-use cpu_ref::layout::{TILE_ROWS, int8_rows};
+use cpu_ref::head_int8::{MAX_K, Row, coarse, coarse_row, quantize_row, rest};
+use cpu_ref::layout::{PIECE_WORDS, TILE_ROWS, int8_rows, piece_index, split_rows};
 use rayon::prelude::*;
 
 use super::{Rows, Table, TableData};
@@ -13,7 +13,8 @@ use crate::format::float::Float;
 /// Smallest normal f16: a GPU may read smaller ones as 0.
 const LEAST_F16: f32 = 6.103_515_6e-5;
 
-/// A float [`Table`] as int8 codes with a scale a row, packed as `cpu_ref::layout::int8_rows` says.
+/// A float [`Table`] as int8 codes with a scale a row, packed as `cpu_ref::layout::int8_rows` says, or
+/// `cpu_ref::layout::split_rows`.
 #[derive(Clone, Copy)]
 pub struct Int8Rows<'a> {
     table: &'a Table,
@@ -56,45 +57,140 @@ impl<'a> Int8Rows<'a> {
     /// If the tiles are not inside the table.
     pub fn pack(self, tiles: Range<usize>) -> Result<Vec<u32>> {
         assert!(tiles.end <= self.tiles());
-        /// Tiles whose rows of a mapped or stored table stand in memory at a time.
-        const BLOCK: usize = 64;
         let mut words = vec![0; tiles.len() * self.tile_words()];
-        for (block, words) in words.chunks_mut(BLOCK * self.tile_words()).enumerate() {
-            let first = tiles.start + block * BLOCK;
-            let last = first + words.len() / self.tile_words();
-            let n = self.table.shape().n();
-            let rows = self.table.rows(first * TILE_ROWS..n.min(last * TILE_ROWS))?;
-            words
-                .par_chunks_exact_mut(self.tile_words())
-                .enumerate()
-                .try_for_each(|(tile, words)| self.pack_tile(&rows, first + tile, words))?;
-            self.table.release();
-        }
+        let chunks = int8_rows::chunks(self.table.shape().k());
+        let mut parts = words.chunks_mut(BLOCK * self.tile_words());
+        self.each_block(tiles, |block| {
+            let words = parts.next().expect("a part for each block");
+            let tiles = words.par_chunks_exact_mut(self.tile_words()).enumerate();
+            tiles.try_for_each(|(tile, words)| {
+                let codes_len = chunks * int8_rows::CHUNK_K;
+                self.each_row((block, tile), codes_len, |lane, _, row, codes| {
+                    for (chunk, codes) in codes.chunks_exact(int8_rows::CHUNK_K).enumerate() {
+                        let piece = int8_rows::piece_index(chunks, lane, chunk);
+                        put_bytes(&mut words[piece..], codes.iter().map(|&code| code as u8));
+                    }
+                    let values = [row.scale, row.error, row.norm];
+                    put_values(&mut words[int8_rows::piece_index(chunks, lane, chunks)..], &values);
+                })
+            })
+        })?;
         Ok(words)
     }
 
-    fn pack_tile(self, rows: &Rows<'_>, tile: usize, words: &mut [u32]) -> Result<()> {
-        let (n, k) = (self.table.shape().n(), self.table.shape().k());
-        let chunks = int8_rows::chunks(k);
-        let mut w = vec![0.0; k];
-        let mut codes = vec![0; chunks * int8_rows::CHUNK_K];
-        for lane in 0..TILE_ROWS.min(n - tile * TILE_ROWS) {
-            rows.row(tile * TILE_ROWS + lane, &mut w)?;
-            let row = quantize_row(&w, self.least_normal, &mut codes[..k]);
-            for (chunk, codes) in codes.chunks_exact(int8_rows::CHUNK_K).enumerate() {
-                let piece = &mut words[int8_rows::piece_index(chunks, lane, chunk)..][..4];
-                for (word, codes) in piece.iter_mut().zip(codes.chunks_exact(4)) {
-                    *word = u32::from_le_bytes(std::array::from_fn(|b| codes[b] as u8));
-                }
-            }
-            let last = int8_rows::piece_index(chunks, lane, chunks);
-            words[last..last + 3].copy_from_slice(&[
-                row.scale.to_bits(),
-                row.error.to_bits(),
-                row.norm.to_bits(),
-            ]);
+    /// Words of all tiles as `cpu_ref::layout::split_rows` says: the coarse parts, then the rests.
+    pub fn split_len(self) -> [usize; 2] {
+        let k = self.table.shape().k();
+        [split_rows::coarse_tile_words(k), split_rows::rest_tile_words(k)]
+            .map(|words| self.tiles() * words)
+    }
+
+    /// The words of all tiles, in two parts ([`Int8Rows::split_len`]), packed in parallel.
+    ///
+    /// # Errors
+    /// As [`Int8Rows::pack`].
+    pub fn pack_split(self) -> Result<Vec<u32>> {
+        const PIECES: usize = split_rows::COARSE_PIECES;
+        let k = self.table.shape().k();
+        let groups = split_rows::groups(k);
+        let lens = [split_rows::coarse_tile_words(k), split_rows::rest_tile_words(k)];
+        let [coarse_len, rest_len] = self.split_len();
+        let mut words = vec![0; coarse_len + rest_len];
+        let (coarse_words, rest_words) = words.split_at_mut(coarse_len);
+        let mut parts =
+            coarse_words.chunks_mut(BLOCK * lens[0]).zip(rest_words.chunks_mut(BLOCK * lens[1]));
+        self.each_block(0..self.tiles(), |block| {
+            let (coarse_words, rest_words) = parts.next().expect("a part for each block");
+            let tiles = coarse_words.par_chunks_exact_mut(lens[0]);
+            let tiles = tiles.zip(rest_words.par_chunks_exact_mut(lens[1])).enumerate();
+            tiles.try_for_each(|(tile, (coarse_words, rest_words))| {
+                let codes_len = groups * split_rows::GROUP_K;
+                self.each_row((block, tile), codes_len, |lane, w, row, codes| {
+                    for (group, codes) in
+                        codes.as_chunks::<{ split_rows::GROUP_K }>().0.iter().enumerate()
+                    {
+                        let fields = codes.as_chunks::<16>().0;
+                        for p in 0..PIECES {
+                            let piece = piece_index(PIECES * groups + 1, lane, PIECES * group + p);
+                            let last = |b: usize| coarse(fields[PIECES][b]) >> (2 * p) & 3;
+                            let bytes = (0..16).map(|b| coarse(fields[p][b]) | last(b) << 6);
+                            put_bytes(&mut coarse_words[piece..], bytes);
+                        }
+                        let rests =
+                            (0..16).map(|b| (0..4).map(|j| rest(fields[j][b]) << (2 * j)).sum());
+                        put_bytes(&mut rest_words[piece_index(groups, lane, group)..], rests);
+                    }
+                    let error = coarse_row(w, self.least_normal, row, &codes[..k]).error;
+                    let last = piece_index(PIECES * groups + 1, lane, PIECES * groups);
+                    let values = [row.scale, error, row.norm, row.error];
+                    put_values(&mut coarse_words[last..], &values);
+                })
+            })
+        })?;
+        Ok(words)
+    }
+
+    /// Calls `pack` with some tiles' rows after the other, so that few of a mapped or stored table stand in
+    /// memory at a time.
+    fn each_block(
+        self,
+        tiles: Range<usize>,
+        mut pack: impl FnMut(Block<'_>) -> Result<()>,
+    ) -> Result<()> {
+        let n = self.table.shape().n();
+        for first in tiles.clone().step_by(BLOCK) {
+            let last = tiles.end.min(first + BLOCK);
+            let rows = self.table.rows(first * TILE_ROWS..n.min(last * TILE_ROWS))?;
+            pack(Block { first, rows: &rows })?;
+            self.table.release();
         }
         Ok(())
+    }
+
+    /// Calls `put(lane, w[K], row, codes)` with each row of a block's tile; the codes are as many as asked
+    /// for, 0 after the first K.
+    fn each_row(
+        self,
+        (block, tile): (Block<'_>, usize),
+        codes_len: usize,
+        mut put: impl FnMut(usize, &[f32], Row, &[i8]),
+    ) -> Result<()> {
+        let (n, k) = (self.table.shape().n(), self.table.shape().k());
+        let (mut w, mut codes) = (vec![0.0; k], vec![0; codes_len]);
+        let start = (block.first + tile) * TILE_ROWS;
+        for lane in 0..TILE_ROWS.min(n - start) {
+            block.rows.row(start + lane, &mut w)?;
+            let row = quantize_row(&w, self.least_normal, &mut codes[..k]);
+            put(lane, &w, row, &codes);
+        }
+        Ok(())
+    }
+}
+
+/// Tiles packed at once.
+const BLOCK: usize = 64;
+
+/// The rows of some tiles.
+#[derive(Clone, Copy)]
+struct Block<'a> {
+    /// The first tile.
+    first: usize,
+    rows: &'a Rows<'a>,
+}
+
+/// A piece's 16 bytes.
+fn put_bytes(piece: &mut [u32], bytes: impl Iterator<Item = u8>) {
+    let words: &mut [u8] = bytemuck::cast_slice_mut(&mut piece[..PIECE_WORDS]);
+    for (to, byte) in words.iter_mut().zip(bytes) {
+        *to = byte;
+    }
+    piece[..PIECE_WORDS].iter_mut().for_each(|word| *word = u32::from_le(*word));
+}
+
+/// What belongs to a row, in a piece.
+fn put_values(piece: &mut [u32], values: &[f32]) {
+    for (word, value) in piece.iter_mut().zip(values) {
+        *word = value.to_bits();
     }
 }
 
@@ -127,6 +223,37 @@ mod tests {
         // Padding of a row, and rows of padding.
         assert!((k..chunks * 16).all(|k| int8_rows::get(&words, chunks, 69, k) == 0));
         assert_eq!(int8_rows::row(&words, chunks, 70), [0.0; 3]);
+    }
+
+    #[test]
+    fn every_code_is_in_two_parts_where_the_layout_says() {
+        let (n, k) = (70, 130);
+        let shape = MatShape::new(n, k).unwrap();
+        let values = Random::new(1).floats(n * k, 2.0);
+        let table = Table::new(shape, TableData::F32(values.clone().into()));
+        let rows = Int8Rows::of(&table).unwrap();
+        let words = rows.pack_split().unwrap();
+        let [coarse_len, rest_len] = rows.split_len();
+        assert_eq!(words.len(), coarse_len + rest_len);
+        let (coarse_words, rest_words) = words.split_at(coarse_len);
+        let groups = split_rows::groups(k);
+        let code = |n, k| {
+            let coarse = i32::from(split_rows::coarse(coarse_words, groups, n, k));
+            4 * coarse + i32::from(split_rows::rest(rest_words, groups, n, k)) - 128
+        };
+        let mut codes = vec![0; k];
+        for (n, w) in values.chunks_exact(k).enumerate() {
+            let row = quantize_row(w, 0.0, &mut codes);
+            for (k, &expected) in codes.iter().enumerate() {
+                assert_eq!(code(n, k), i32::from(expected), "row {n}, column {k}");
+            }
+            let error = coarse_row(w, 0.0, row, &codes).error;
+            let found = split_rows::row(coarse_words, groups, n);
+            assert_eq!(found, [row.scale, error, row.norm, row.error], "row {n}");
+        }
+        // Padding of a row, and rows of padding.
+        assert!((k..groups * 64).all(|k| code(69, k) == 0));
+        assert_eq!(split_rows::row(coarse_words, groups, 70), [0.0; 4]);
     }
 
     #[test]

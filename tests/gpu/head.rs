@@ -331,7 +331,7 @@ fn judge_int8(
         token.iter().flat_map(|word| word.to_le_bytes()).map(|byte| byte as i8).collect();
     let [scale, bound, rest] = [0, 1, 2].map(|i| f32::from_bits(token[8 * chunks + i]));
     let (hi, lo) = (bytes[..k].to_vec(), bytes[16 * chunks..][..k].to_vec());
-    let x = Input { hi, lo, scale, bound, rest };
+    let x = Input { hi, lo, scale, bound, rest, sums: [0; 2] };
     let mine = shard.start * TILE_ROWS..(shard.end * TILE_ROWS).min(v);
     for tile in shard {
         let mut largest = 0;

@@ -2,9 +2,9 @@
 //! bound that stands beside the kernel and have the same bits on every level. One test a kernel and
 //! level.
 
-use cpu_ref::head_int8::Input;
+use cpu_ref::head_int8::{Input, MAX_K};
 use cpu_ref::layout::columns::STRIPE_ROWS;
-use cpu_ref::layout::{CHUNK_K, TILE_ROWS, int8_rows, k_chunks};
+use cpu_ref::layout::{CHUNK_K, TILE_ROWS, k_chunks, split_rows};
 use cpu_ref::mlp::Activation;
 use sterna::backend::simd::{
     self, Activations, Attended, Columns, GroupLayout, GroupWeights, Kernels, Level, NonZeros,
@@ -904,9 +904,9 @@ fn lm_head_of_codes(kernels: &dyn Kernels) {
 }
 
 fn empty_input(k: usize) -> Input {
-    let codes = int8_rows::chunks(k) * int8_rows::CHUNK_K;
+    let codes = split_rows::groups(k) * split_rows::GROUP_K;
     let (hi, lo) = (vec![7; codes], vec![7; codes]);
-    Input { hi, lo, scale: 7.0, bound: 7.0, rest: 7.0 }
+    Input { hi, lo, scale: 7.0, bound: 7.0, rest: 7.0, sums: [7; 2] }
 }
 
 fn head_input(kernels: &dyn Kernels) {
@@ -926,28 +926,43 @@ fn head_input(kernels: &dyn Kernels) {
                 let values =
                     |input: &Input| [input.scale, input.bound, input.rest].map(f32::to_bits);
                 assert_eq!(values(&found), values(&expected), "K = {k}, {range}, {special:?}");
+                assert_eq!(found.sums, expected.sums, "K = {k}, {range}, {special:?}");
             }
         }
     }
 }
 
 fn head_int8(kernels: &dyn Kernels) {
-    for (seed, (n, k, m)) in
-        [(1, 1, 1), (31, 16, 2), (33, 17, 1), (64, 128, 8), (70, 300, 3), (40, 2560, 1)]
-            .into_iter()
-            .enumerate()
+    for (seed, (n, k, m)) in [
+        (1, 1, 1),
+        (31, 16, 2),
+        (33, 17, 1),
+        (64, 128, 8),
+        (70, 300, 3),
+        (40, 2560, 1),
+        (2, MAX_K, 2),
+    ]
+    .into_iter()
+    .enumerate()
     {
         let mut random = Random::new(seed as u64);
         let mut weights = random.floats(n * k, 2.0);
-        // Codes of −127 and 127 against limbs of −128.
-        weights[..k].iter_mut().for_each(|w| *w = w.signum());
+        // Codes of −127 and 127 against limbs of −128, and the largest sum that there is.
+        let is_longest = k == MAX_K;
+        weights[..k].iter_mut().for_each(|w| *w = if is_longest { 1.0 } else { w.signum() });
         let shape = MatShape::new(n, k).unwrap();
         let table = Table::new(shape, TableData::F32(weights.clone().into()));
-        let words = Int8Rows::of(&table).unwrap().pack(0..n.div_ceil(TILE_ROWS)).unwrap();
+        let int8 = Int8Rows::of(&table).unwrap();
+        let words = int8.pack_split().unwrap();
+        let (coarse, rest) = words.split_at(int8.split_len()[0]);
         let inputs: Vec<Input> = (0..m)
             .map(|token| {
                 // 32512·2⁻ⁿ − 128·2⁻ⁿ has low limbs of −128.
-                let edge = |x: f32| if token == 1 { 1.0 - 128.0 / 32512.0 * x.signum() } else { x };
+                let edge = |x: f32| match token {
+                    1 => 1.0 - 128.0 / 32512.0 * x.signum(),
+                    _ if is_longest => 1.0,
+                    _ => x,
+                };
                 let x: Vec<f32> = random.floats(k, 1.0).into_iter().map(edge).collect();
                 let mut input = empty_input(k);
                 kernels.head_input(&x, &mut input);
@@ -955,11 +970,11 @@ fn head_int8(kernels: &dyn Kernels) {
             })
             .collect();
         let len = n.next_multiple_of(TILE_ROWS) * m;
-        let mut bounds = Vec::new();
         let logits = guarded("head_int8", len, 7.0, |logits| {
-            bounds = guarded("head_int8 bounds", 2 * len, 7.0, |bounds| {
-                kernels.head_int8(&words, &inputs, logits, bounds);
-            });
+            kernels.head_int8([coarse, rest], &inputs, logits);
+        });
+        let bounds = guarded("head_coarse", 2 * len, 7.0, |bounds| {
+            kernels.head_coarse(coarse, &inputs, bounds);
         });
         let mut codes = vec![0; k];
         for (row, w) in weights.chunks_exact(k).enumerate() {
@@ -967,13 +982,24 @@ fn head_int8(kernels: &dyn Kernels) {
             for (token, input) in inputs.iter().enumerate() {
                 let (hi, lo) = (input.hi[..k].to_vec(), input.lo[..k].to_vec());
                 let input = Input { hi, lo, ..*input };
-                let sums = cpu_ref::head_int8::sums(&codes, &input);
-                let logit = cpu_ref::head_int8::logit(values, &input, sums);
-                let expected = cpu_ref::head_int8::bounds(values, &input, logit);
                 let tile = (row / TILE_ROWS * m + token) * TILE_ROWS;
                 let lane = row % TILE_ROWS;
                 let what = format!("{} {n}x{k}, row {row}, token {token}", kernels.level().name());
+
+                let sums = cpu_ref::head_int8::sums(&codes, &input);
+                let logit = cpu_ref::head_int8::logit(values, &input, sums);
                 assert_eq!(logits[tile + lane].to_bits(), logit.to_bits(), "{what}");
+                let lens = [split_rows::coarse_tile_words(k), split_rows::rest_tile_words(k)];
+                let at = row / TILE_ROWS;
+                let words = [&coarse[at * lens[0]..][..lens[0]], &rest[at * lens[1]..][..lens[1]]];
+                let upper = kernels.head_row(words, lane, &inputs[token]);
+                let expected = cpu_ref::head_int8::bounds(values, &input, logit);
+                assert_eq!(upper, expected.map_or(f32::INFINITY, |[_, upper]| upper), "{what}");
+
+                let sums = cpu_ref::head_int8::coarse_sums(&codes, &input);
+                let values = cpu_ref::head_int8::coarse_row(w, 0.0, values, &codes);
+                let logit = cpu_ref::head_int8::coarse_logit(values, &input, sums);
+                let expected = cpu_ref::head_int8::bounds(values, &input, logit);
                 let found = [bounds[2 * tile + lane], bounds[2 * tile + TILE_ROWS + lane]];
                 let expected = expected.unwrap_or([f32::NEG_INFINITY, f32::INFINITY]);
                 assert_eq!(found, expected, "{what}");

@@ -21,12 +21,14 @@
 
 use std::arch::x86_64::*;
 
+use cpu_ref::head_int8::Input;
 use cpu_ref::layout::columns::{STRIPE_ROWS, place};
+use cpu_ref::layout::split_rows::COARSE_PIECES;
 use cpu_ref::layout::{CHUNK_K, TILE_ROWS};
 
 use super::base3::{FEW_BASE3, few_base3, unpack_base3};
 use super::columns::{Line, STEP};
-use super::head::{CODE_WORDS, LimbSums};
+use super::head::LimbSums;
 use super::lanes::Lanes;
 use super::portable::widen_scales;
 use super::rows::{LineCodes, Rows};
@@ -397,44 +399,68 @@ fn tokens_tile<const T: usize, const P: usize>(
     }
 }
 
-/// One tile of int8 rows and the two limbs of an input, in i16: no product of two bytes exceeds it.
+/// `Σ coarse·x` of one tile of int8 rows, for the two limbs of x.
 #[target_feature(enable = "avx2")]
-pub(super) fn limb_sums(chunks: &[[u32; CODE_WORDS]], hi: &[i8], lo: &[i8], sums: &mut LimbSums) {
+pub(super) fn coarse_sums(pieces: &[[u32; CHUNK_WORDS]], x: &Input, sums: &mut LimbSums) {
+    let [bits_01, bits_23, low_six] = [0x03, 0x0c, 0x3f].map(|bits| _mm256_set1_epi8(bits));
+    each_pair::<COARSE_PIECES>(pieces, x, sums, |[a, b, c]| {
+        let last = _mm256_or_si256(
+            _mm256_and_si256(_mm256_srli_epi16::<6>(a), bits_01),
+            _mm256_and_si256(_mm256_srli_epi16::<4>(b), bits_23),
+        );
+        // Above its two bits it has others.
+        let third = _mm256_andnot_si256(_mm256_set1_epi8(0x0f), _mm256_srli_epi16::<2>(c));
+        [a, b, c, _mm256_or_si256(last, third)].map(|codes| _mm256_and_si256(codes, low_six))
+    });
+}
+
+/// `Σ rest·x` of one tile of int8 rows, for the two limbs of x.
+#[target_feature(enable = "avx2")]
+pub(super) fn rest_sums(pieces: &[[u32; CHUNK_WORDS]], x: &Input, sums: &mut LimbSums) {
+    let low_two = _mm256_set1_epi8(0x03);
+    each_pair::<1>(pieces, x, sums, |[v]| {
+        [v, _mm256_srli_epi16::<2>(v), _mm256_srli_epi16::<4>(v), _mm256_srli_epi16::<6>(v)]
+            .map(|codes| _mm256_and_si256(codes, low_two))
+    });
+}
+
+/// Sums of a tile whose groups have `P` pieces, of which `unpack` makes codes of at most 63.
+#[inline]
+#[target_feature(enable = "avx2")]
+fn each_pair<const P: usize>(
+    pieces: &[[u32; CHUNK_WORDS]],
+    x: &Input,
+    sums: &mut LimbSums,
+    unpack: impl Fn([__m256i; P]) -> [__m256i; 4],
+) {
     /// Pairs whose sums stay in registers.
-    const P: usize = 2;
-    for pass in 0..PAIRS / P {
-        let mut acc = [[_mm256_setzero_si256(); 2]; 2 * P];
-        let limbs = hi.as_chunks().0.iter().zip(lo.as_chunks().0);
-        for (chunk, (hi, lo)) in chunks.iter().zip(limbs) {
-            let limbs = [
-                widen_bytes(_mm256_castsi256_si128(field(hi))),
-                widen_bytes(_mm256_castsi256_si128(field(lo))),
-            ];
-            let pairs = &chunk.as_chunks().0[pass * P..][..P];
-            for (pair, acc) in pairs.iter().zip(acc.as_chunks_mut::<2>().0) {
-                let codes = load(pair);
-                let rows = [_mm256_castsi256_si128(codes), _mm256_extracti128_si256::<1>(codes)]
-                    .map(|row| widen_bytes(row));
-                for (acc, row) in acc.iter_mut().zip(rows) {
-                    for (acc, limb) in acc.iter_mut().zip(limbs) {
-                        *acc = _mm256_add_epi32(*acc, _mm256_madd_epi16(row, limb));
+    const AT_ONCE: usize = 2;
+    let ones = _mm256_set1_epi16(1);
+    for pass in 0..PAIRS / AT_ONCE {
+        let mut acc = [[_mm256_setzero_si256(); 2]; AT_ONCE];
+        let limbs = x.hi.as_chunks().0.iter().zip(x.lo.as_chunks().0);
+        for (group, (hi, lo)) in pieces.as_chunks::<P>().0.iter().zip(limbs) {
+            let x = [fields(hi), fields(lo)];
+            for (pair, acc) in acc.iter_mut().enumerate() {
+                let at = pass * AT_ONCE + pair;
+                let codes = unpack(group.each_ref().map(|piece| load(&piece.as_chunks().0[at])));
+                for (acc, x) in acc.iter_mut().zip(&x) {
+                    // At most 4·63·128: two of them fit i16.
+                    let product = |field: usize| _mm256_maddubs_epi16(codes[field], x[field]);
+                    for two in [[0, 1], [2, 3]] {
+                        let short = _mm256_add_epi16(product(two[0]), product(two[1]));
+                        *acc = _mm256_add_epi32(*acc, _mm256_madd_epi16(short, ones));
                     }
                 }
             }
         }
-        for (row, acc) in acc.iter().enumerate() {
+        for (pair, acc) in acc.iter().enumerate() {
+            let first = 2 * (pass * AT_ONCE + pair);
             for (sums, &acc) in sums.iter_mut().zip(acc) {
-                sums[pass * 2 * P + row] = row_sums(acc).into_iter().sum();
+                sums[first..first + 2].copy_from_slice(&row_sums(acc));
             }
         }
     }
-}
-
-/// 16 bytes as i16.
-#[inline]
-#[target_feature(enable = "avx2")]
-fn widen_bytes(bytes: __m128i) -> __m256i {
-    _mm256_cvtepi8_epi16(bytes)
 }
 
 /// One tile of [`super::GroupLayout::Signs`]: `acc[M][32]`.

@@ -25,13 +25,15 @@
 
 use std::arch::x86_64::*;
 
+use cpu_ref::head_int8::Input;
 use cpu_ref::layout::columns::STRIPE_ROWS;
+use cpu_ref::layout::split_rows::COARSE_PIECES;
 use cpu_ref::layout::{CHUNK_K, TILE_ROWS};
 
 use super::avx2::{ask_next_page, next_tile, prefetch};
 use super::base3::{FEW_BASE3, few_base3, unpack_base3};
 use super::columns::{Line, STEP};
-use super::head::{CODE_WORDS, LimbSums};
+use super::head::LimbSums;
 use super::lanes::Lanes;
 use super::rows::{LineCodes, Rows};
 use super::tables::{NibbleTables, i2_column};
@@ -392,31 +394,80 @@ fn signs_tokens<const T: usize>(
     }
 }
 
-/// One tile of int8 rows: `Σ q·x = Σ (q + 128)·x − 128·Σ x`, for the two limbs of x.
+/// `Σ coarse·x` of one tile of int8 rows, for the two limbs of x.
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]
-pub(super) fn limb_sums(chunks: &[[u32; CODE_WORDS]], hi: &[i8], lo: &[i8], sums: &mut LimbSums) {
-    let bias = _mm512_set1_epi8(i8::MIN);
-    let zero = _mm512_setzero_si512();
-    let (mut high, mut low, mut of_x) = ([zero; QUADS], [zero; QUADS], [zero; 2]);
-    let limbs = hi.as_chunks().0.iter().zip(lo.as_chunks().0);
-    for (chunk, (hi, lo)) in chunks.iter().zip(limbs) {
-        ask_next_page(chunk);
-        let (hi, lo) = (broadcast(hi), broadcast(lo));
-        of_x = [_mm512_dpbusd_epi32(of_x[0], bias, hi), _mm512_dpbusd_epi32(of_x[1], bias, lo)];
-        for (q, quad) in chunk.as_chunks::<QUAD_WORDS>().0.iter().enumerate() {
-            let codes = _mm512_xor_si512(load(quad), bias);
-            high[q] = _mm512_dpbusd_epi32(high[q], codes, hi);
-            low[q] = _mm512_dpbusd_epi32(low[q], codes, lo);
+pub(super) fn coarse_sums(pieces: &[[u32; CHUNK_WORDS]], x: &Input, sums: &mut LimbSums) {
+    /// Takes a bit from the second where the first has one, else from the third.
+    const CHOOSE: i32 = 0xca;
+    let [low_two, low_four, low_six] = [0x03, 0x0f, 0x3f].map(|bits| _mm512_set1_epi8(bits));
+    let mut limb_sums = [[_mm512_setzero_si512(); QUADS]; 2];
+    let limbs = x.hi.as_chunks().0.iter().zip(x.lo.as_chunks().0);
+    for ([a, b, c], (hi, lo)) in pieces.as_chunks::<COARSE_PIECES>().0.iter().zip(limbs) {
+        for piece in [a, b, c] {
+            ask_next_page(piece);
+        }
+        let x = [fields(hi), fields(lo)];
+        for q in 0..QUADS {
+            let [a, b, c] = [a, b, c].map(|piece| load(&piece.as_chunks::<QUAD_WORDS>().0[q]));
+            // Above its two bits each has others.
+            let (first, second) = (_mm512_srli_epi16::<6>(a), _mm512_srli_epi16::<4>(b));
+            let two = _mm512_ternarylogic_epi64::<CHOOSE>(low_two, first, second);
+            let third = _mm512_srli_epi16::<2>(c);
+            let last = _mm512_ternarylogic_epi64::<CHOOSE>(low_four, two, third);
+            for (field, codes) in [a, b, c, last].into_iter().enumerate() {
+                let codes = _mm512_and_si512(codes, low_six);
+                for (sums, x) in limb_sums.iter_mut().zip(&x) {
+                    sums[q] = _mm512_dpbusd_epi32(sums[q], codes, x[field]);
+                }
+            }
         }
     }
-    for ((limb, of_x), sums) in [high, low].iter().zip(of_x).zip(sums) {
-        // A row's four lanes lack a lane of `of_x` each.
-        let halves = limb.as_chunks::<PASS_QUADS>().0.iter().zip(sums.as_chunks_mut().0);
-        for (quads, sums) in halves {
-            let rows = quads.map(|quad| _mm512_sub_epi32(quad, of_x));
-            store(sums_of_rows(&rows), sums);
+    store_limbs(&limb_sums, sums);
+}
+
+/// `Σ rest·x` of one tile of int8 rows, for the two limbs of x.
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]
+pub(super) fn rest_sums(pieces: &[[u32; CHUNK_WORDS]], x: &Input, sums: &mut LimbSums) {
+    let low_two = _mm512_set1_epi8(0x03);
+    let mut limb_sums = [[_mm512_setzero_si512(); QUADS]; 2];
+    let limbs = x.hi.as_chunks().0.iter().zip(x.lo.as_chunks().0);
+    for (piece, (hi, lo)) in pieces.iter().zip(limbs) {
+        ask_next_page(piece);
+        let x = [fields(hi), fields(lo)];
+        for (q, quad) in piece.as_chunks::<QUAD_WORDS>().0.iter().enumerate() {
+            let v = load(quad);
+            let shifted = [
+                v,
+                _mm512_srli_epi16::<2>(v),
+                _mm512_srli_epi16::<4>(v),
+                _mm512_srli_epi16::<6>(v),
+            ];
+            for (field, codes) in shifted.into_iter().enumerate() {
+                let codes = _mm512_and_si512(codes, low_two);
+                for (sums, x) in limb_sums.iter_mut().zip(&x) {
+                    sums[q] = _mm512_dpbusd_epi32(sums[q], codes, x[field]);
+                }
+            }
         }
     }
+    store_limbs(&limb_sums, sums);
+}
+
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]
+fn store_limbs(limb_sums: &[[__m512i; QUADS]; 2], sums: &mut LimbSums) {
+    for (limb, sums) in limb_sums.iter().zip(sums) {
+        for (quads, sums) in limb.as_chunks().0.iter().zip(sums.as_chunks_mut().0) {
+            store(sums_of_rows(quads), sums);
+        }
+    }
+}
+
+/// The four fields of 64 limbs, each in all 128-bit lanes.
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]
+fn fields(x: &[i8; CHUNK_K]) -> [__m512i; 4] {
+    [field::<0>(x), field::<1>(x), field::<2>(x), field::<3>(x)]
 }
 
 /// The tables of one chunk of a token.

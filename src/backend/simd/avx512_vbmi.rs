@@ -24,8 +24,8 @@ use cpu_ref::layout::{CHUNK_K, PIECE_WORDS, TILE_ROWS};
 
 use super::avx2::{PREFETCH_CHUNKS, ask_next_page, prefetch};
 use super::avx512::{
-    Avx512Vnni, QUAD_WORDS, Vector, build_tables, gemm_tile, limb_sums, load, lookup_chunk,
-    open_sums, row_order, signs_tile, store, stripe_sums, transpose, widen_scales,
+    Avx512Vnni, QUAD_WORDS, Vector, build_tables, coarse_sums, gemm_tile, load, lookup_chunk,
+    open_sums, rest_sums, row_order, signs_tile, store, stripe_sums, transpose, widen_scales,
 };
 use super::base3::Chunk;
 use super::{Activations, CHUNK_WORDS, Level, impl_kernels};

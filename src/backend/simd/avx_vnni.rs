@@ -10,9 +10,9 @@ use std::arch::x86_64::*;
 use cpu_ref::layout::TILE_ROWS;
 
 use super::avx2::{
-    BLOCK_CHUNKS, BLOCK_TOKENS, PAIR_WORDS, PAIRS, QUARTERS, Vector, add_rows, blocks, codes,
-    field, fields, limb_sums, load, lookup_chunk, open_sums, prefetch_next, row_sums, stripe_sums,
-    unpack,
+    BLOCK_CHUNKS, BLOCK_TOKENS, PAIR_WORDS, PAIRS, QUARTERS, Vector, add_rows, blocks, coarse_sums,
+    codes, field, fields, load, lookup_chunk, open_sums, prefetch_next, rest_sums, row_sums,
+    stripe_sums, unpack,
 };
 use super::base3::{FEW_BASE3, few_base3, unpack_base3};
 use super::portable::widen_scales;

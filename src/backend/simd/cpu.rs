@@ -550,7 +550,10 @@ impl SimdBackend {
         let capacity = options.capacity(&config)?;
         let precision = options.activations(&config)?;
         let max_batch = options.host_batch();
-        let pool = Pool::new(threads(options))?;
+        let pool = match options.pin {
+            true => Pool::pinned(threads(options))?,
+            false => Pool::new(threads(options))?,
+        };
         let Weights { embedding, lm_head, int8_head, mut layers, mut notes } =
             super::load::load(level, pool.threads(), source, options, progress)?;
         let gemv = format!("{} {}", gemv_name(&layers), level.name());
@@ -645,7 +648,10 @@ impl SimdBackend {
         let table = self.lm_head.as_ref().unwrap_or(&self.embedding);
         let head = match (&self.int8_head, want) {
             (_, Want::Nothing) => 0,
-            (Some(int8), Want::Token | Want::Tokens) => int8.bytes(),
+            (Some(int8), Want::Token | Want::Tokens) => {
+                let [greedy, draws] = int8.bytes();
+                if self.choices.are_greedy() { greedy } else { draws }
+            }
             _ => table.bytes(),
         };
         let norm =
@@ -859,7 +865,10 @@ impl Backend for SimdBackend {
         }
         let logits = &mut logits[..len];
         if let (Want::Token | Want::Tokens, Some(int8)) = (*want, &mut self.int8_head) {
-            int8.logits(pool, kernels, normed, logits);
+            match self.choices.are_greedy() {
+                true => int8.screen(pool, kernels, normed),
+                false => int8.logits(pool, kernels, normed, logits),
+            }
             return Ok(());
         }
         match table {
@@ -879,7 +888,8 @@ impl Backend for SimdBackend {
 
     fn choose(&mut self) -> Result<()> {
         let (vocab_size, k) = (self.config.vocab_size, self.config.hidden_size);
-        let kernels = self.work.kernels.as_ref();
+        let Work { pool, kernels, .. } = &mut self.work;
+        let kernels = kernels.as_ref();
         let (rows, last) = (self.pass.logit_rows(), self.pass.position_of_last());
         let Pass { tokens, start, want, normed, logits, .. } = &mut self.pass;
         let table = self.lm_head.as_ref().unwrap_or(&self.embedding);
@@ -889,7 +899,7 @@ impl Backend for SimdBackend {
             if let (true, Some(int8), Head::Plain(table)) = (is_greedy, &mut self.int8_head, table)
             {
                 let x = &normed[m * k..][..k];
-                let token = int8.greedy(kernels, table, (m, rows), x, sampler);
+                let token = int8.greedy((pool, kernels), table, (m, rows), x, sampler);
                 let token = token.ok_or_else(no_token)? as u32;
                 sampler.observe(&[token]);
                 return Ok(token);

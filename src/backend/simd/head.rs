@@ -1,35 +1,39 @@
 //! The int8 LM head on the CPU: twin of `cpu_ref::head_int8`, exact.
 //!
-//! Half the bytes of a bf16 table or less, and the greedy token is still the one of the model's own
-//! rows: every row that may be the largest is computed from those.
+//! Half the bytes of a bf16 table or less for draws, three quarters of that for greedy tokens, which are still
+//! those of the model's own rows: six bits of the codes bound every logit, eight bits those of the rows that may
+//! be the largest then, and each that still may be is computed from the model's own.
 
-use cpu_ref::head_int8::{self, Input, Row, bounds, gamma, half_sqrt, logit, penalised};
-use cpu_ref::layout::{PIECE_WORDS, TILE_ROWS, int8_rows};
+use cpu_ref::head_int8::{self, Input, Row, coarse_logit, gamma, half_sqrt, penalised};
+use cpu_ref::layout::split_rows::{self, COARSE_PIECES, GROUP_K};
+use cpu_ref::layout::{PIECE_WORDS, TILE_ROWS};
 use cpu_ref::reduce::{NORM_LANES, tree_sum};
 
-use super::Kernels;
 use super::matrix::table_rows;
 use super::pool::{Pool, Split};
+use super::{CHUNK_WORDS, Kernels};
 use crate::backend::HeadWork;
 use crate::error::Result;
 use crate::format::{Bytes, Elements};
 use crate::sampler::Sampler;
 use crate::weights::{Int8Rows, Table};
 
-/// Words of one chunk of a tile: 32 rows × 16 codes.
-pub(super) const CODE_WORDS: usize = TILE_ROWS * PIECE_WORDS;
-
 /// Sums of a tile's rows with the high and the low limbs of an input.
 pub(super) type LimbSums = [[i32; TILE_ROWS]; 2];
 
-/// The int8 rows, and what a pass needs beside them.
+/// The int8 rows, in two parts, and what a pass needs beside them.
 pub(super) struct Int8Head {
     rows: usize,
     k: usize,
     words: Elements<u32>,
+    /// How many of the words are coarse parts.
+    coarse_len: usize,
     inputs: Vec<Input>,
     /// `[tiles][M][2][32]`: lower and upper bounds of the exact logits; −∞ and ∞ where there are none.
     bounds: Vec<f32>,
+    /// Rows that may be the greedy token, and their upper bounds or exact logits.
+    candidates: Vec<u32>,
+    values: Vec<f32>,
     work: HeadWork,
 }
 
@@ -41,7 +45,7 @@ impl Int8Head {
     /// None of a float table.
     pub(super) fn pack(table: &Table, max_tokens: usize) -> Result<Option<Self>> {
         let Some(int8) = Int8Rows::of(table) else { return Ok(None) };
-        let words = int8.pack(0..int8.tiles())?;
+        let words = int8.pack_split()?;
         Ok(Some(Self::new(int8, table, words.into(), max_tokens)))
     }
 
@@ -54,7 +58,10 @@ impl Int8Head {
 
     /// Bytes of a table's packed words; 0 for one that is quantised already.
     pub(super) fn len_bytes(table: &Table) -> usize {
-        Int8Rows::of(table).map_or(0, |int8| int8.tiles() * int8.tile_words() * size_of::<u32>())
+        Int8Rows::of(table).map_or(0, |int8| {
+            let [coarse, rest] = int8.split_len();
+            (coarse + rest) * size_of::<u32>()
+        })
     }
 
     /// The packed words.
@@ -64,22 +71,26 @@ impl Int8Head {
 
     fn new(int8: Int8Rows<'_>, table: &Table, words: Elements<u32>, max_tokens: usize) -> Self {
         let (rows, k) = (table.shape().n(), table.shape().k());
-        let codes = int8_rows::chunks(k) * int8_rows::CHUNK_K;
+        let codes = split_rows::groups(k) * GROUP_K;
+        let limbs = || vec![0; codes];
         let input =
-            Input { hi: vec![0; codes], lo: vec![0; codes], scale: 0.0, bound: 0.0, rest: 0.0 };
+            Input { hi: limbs(), lo: limbs(), scale: 0.0, bound: 0.0, rest: 0.0, sums: [0; 2] };
         Self {
             rows,
             k,
             words,
+            coarse_len: int8.split_len()[0],
             inputs: vec![input; max_tokens],
             bounds: vec![0.0; int8.tiles() * max_tokens * 2 * TILE_ROWS],
+            candidates: Vec::with_capacity(rows),
+            values: vec![0.0; rows],
             work: HeadWork::default(),
         }
     }
 
-    /// Bytes of the rows.
-    pub(super) fn bytes(&self) -> u64 {
-        size_of_val(&*self.words) as u64
+    /// Bytes that greedy tokens take, of the rows, and that draws take.
+    pub(super) fn bytes(&self) -> [u64; 2] {
+        [&self.words[..self.coarse_len], &self.words].map(|words| size_of_val(words) as u64)
     }
 
     /// How it has chosen so far.
@@ -87,8 +98,7 @@ impl Int8Head {
         self.work
     }
 
-    /// Approximate logits of the normalised hidden states `x[M, K]`, into `[tiles][M][32]`, with bounds
-    /// of the exact ones kept for [`Int8Head::greedy`].
+    /// The logits of the int8 codes for the normalised hidden states `x[M, K]`, into `[tiles][M][32]`.
     pub(super) fn logits(
         &mut self,
         pool: &mut Pool,
@@ -96,28 +106,44 @@ impl Int8Head {
         x: &[f32],
         logits: &mut [f32],
     ) {
-        let n_tokens = x.len() / self.k;
-        let inputs = &mut self.inputs[..n_tokens];
-        for (x, input) in x.chunks_exact(self.k).zip(inputs.iter_mut()) {
-            kernels.head_input(x, input);
-        }
-        let (inputs, words) = (&*inputs, &self.words[..]);
-        let tile_words = int8_rows::tile_words(self.k);
-        let tile_len = n_tokens * TILE_ROWS;
-        let bounds = &mut self.bounds[..2 * logits.len()];
-        let split = Split { len: tile_len, cost: n_tokens * tile_words * size_of::<u32>() };
-        pool.stripes2(logits, split, bounds, 2 * tile_len, |first, logits, bounds| {
-            let tiles = logits.len() / tile_len;
-            let words = &words[first * tile_words..][..tiles * tile_words];
-            kernels.head_int8(words, inputs, logits, bounds);
+        let inputs = quantize(kernels, x, self.k, &mut self.inputs);
+        let (coarse, rest) = self.words.split_at(self.coarse_len);
+        let lens = [split_rows::coarse_tile_words(self.k), split_rows::rest_tile_words(self.k)];
+        let len = inputs.len() * TILE_ROWS;
+        let split = Split { len, cost: tile_cost(inputs, lens[0] + lens[1]) };
+        pool.stripes(logits, split, |first, logits| {
+            let tiles = logits.len() / len;
+            let coarse = &coarse[first * lens[0]..][..tiles * lens[0]];
+            let rest = &rest[first * lens[1]..][..tiles * lens[1]];
+            kernels.head_int8([coarse, rest], inputs, logits);
         });
     }
 
-    /// The greedy token of logit row `m` of the last M: the argmax of the exact logits, with the
-    /// sampler's penalty of what it has seen. `None` if one is NaN.
+    /// Bounds of the exact logits of the normalised hidden states `x[M, K]`, from the coarse parts, for
+    /// [`Int8Head::greedy`].
+    pub(super) fn screen(&mut self, pool: &mut Pool, kernels: &dyn Kernels, x: &[f32]) {
+        let inputs = quantize(kernels, x, self.k, &mut self.inputs);
+        let coarse = &self.words[..self.coarse_len];
+        let tile_words = split_rows::coarse_tile_words(self.k);
+        let len = 2 * inputs.len() * TILE_ROWS;
+        let bounds = &mut self.bounds[..self.rows.div_ceil(TILE_ROWS) * len];
+        let split = Split { len, cost: tile_cost(inputs, tile_words) };
+        pool.stripes(bounds, split, |first, bounds| {
+            let tiles = bounds.len() / len;
+            let coarse = &coarse[first * tile_words..][..tiles * tile_words];
+            kernels.head_coarse(coarse, inputs, bounds);
+        });
+    }
+
+    /// The greedy token of logit row `m` of the last [`Int8Head::screen`]'s M: the argmax of the exact
+    /// logits, with the sampler's penalty of what it has seen. `None` if one is NaN.
+    ///
+    /// The exact logit of the row with the largest lower bound comes first: as a rule it is the token, and
+    /// few others reach it. Those get bounds of all eight bits before their own rows are asked for, which
+    /// may have to come from a file.
     pub(super) fn greedy(
         &mut self,
-        kernels: &dyn Kernels,
+        (pool, kernels): (&mut Pool, &dyn Kernels),
         table: &Table,
         (m, n_tokens): (usize, usize),
         x: &[f32],
@@ -130,44 +156,93 @@ impl Int8Head {
                 self.bounds[bound] = penalised(self.bounds[bound], penalty);
             }
         }
+        let k = self.k;
+        let exact = |n: usize| {
+            let mut exact = [0.0; TILE_ROWS];
+            kernels.lm_head(table_rows(table).rows(k, n, n + 1), x, k, &mut exact);
+            let is_seen = penalty != 1.0 && sampler.has_seen(n as u32);
+            if is_seen { penalised(exact[0], penalty) } else { exact[0] }
+        };
+
         let tiles = self.bounds.chunks_exact(2 * TILE_ROWS).skip(m).step_by(n_tokens);
-        let tiles = tiles.take(self.rows.div_ceil(TILE_ROWS));
-        let least = tiles.clone().map(|tile| least(&tile[..TILE_ROWS]));
-        let least = least.fold(f32::NEG_INFINITY, f32::max);
-        let (mut best, mut candidates) = (None::<(usize, f32)>, 0u64);
-        let mut is_nan = false;
-        for (tile, bounds) in tiles.enumerate() {
-            let upper = &bounds[TILE_ROWS..];
-            if !upper.iter().any(|&upper| reaches(upper, least)) {
-                continue;
-            }
-            for (lane, &upper) in upper.iter().enumerate() {
-                let n = tile * TILE_ROWS + lane;
-                if n >= self.rows || !reaches(upper, least) {
-                    continue;
-                }
-                candidates += 1;
-                let mut exact = [0.0; TILE_ROWS];
-                let row = table_rows(table).rows(self.k, n, n + 1);
-                kernels.lm_head(row, x, self.k, &mut exact);
-                let is_seen = penalty != 1.0 && sampler.has_seen(n as u32);
-                let exact = if is_seen { penalised(exact[0], penalty) } else { exact[0] };
-                is_nan |= exact.is_nan();
-                if best.is_none_or(|(_, most)| exact > most) {
-                    best = Some((n, exact));
-                }
+        let tiles = (0..self.rows).step_by(TILE_ROWS).zip(tiles);
+        let tiles = tiles.map(|(n, tile)| (n, TILE_ROWS.min(self.rows - n), tile));
+        let (mut first, mut least) = (0, f32::NEG_INFINITY);
+        for (n, len, tile) in tiles.clone() {
+            let most = largest_lower(&tile[..len]);
+            if most > least {
+                first = n + tile[..len].iter().position(|&l| lowered(l) == most).unwrap_or(0);
+                least = most;
             }
         }
+        // Of rows without bounds, all are candidates. `max` leaves a NaN out; it is found again below.
+        least = least.max(exact(first));
+        self.candidates.clear();
+        for (n, len, tile) in tiles {
+            let upper = &tile[TILE_ROWS..][..len];
+            if upper.iter().any(|&upper| reaches(upper, least)) {
+                let lanes = (n as u32..).zip(upper).filter(|&(_, &upper)| reaches(upper, least));
+                self.candidates.extend(lanes.map(|(n, _)| n));
+            }
+        }
+        let (coarse, rest) = self.words.split_at(self.coarse_len);
+        let lens = [split_rows::coarse_tile_words(k), split_rows::rest_tile_words(k)];
+        let (input, candidates) = (&self.inputs[m], &self.candidates[..]);
+        let uppers = &mut self.values[..candidates.len()];
+        pool.stripes(uppers, Split { len: 1, cost: lens.iter().sum() }, |first, uppers| {
+            for (upper, &n) in uppers.iter_mut().zip(&candidates[first..]) {
+                let (tile, lane) = (n as usize / TILE_ROWS, n as usize % TILE_ROWS);
+                let words =
+                    [&coarse[tile * lens[0]..][..lens[0]], &rest[tile * lens[1]..][..lens[1]]];
+                *upper = kernels.head_row(words, lane, input);
+                if penalty != 1.0 && sampler.has_seen(n) {
+                    *upper = penalised(*upper, penalty);
+                }
+            }
+        });
+        let mut uppers = uppers.iter();
+        self.candidates.retain(|_| uppers.next().is_none_or(|&upper| reaches(upper, least)));
+        let candidates = &self.candidates[..];
+        let logits = &mut self.values[..candidates.len()];
+        pool.stripes(logits, Split { len: 1, cost: 2 * k }, |first, logits| {
+            for (logit, &n) in logits.iter_mut().zip(&candidates[first..]) {
+                *logit = exact(n as usize);
+            }
+        });
+        let count = candidates.len() as u64;
         self.work.tokens += 1;
-        self.work.candidates += candidates;
-        self.work.most = self.work.most.max(candidates);
-        best.map(|(n, _)| n).filter(|_| !is_nan)
+        self.work.candidates += count;
+        self.work.most = self.work.most.max(count);
+        kernels.argmax(logits).map(|at| candidates[at] as usize)
     }
 }
 
-/// The largest of lower bounds, each a millionth lower, as `cpu_ref::head_int8::greedy` has it.
-fn least(lower: &[f32]) -> f32 {
-    lower.iter().map(|&lower| lower - lower.abs() * 1e-6).fold(f32::NEG_INFINITY, f32::max)
+/// The inputs of a head, in room that is there.
+fn quantize<'a>(
+    kernels: &dyn Kernels,
+    x: &[f32],
+    k: usize,
+    inputs: &'a mut [Input],
+) -> &'a [Input] {
+    let inputs = &mut inputs[..x.len() / k];
+    for (x, input) in x.chunks_exact(k).zip(inputs.iter_mut()) {
+        kernels.head_input(x, input);
+    }
+    inputs
+}
+
+/// [`Split::cost`] of a tile.
+fn tile_cost(inputs: &[Input], words: usize) -> usize {
+    inputs.len() * words * size_of::<u32>()
+}
+
+/// The largest of lower bounds, widened as `cpu_ref::head_int8::greedy` has it.
+fn largest_lower(lower: &[f32]) -> f32 {
+    lower.iter().map(|&lower| lowered(lower)).fold(f32::NEG_INFINITY, f32::max)
+}
+
+fn lowered(lower: f32) -> f32 {
+    lower - lower.abs() * 1e-6
 }
 
 fn reaches(upper: f32, least: f32) -> bool {
@@ -181,6 +256,7 @@ pub(super) fn head_input(x: &[f32], input: &mut Input) {
     let absmax = f32::from_bits(absmax);
     input.hi.fill(0);
     input.lo.fill(0);
+    input.sums = [0; 2];
     input.scale = if absmax.is_finite() { 0.0 } else { f32::NAN };
     (input.bound, input.rest) = (f32::INFINITY, f32::INFINITY);
     if !absmax.is_finite() || absmax < 2f32.powi(-100) {
@@ -197,6 +273,8 @@ pub(super) fn head_input(x: &[f32], input: &mut Input) {
         let high = (v + 128) >> 8;
         (*hi, *lo) = (high as i8, (v - 256 * high) as i8);
     }
+    input.sums =
+        [&input.hi, &input.lo].map(|limbs| limbs.iter().map(|&limb| i32::from(limb)).sum());
     if (head_int8::LEAST..=1.0 / head_int8::LEAST).contains(&absmax) {
         let half_step = scale * half_sqrt(x.len());
         let mut lanes = [0.0f32; NORM_LANES];
@@ -210,52 +288,151 @@ pub(super) fn head_input(x: &[f32], input: &mut Input) {
     }
 }
 
-/// Twin of `cpu_ref::head_int8::{sums, logit, bounds}` for whole tiles and M inputs; `tile_sums`
-/// gets a tile's chunks and the limbs.
+/// Twin of `cpu_ref::head_int8::{coarse_sums, coarse_logit, bounds}` for whole tiles and M inputs;
+/// `tile_sums` gets a tile's pieces and the limbs, for `Σ coarse·x`.
 #[inline(always)]
-pub(super) fn head_int8(
+pub(super) fn head_coarse(
     words: &[u32],
     inputs: &[Input],
-    logits: &mut [f32],
-    out_bounds: &mut [f32],
-    tile_sums: impl Fn(&[[u32; CODE_WORDS]], &[i8], &[i8], &mut LimbSums),
+    bounds: &mut [f32],
+    tile_sums: impl Fn(&[[u32; CHUNK_WORDS]], &Input, &mut LimbSums),
 ) {
-    let tile_len = inputs.len() * TILE_ROWS;
-    let tiles = logits.len() / tile_len.max(1);
-    let tile_words = words.len() / tiles.max(1);
-    let outs = logits.chunks_exact_mut(tile_len).zip(out_bounds.chunks_exact_mut(2 * tile_len));
-    for (tile, (logits, out_bounds)) in words.chunks_exact(tile_words).zip(outs) {
-        let (rows, chunks) = tile.as_chunks::<CODE_WORDS>().0.split_last().expect("row values");
-        let outs =
-            logits.chunks_exact_mut(TILE_ROWS).zip(out_bounds.chunks_exact_mut(2 * TILE_ROWS));
-        for (input, (logits, out_bounds)) in inputs.iter().zip(outs) {
+    let tile_len = 2 * inputs.len() * TILE_ROWS;
+    let tile_words = words.len() / (bounds.len() / tile_len).max(1);
+    for (tile, bounds) in words.chunks_exact(tile_words).zip(bounds.chunks_exact_mut(tile_len)) {
+        let (rows, pieces) = tile.as_chunks::<CHUNK_WORDS>().0.split_last().expect("row values");
+        for (input, bounds) in inputs.iter().zip(bounds.chunks_exact_mut(2 * TILE_ROWS)) {
             let mut sums = [[0; TILE_ROWS]; 2];
-            tile_sums(chunks, &input.hi, &input.lo, &mut sums);
-            let (lower, upper) = out_bounds.split_at_mut(TILE_ROWS);
-            for (n, row) in rows.as_chunks::<PIECE_WORDS>().0.iter().enumerate() {
-                let [scale, error, norm] = [0, 1, 2].map(|i| f32::from_bits(row[i]));
-                let row = Row { scale, error, norm };
-                logits[n] = logit(row, input, [sums[0][n], sums[1][n]]);
-                [lower[n], upper[n]] =
-                    bounds(row, input, logits[n]).unwrap_or([f32::NEG_INFINITY, f32::INFINITY]);
+            tile_sums(pieces, input, &mut sums);
+            let (lower, upper) = bounds.split_at_mut(TILE_ROWS);
+            for (n, row) in rows.as_chunks().0.iter().enumerate() {
+                let row = row_values(row);
+                // Their difference fits, and so it is right whatever wraps before.
+                let middles = std::array::from_fn(|limb| {
+                    let whole = 8i32.wrapping_mul(sums[limb][n]);
+                    whole.wrapping_sub(253i32.wrapping_mul(input.sums[limb]))
+                });
+                let logit = coarse_logit(row, input, middles);
+                [lower[n], upper[n]] = head_int8::bounds(row, input, logit)
+                    .unwrap_or([f32::NEG_INFINITY, f32::INFINITY]);
             }
         }
     }
 }
 
-/// Sums of one tile, by plain loops.
+/// Twin of `cpu_ref::head_int8::{sums, logit}` for whole tiles and M inputs; the functions get a tile's
+/// pieces and the limbs, for `Σ coarse·x` and `Σ rest·x`.
 #[inline(always)]
-pub(super) fn limb_sums(chunks: &[[u32; CODE_WORDS]], hi: &[i8], lo: &[i8], sums: &mut LimbSums) {
-    let limbs = hi.as_chunks::<16>().0.iter().zip(lo.as_chunks::<16>().0);
-    for (chunk, (hi, lo)) in chunks.iter().zip(limbs) {
-        for (n, piece) in chunk.as_chunks::<PIECE_WORDS>().0.iter().enumerate() {
-            let (mut high, mut low) = (0i32, 0i32);
-            for (i, word) in piece.iter().enumerate() {
-                for (b, code) in word.to_le_bytes().into_iter().enumerate() {
-                    let code = i32::from(code as i8);
-                    high += code * i32::from(hi[4 * i + b]);
-                    low += code * i32::from(lo[4 * i + b]);
+pub(super) fn head_int8(
+    [coarse, rest]: [&[u32]; 2],
+    inputs: &[Input],
+    logits: &mut [f32],
+    coarse_sums: impl Fn(&[[u32; CHUNK_WORDS]], &Input, &mut LimbSums),
+    rest_sums: impl Fn(&[[u32; CHUNK_WORDS]], &Input, &mut LimbSums),
+) {
+    let tile_len = inputs.len() * TILE_ROWS;
+    let tiles = (logits.len() / tile_len).max(1);
+    let coarse = coarse.chunks_exact(coarse.len() / tiles);
+    let tiles = coarse.zip(rest.chunks_exact(rest.len() / tiles));
+    for ((coarse, rest), logits) in tiles.zip(logits.chunks_exact_mut(tile_len)) {
+        let (rows, coarse) = coarse.as_chunks().0.split_last().expect("row values");
+        for (input, logits) in inputs.iter().zip(logits.chunks_exact_mut(TILE_ROWS)) {
+            let mut sums = [[[0; TILE_ROWS]; 2]; 2];
+            let [coarse_part, rest_part] = &mut sums;
+            coarse_sums(coarse, input, coarse_part);
+            rest_sums(rest.as_chunks().0, input, rest_part);
+            for (n, (logit, row)) in logits.iter_mut().zip(rows.as_chunks().0).enumerate() {
+                let codes = std::array::from_fn(|limb| {
+                    4 * sums[0][limb][n] + sums[1][limb][n] - 128 * input.sums[limb]
+                });
+                *logit = head_int8::logit(row_values(row), input, codes);
+            }
+        }
+    }
+}
+
+/// What belongs to a row whose coarse parts make the logit.
+fn row_values(row: &[u32; PIECE_WORDS]) -> Row {
+    let [scale, error, norm] = [0, 1, 2].map(|i| f32::from_bits(row[i]));
+    Row { scale, error, norm }
+}
+
+/// Twin of `cpu_ref::head_int8::{sums, logit, bounds}` for row `n` of a tile: its upper bound; ∞ if there is
+/// none.
+#[inline(always)]
+pub(super) fn head_row([coarse, rest]: [&[u32]; 2], n: usize, input: &Input) -> f32 {
+    let (row, coarse) = coarse.as_chunks::<CHUNK_WORDS>().0.split_last().expect("row values");
+    let rest = rest.as_chunks::<CHUNK_WORDS>().0;
+    let bytes = |piece: &[u32; CHUNK_WORDS]| piece_bytes(&piece.as_chunks().0[n]);
+    let mut sums = [[0i32; 16]; 2];
+    for (at, (coarse, rest)) in coarse.as_chunks().0.iter().zip(rest).enumerate() {
+        let coarse = coarse_codes(coarse.each_ref().map(bytes));
+        let rest = rest_codes([bytes(rest)]);
+        for (sums, limbs) in sums.iter_mut().zip([&input.hi, &input.lo]) {
+            let limbs = limbs.as_chunks::<GROUP_K>().0[at];
+            for (field, limbs) in limbs.as_chunks::<16>().0.iter().enumerate() {
+                for b in 0..16 {
+                    let code = 4 * i32::from(coarse[field][b]) + i32::from(rest[field][b]);
+                    sums[b] += code * i32::from(limbs[b]);
                 }
+            }
+        }
+    }
+    let sums = std::array::from_fn(|limb| sums[limb].iter().sum::<i32>() - 128 * input.sums[limb]);
+    let row = &row.as_chunks::<PIECE_WORDS>().0[n];
+    let values = Row { error: f32::from_bits(row[3]), ..row_values(row) };
+    let logit = head_int8::logit(values, input, sums);
+    head_int8::bounds(values, input, logit).map_or(f32::INFINITY, |[_, upper]| upper)
+}
+
+/// `Σ coarse·x` of one tile, by plain loops.
+#[inline(always)]
+pub(super) fn coarse_sums(pieces: &[[u32; CHUNK_WORDS]], x: &Input, sums: &mut LimbSums) {
+    each_group(pieces.as_chunks().0, x, sums, coarse_codes);
+}
+
+/// The coarse parts of a row's 64 codes.
+#[inline(always)]
+fn coarse_codes([a, b, c]: [[u8; 16]; COARSE_PIECES]) -> [[u8; 16]; GROUP_K / 16] {
+    let last = |i: usize| a[i] >> 6 | b[i] >> 6 << 2 | c[i] >> 6 << 4;
+    [a.map(|a| a & 63), b.map(|b| b & 63), c.map(|c| c & 63), std::array::from_fn(last)]
+}
+
+/// The rests of a row's 64 codes.
+#[inline(always)]
+fn rest_codes([a]: [[u8; 16]; 1]) -> [[u8; 16]; GROUP_K / 16] {
+    [a.map(|a| a & 3), a.map(|a| a >> 2 & 3), a.map(|a| a >> 4 & 3), a.map(|a| a >> 6)]
+}
+
+/// A row's piece.
+#[inline(always)]
+fn piece_bytes(words: &[u32; PIECE_WORDS]) -> [u8; 16] {
+    bytemuck::cast::<[[u8; 4]; PIECE_WORDS], [u8; 16]>(words.map(u32::to_le_bytes))
+}
+
+/// `Σ rest·x` of one tile, by plain loops.
+#[inline(always)]
+pub(super) fn rest_sums(pieces: &[[u32; CHUNK_WORDS]], x: &Input, sums: &mut LimbSums) {
+    each_group(pieces.as_chunks().0, x, sums, rest_codes);
+}
+
+/// Sums of a tile whose groups have `P` pieces, which `unpack` makes codes of.
+#[inline(always)]
+fn each_group<const P: usize>(
+    groups: &[[[u32; CHUNK_WORDS]; P]],
+    x: &Input,
+    sums: &mut LimbSums,
+    unpack: impl Fn([[u8; 16]; P]) -> [[u8; 16]; GROUP_K / 16],
+) {
+    let limbs = x.hi.as_chunks::<GROUP_K>().0.iter().zip(x.lo.as_chunks::<GROUP_K>().0);
+    for (group, (hi, lo)) in groups.iter().zip(limbs) {
+        for n in 0..TILE_ROWS {
+            let pieces =
+                group.each_ref().map(|piece| piece_bytes(&piece.as_chunks::<PIECE_WORDS>().0[n]));
+            let (mut high, mut low) = (0i32, 0i32);
+            for ((&code, &hi), &lo) in unpack(pieces).as_flattened().iter().zip(hi).zip(lo) {
+                high += i32::from(code) * i32::from(hi);
+                low += i32::from(code) * i32::from(lo);
             }
             sums[0][n] += high;
             sums[1][n] += low;
@@ -304,13 +481,15 @@ mod tests {
             sampler.observe(&[3, 77, 199, 5000]);
             let mut logits = vec![0.0; n.next_multiple_of(TILE_ROWS) * m];
             head.logits(&mut pool, kernels.as_ref(), &x, &mut logits);
+            head.screen(&mut pool, kernels.as_ref(), &x);
             for (token, x) in x.chunks_exact(k).enumerate() {
                 let seen = |n: usize| penalty != 1.0 && [3, 77, 199].contains(&n);
                 let with = |n, logit| if seen(n) { penalised(logit, penalty) } else { logit };
                 let exact =
                     (0..n).map(|n| with(n, cpu_ref::lm_head::logit(&rows[n * k..][..k], x)));
                 let expected = cpu_ref::argmax::argmax(&exact.collect::<Vec<_>>());
-                let found = head.greedy(kernels.as_ref(), &table, (token, m), x, &sampler);
+                let found =
+                    head.greedy((&mut pool, kernels.as_ref()), &table, (token, m), x, &sampler);
                 assert_eq!(found, expected, "seed {seed}, token {token}");
                 let at = |n: usize| (n / TILE_ROWS * m + token) * TILE_ROWS + n % TILE_ROWS;
                 let approximate: Vec<f32> = (0..n).map(|n| with(n, logits[at(n)])).collect();
@@ -319,13 +498,21 @@ mod tests {
         }
         // Without the exact rows the token would often be another.
         assert!(misled > 20, "{misled}");
+        // Nothing is above the 0 of the rows that fill up a tile.
+        let negative = TableData::F32(vec![-2.0, -1.0, -1.5].into());
+        let negative = Table::new(MatShape::new(3, 1).unwrap(), negative);
+        let mut head = Int8Head::pack(&negative, 1).unwrap().unwrap();
+        head.screen(&mut pool, kernels.as_ref(), &[3.0]);
+        let both = (&mut pool, kernels.as_ref());
+        assert_eq!(head.greedy(both, &negative, (0, 1), &[3.0], &Sampler::default()), Some(1));
         let nan = Table::new(
             MatShape::new(2, 2).unwrap(),
             TableData::F32(vec![1.0, f32::NAN, 1.0, 1.0].into()),
         );
         let mut head = Int8Head::pack(&nan, 1).unwrap().unwrap();
-        head.logits(&mut pool, kernels.as_ref(), &[1.0, 1.0], &mut [0.0; TILE_ROWS]);
-        let token = head.greedy(kernels.as_ref(), &nan, (0, 1), &[1.0, 1.0], &Sampler::default());
+        head.screen(&mut pool, kernels.as_ref(), &[1.0, 1.0]);
+        let both = (&mut pool, kernels.as_ref());
+        let token = head.greedy(both, &nan, (0, 1), &[1.0, 1.0], &Sampler::default());
         assert_eq!(token, None);
     }
 }

@@ -17,6 +17,7 @@
 //!
 //! This module is the only home of `unsafe` in the crate.
 
+mod affinity;
 mod attention;
 #[cfg(target_arch = "x86_64")]
 mod avx2;
@@ -54,7 +55,7 @@ mod tables;
 use std::ffi::OsStr;
 
 use cpu_ref::head_int8::Input;
-use cpu_ref::layout::{CHUNK_K, PIECE_WORDS, TILE_ROWS, int8_rows, signs};
+use cpu_ref::layout::{CHUNK_K, PIECE_WORDS, TILE_ROWS, signs, split_rows};
 use cpu_ref::mlp::Activation;
 
 use crate::error::{Error, Result};
@@ -617,10 +618,18 @@ pub trait Kernels: Send + Sync {
     /// there.
     fn head_input(&self, x: &[f32], input: &mut Input);
 
-    /// `cpu_ref::head_int8`'s logits of whole tiles of int8 rows (`cpu_ref::layout::int8_rows`) for M
-    /// inputs, into `logits[tiles][M][32]`, and their bounds, into `bounds[tiles][M][2][32]`; −∞ and
-    /// ∞ where there are none.
-    fn head_int8(&self, words: &[u32], inputs: &[Input], logits: &mut [f32], bounds: &mut [f32]);
+    /// `cpu_ref::head_int8`'s bounds of the logits of whole tiles of the coarse parts of int8 rows
+    /// (`cpu_ref::layout::split_rows`) for M inputs, into `bounds[tiles][M][2][32]`; −∞ and ∞ where there
+    /// are none.
+    fn head_coarse(&self, words: &[u32], inputs: &[Input], bounds: &mut [f32]);
+
+    /// `cpu_ref::head_int8`'s logits of whole tiles of int8 rows, coarse parts and rests, for M inputs,
+    /// into `logits[tiles][M][32]`.
+    fn head_int8(&self, words: [&[u32]; 2], inputs: &[Input], logits: &mut [f32]);
+
+    /// The upper bound of `cpu_ref::head_int8`'s logit of row `n` of a tile of int8 rows, coarse parts and
+    /// rests; ∞ where there is none.
+    fn head_row(&self, tile: [&[u32]; 2], n: usize, input: &Input) -> f32;
 
     /// The first of the largest logits; `None` if there is none or one is NaN.
     fn argmax(&self, logits: &[f32]) -> Option<usize>;
@@ -642,14 +651,19 @@ fn base3_fits(words: &[u32], x: &Activations<'_>, acc: &[i32]) -> bool {
         && acc.len() == words.len() / tile_words * x.n_tokens() * TILE_ROWS
 }
 
-/// Whether the shapes of [`Kernels::head_int8`] agree.
-fn head_fits(words: &[u32], inputs: &[Input], logits: &[f32], bounds: &[f32]) -> bool {
+/// Whether the shapes of [`Kernels::head_coarse`] or [`Kernels::head_int8`] agree: `outs` are `[tiles][M]` times
+/// `each`, and a row's words are `[words of a tile of so many columns, words]`.
+fn head_fits<const P: usize>(
+    words: [(fn(usize) -> usize, usize); P],
+    inputs: &[Input],
+    (outs, each): (usize, usize),
+) -> bool {
     let Some(first) = inputs.first() else { return false };
-    let tile_len = inputs.len() * TILE_ROWS;
-    let tiles = logits.len() / tile_len;
-    logits.len() == tiles * tile_len
-        && bounds.len() == 2 * logits.len()
-        && words.len() == tiles * int8_rows::tile_words(first.hi.len())
+    let k = first.hi.len();
+    let tiles = outs / (inputs.len() * each);
+    outs == tiles * inputs.len() * each
+        && k.is_multiple_of(split_rows::GROUP_K)
+        && words.into_iter().all(|(of_tile, len)| len == tiles * of_tile(k))
         && inputs
             .iter()
             .all(|input| input.hi.len() == first.hi.len() && input.lo.len() == first.hi.len())
@@ -825,11 +839,39 @@ macro_rules! impl_kernels {
                 fn head_input(x: &[f32], input: &mut cpu_ref::head_int8::Input) -> ()
                     where x.len() <= input.hi.len() && input.hi.len() == input.lo.len()
                     => super::head::head_input(x, input);
-                fn head_int8(words: &[u32], inputs: &[cpu_ref::head_int8::Input],
-                    logits: &mut [f32], bounds: &mut [f32]) -> ()
-                    where super::head_fits(words, inputs, logits, bounds)
-                    => super::head::head_int8(words, inputs, logits, bounds,
-                        |chunks, hi, lo, sums| limb_sums(chunks, hi, lo, sums));
+                fn head_coarse(words: &[u32], inputs: &[cpu_ref::head_int8::Input],
+                    bounds: &mut [f32]) -> ()
+                    where super::head_fits(
+                        [(cpu_ref::layout::split_rows::coarse_tile_words, words.len())],
+                        inputs,
+                        (bounds.len(), 2 * cpu_ref::layout::TILE_ROWS),
+                    )
+                    => super::head::head_coarse(words, inputs, bounds,
+                        |pieces, x, sums| coarse_sums(pieces, x, sums));
+                fn head_int8(words: [&[u32]; 2], inputs: &[cpu_ref::head_int8::Input],
+                    logits: &mut [f32]) -> ()
+                    where super::head_fits(
+                        [
+                            (cpu_ref::layout::split_rows::coarse_tile_words, words[0].len()),
+                            (cpu_ref::layout::split_rows::rest_tile_words, words[1].len()),
+                        ],
+                        inputs,
+                        (logits.len(), cpu_ref::layout::TILE_ROWS),
+                    )
+                    => super::head::head_int8(words, inputs, logits,
+                        |pieces, x, sums| coarse_sums(pieces, x, sums),
+                        |pieces, x, sums| rest_sums(pieces, x, sums));
+                fn head_row(tile: [&[u32]; 2], n: usize,
+                    input: &cpu_ref::head_int8::Input) -> f32
+                    where n < cpu_ref::layout::TILE_ROWS && super::head_fits(
+                        [
+                            (cpu_ref::layout::split_rows::coarse_tile_words, tile[0].len()),
+                            (cpu_ref::layout::split_rows::rest_tile_words, tile[1].len()),
+                        ],
+                        std::slice::from_ref(input),
+                        (1, 1),
+                    )
+                    => super::head::head_row(tile, n, input);
                 fn argmax(logits: &[f32]) -> Option<usize>
                     where true
                     => super::portable::argmax(logits);

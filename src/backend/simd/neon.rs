@@ -17,7 +17,7 @@ use cpu_ref::layout::{CHUNK_K, PIECE_WORDS, TILE_ROWS, signs};
 
 use super::base3::{FEW_BASE3, few_base3, unpack_base3};
 use super::columns::stripe_sums;
-use super::head::limb_sums;
+use super::head::{coarse_sums, rest_sums};
 use super::lanes::Plain as Vector;
 use super::portable::widen_scales;
 use super::rows::open_sums;

@@ -9,7 +9,7 @@ use cpu_ref::layout::{PIECE_WORDS, TILE_ROWS};
 
 use super::base3::{FEW_BASE3, few_base3, unpack_base3};
 use super::columns::stripe_sums;
-use super::head::limb_sums;
+use super::head::{coarse_sums, rest_sums};
 use super::lanes::Plain as Vector;
 use super::neon::{
     Fields, PASS_ROWS, gemm_by_two, load_activations, load_bits, load_codes,

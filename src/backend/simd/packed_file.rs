@@ -25,7 +25,7 @@ use crate::format::Bytes;
 const MAGIC: [u8; 8] = *b"STERNApw";
 
 /// To be raised with any change of a layout or of what the sections are.
-const VERSION: u32 = 1;
+const VERSION: u32 = 2;
 
 /// Sections start on a cache line, as the kernels want packed words.
 const ALIGNMENT: usize = 64;

@@ -9,10 +9,11 @@
 use std::cell::UnsafeCell;
 use std::ops::Range;
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering::SeqCst};
+use std::sync::{Arc, OnceLock};
 use std::thread::{JoinHandle, Thread};
 
+use super::affinity;
 use super::helpers::{self, Busy};
 use crate::error::{Error, Result};
 
@@ -51,6 +52,8 @@ struct Shared {
     /// Jobs so far.
     epoch: AtomicUsize,
     panicked: AtomicBool,
+    /// Why a worker could not be bound to its processor.
+    unpinned: OnceLock<String>,
     stop: AtomicBool,
     /// Which workers are, or are about to be, parked.
     sleeping: Vec<AtomicBool>,
@@ -126,6 +129,20 @@ impl Pool {
     /// # Errors
     /// [`Error::Threads`] if the system refuses one, or none are asked for.
     pub(super) fn new(threads: usize) -> Result<Self> {
+        Self::start(threads, &[])
+    }
+
+    /// The same, and each worker stays on a processor of its own. The caller stays what it is: a
+    /// thread that the system moves, and that finds its place beside them.
+    ///
+    /// # Errors
+    /// As [`Pool::new`], or if there are fewer processors or the system binds no threads.
+    pub(super) fn pinned(threads: usize) -> Result<Self> {
+        Self::start(threads, &affinity::processors(threads)?)
+    }
+
+    /// `processors`: none, or one for each thread.
+    fn start(threads: usize, processors: &[usize]) -> Result<Self> {
         let fail = |problem: String| Error::Threads { threads, problem };
         if threads == 0 {
             return Err(fail("at least one is needed".to_owned()));
@@ -136,6 +153,7 @@ impl Pool {
             active: AtomicUsize::new(threads - 1),
             epoch: AtomicUsize::new(0),
             panicked: AtomicBool::new(false),
+            unpinned: OnceLock::new(),
             stop: AtomicBool::new(false),
             sleeping: (1..threads).map(|_| AtomicBool::new(false)).collect(),
         });
@@ -143,7 +161,8 @@ impl Pool {
         let mut pool = Self { shared, workers: Vec::with_capacity(threads - 1) };
         for index in 0..threads - 1 {
             let shared = Arc::clone(&pool.shared);
-            let worker = Worker::new(index, move || shared.work(index))
+            let processor = processors.get(index + 1).copied();
+            let worker = Worker::new(index, move || shared.work(index, processor))
                 .map_err(|error| fail(error.to_string()))?;
             pool.workers.push(worker);
         }
@@ -152,7 +171,10 @@ impl Pool {
             helpers::abort_if_crashed();
             std::thread::yield_now();
         }
-        Ok(pool)
+        match pool.shared.unpinned.get() {
+            Some(problem) => Err(fail(format!("no pinning: {problem}"))),
+            None => Ok(pool),
+        }
     }
 
     /// Threads, the caller included.
@@ -307,8 +329,12 @@ impl Worker {
 }
 
 impl Shared {
-    /// The life of worker `index`.
-    fn work(&self, index: usize) {
+    /// The life of worker `index`, on one processor if so asked.
+    fn work(&self, index: usize, processor: Option<usize>) {
+        if let Some(Err(problem)) = processor.map(affinity::pin) {
+            // The first reason is as good as any.
+            self.unpinned.get_or_init(|| problem);
+        }
         drop(Active(self));
         let mut seen = 0;
         while self.wait(index, &mut seen) {
@@ -541,5 +567,33 @@ mod tests {
     #[test]
     fn no_threads_is_an_error() {
         assert!(matches!(Pool::new(0), Err(Error::Threads { threads: 0, .. })));
+    }
+
+    #[cfg(target_os = "linux")]
+    #[test]
+    fn pinned_workers_have_a_processor_each() {
+        let threads = std::thread::available_parallelism().unwrap().get();
+        let mut pool = Pool::pinned(threads).unwrap();
+        let caller = affinity::processors(1).unwrap()[0];
+        let seen = std::sync::Mutex::new(std::collections::BTreeSet::new());
+        let all = std::sync::Barrier::new(threads);
+        // Returns only if each thread takes a chunk.
+        pool.stripes(&mut vec![0; threads], Split { len: 1, cost: DEAR }, |_, _| {
+            let mine = affinity::processors(1).unwrap()[0];
+            let is_bound = affinity::processors(2).is_err();
+            seen.lock().unwrap().insert((is_bound, mine));
+            all.wait();
+        });
+        let expected = affinity::processors(threads).unwrap();
+        let expected = expected[1..].iter().map(|&processor| (true, processor));
+        let bound = seen.into_inner().unwrap();
+        assert!(threads == 1 || bound.contains(&(false, caller)));
+        assert!(bound.into_iter().filter(|&(is_bound, _)| is_bound).eq({
+            let mut expected: Vec<_> = expected.collect();
+            expected.sort_unstable();
+            expected
+        }));
+        drop(pool);
+        assert!(matches!(Pool::pinned(1 << 12), Err(Error::Threads { .. })));
     }
 }
