@@ -191,8 +191,16 @@ pub fn coarse_sums(codes: &[i8], x: &Input) -> [i32; 2] {
     [dot(&x.hi), dot(&x.lo)]
 }
 
+/// `[Σ_k (2·rest − 3)·hi[k], Σ_k (2·rest − 3)·lo[k]]`: what the codes are twice above their [`middle`]s' half.
+pub fn rest_sums(codes: &[i8], x: &Input) -> [i32; 2] {
+    let above = |code: i8| 2 * i32::from(rest(code)) - 3;
+    let dot = |limbs: &[i8]| codes.iter().zip(limbs).map(|(&q, &b)| above(q) * i32::from(b)).sum();
+    [dot(&x.hi), dot(&x.lo)]
+}
+
 /// The approximate logit of [`coarse_sums`], for [`bounds`] with a [`coarse_row`]:
-/// `row.scale·(x.scale·(128·S_hi + ½·S_lo))`, each operation in f32.
+/// `row.scale·(x.scale·(128·S_hi + ½·S_lo))`, each operation in f32. With that of [`rest_sums`] it makes,
+/// in one more, the approximate logit of all eight bits.
 pub fn coarse_logit(row: Row, x: &Input, [hi, lo]: [i32; 2]) -> f32 {
     row.scale * (x.scale * (128.0 * hi as f32 + 0.5 * lo as f32))
 }
@@ -202,13 +210,17 @@ pub fn coarse_logit(row: Row, x: &Input, [hi, lo]: [i32; 2]) -> f32 {
 /// With `w·x = s·q·x_scale·v + (w − s·q)·x_scale·v + w·(x − x_scale·v)` and Cauchy–Schwarz they are
 /// `error·bound + norm·rest` away from the approximate one.
 pub fn bounds(row: Row, x: &Input, logit: f32) -> Option<[f32; 2]> {
+    margin(row, x).map(|margin| [logit - margin, logit + margin])
+}
+
+/// How far the exact logit can be from the approximate one; `None` if there is no bound.
+pub fn margin(row: Row, x: &Input) -> Option<f32> {
     // Where this is finite and less than 2¹⁰⁰, no sum overflows.
     let reach = row.norm * x.bound;
     if reach.is_nan() || reach > 2f32.powi(100) {
         return None;
     }
-    let margin = (row.error * x.bound + row.norm * x.rest) * 1.000_001;
-    Some([logit - margin, logit + margin])
+    Some((row.error * x.bound + row.norm * x.rest) * 1.000_001)
 }
 
 /// The repetition penalty of a token that was seen: monotone in the logit.
@@ -312,6 +324,10 @@ mod tests {
                 let [lower, upper] = bounds(row, &x_codes, logit).unwrap();
                 assert!((f64::from(lower)..=f64::from(upper)).contains(&exact), "{k} {magnitude}");
                 assert!(magnitude < 1e-12 || f64::from(upper - lower) < 0.2 * trivial);
+                let whole = logit + coarse_logit(row, &x_codes, rest_sums(&codes, &x_codes));
+                let row = quantize_row(&w, 0.0, &mut codes);
+                let [lower, upper] = bounds(row, &x_codes, whole).unwrap();
+                assert!((f64::from(lower)..=f64::from(upper)).contains(&exact), "{k} {magnitude}");
             }
         }
     }
@@ -336,6 +352,7 @@ mod tests {
         assert_eq!(coarse_sums(&codes, &x), [251 * 127 + 101, 0]);
         let logit = coarse_logit(coarse, &x, coarse_sums(&codes, &x));
         assert_eq!(logit, row.scale * (125.5 * 127.0 + 50.5));
+        assert_eq!(rest_sums(&codes, &x), [3 * 127 - 1, 0]);
         // Rows without codes keep their error.
         for w in [[0.0; 3], [1e-30; 3], [f32::NAN; 3]] {
             let row = quantize_row(&w, 0.0, &mut codes);

@@ -312,13 +312,14 @@ pub mod int8_rows {
 /// bits of each.
 ///
 /// A piece of `rest` has bits `2j+1..2j` of byte `b` for `k = 64·group + 16·j + b`, as `i2` has. The coarse
-/// parts of a group of 64 columns are three pieces: byte `b` of piece `p` holds that of
+/// parts of a row's group of 64 columns are three pieces: byte `b` of piece `p` holds that of
 /// `k = 64·group + 16·p + b` in its low bits, and bits `2p+1..2p` of that of `k = 64·group + 48 + b` above.
+/// Four rows' first pieces are a line of 64 bytes, then follow their second and their third ones.
 ///
 /// ```text
-/// coarse[tile = n/32][3·(k/64) + p][row = n%32][4]    and after a tile's last group what belongs to its
-///                                                     rows: [row][scale, coarse error, norm, error] as f32
-/// rest[tile = n/32][k/64][row = n%32][4]
+/// coarse[tile = n/32][k/64][n%32/4][p][n%4][4]    and after a tile's last group what belongs to its
+///                                                 rows: [n%32][scale, coarse error, norm, error] as f32
+/// rest[tile = n/32][k/64][n%32][4]
 /// ```
 ///
 /// K is padded with codes of 0 to a whole group, and N with rows whose words are 0, and so their scale.
@@ -330,6 +331,9 @@ pub mod split_rows {
 
     /// Pieces of a group's coarse parts.
     pub const COARSE_PIECES: usize = 3;
+
+    /// Rows of a line.
+    pub const LINE_ROWS: usize = 4;
 
     /// Groups along K.
     pub fn groups(k: usize) -> usize {
@@ -346,6 +350,19 @@ pub mod split_rows {
         groups(k) * TILE_ROWS * PIECE_WORDS
     }
 
+    /// Index of the first word of piece `p` of row `n`'s coarse parts.
+    pub fn coarse_piece(groups: usize, n: usize, group: usize, p: usize) -> usize {
+        let (row, line) = (n % TILE_ROWS, n % TILE_ROWS / LINE_ROWS * COARSE_PIECES + p);
+        let of_tile = (group * COARSE_PIECES * TILE_ROWS) + line * LINE_ROWS + row % LINE_ROWS;
+        (n / TILE_ROWS * (COARSE_PIECES * groups + 1) * TILE_ROWS + of_tile) * PIECE_WORDS
+    }
+
+    /// Index of the first word of a row's values, in the coarse words.
+    pub fn row_index(groups: usize, n: usize) -> usize {
+        let pieces = COARSE_PIECES * groups;
+        super::piece_index(pieces + 1, n, pieces)
+    }
+
     fn byte(words: &[u32], piece: usize, byte: usize) -> u8 {
         words[piece + byte / 4].to_le_bytes()[byte % 4]
     }
@@ -353,8 +370,7 @@ pub mod split_rows {
     /// The coarse part of code `q[n,k]` of a table with `groups = groups(K)`.
     pub fn coarse(words: &[u32], groups: usize, n: usize, k: usize) -> u8 {
         let (group, field, b) = (k / GROUP_K, k % GROUP_K / 16, k % 16);
-        let pieces = COARSE_PIECES * groups + 1;
-        let piece = |p| super::piece_index(pieces, n, COARSE_PIECES * group + p);
+        let piece = |p| coarse_piece(groups, n, group, p);
         if field < COARSE_PIECES {
             return byte(words, piece(field), b) & 63;
         }
@@ -369,8 +385,7 @@ pub mod split_rows {
 
     /// `scale, coarse error, norm, error` of row `n`, from the coarse words.
     pub fn row(words: &[u32], groups: usize, n: usize) -> [f32; 4] {
-        let pieces = COARSE_PIECES * groups + 1;
-        let first = super::piece_index(pieces, n, pieces - 1);
+        let first = row_index(groups, n);
         std::array::from_fn(|i| f32::from_bits(words[first + i]))
     }
 }

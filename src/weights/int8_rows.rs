@@ -111,7 +111,7 @@ impl<'a> Int8Rows<'a> {
                     {
                         let fields = codes.as_chunks::<16>().0;
                         for p in 0..PIECES {
-                            let piece = piece_index(PIECES * groups + 1, lane, PIECES * group + p);
+                            let piece = split_rows::coarse_piece(groups, lane, group, p);
                             let last = |b: usize| coarse(fields[PIECES][b]) >> (2 * p) & 3;
                             let bytes = (0..16).map(|b| coarse(fields[p][b]) | last(b) << 6);
                             put_bytes(&mut coarse_words[piece..], bytes);
@@ -121,7 +121,7 @@ impl<'a> Int8Rows<'a> {
                         put_bytes(&mut rest_words[piece_index(groups, lane, group)..], rests);
                     }
                     let error = coarse_row(w, self.least_normal, row, &codes[..k]).error;
-                    let last = piece_index(PIECES * groups + 1, lane, PIECES * groups);
+                    let last = split_rows::row_index(groups, lane);
                     let values = [row.scale, error, row.norm, row.error];
                     put_values(&mut coarse_words[last..], &values);
                 })

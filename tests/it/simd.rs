@@ -973,8 +973,8 @@ fn head_int8(kernels: &dyn Kernels) {
         let logits = guarded("head_int8", len, 7.0, |logits| {
             kernels.head_int8([coarse, rest], &inputs, logits);
         });
-        let bounds = guarded("head_coarse", 2 * len, 7.0, |bounds| {
-            kernels.head_coarse(coarse, &inputs, bounds);
+        let screened = guarded("head_coarse", 2 * len, 7.0, |screened| {
+            kernels.head_coarse(coarse, &inputs, screened);
         });
         let mut codes = vec![0; k];
         for (row, w) in weights.chunks_exact(k).enumerate() {
@@ -989,20 +989,19 @@ fn head_int8(kernels: &dyn Kernels) {
                 let sums = cpu_ref::head_int8::sums(&codes, &input);
                 let logit = cpu_ref::head_int8::logit(values, &input, sums);
                 assert_eq!(logits[tile + lane].to_bits(), logit.to_bits(), "{what}");
-                let lens = [split_rows::coarse_tile_words(k), split_rows::rest_tile_words(k)];
-                let at = row / TILE_ROWS;
-                let words = [&coarse[at * lens[0]..][..lens[0]], &rest[at * lens[1]..][..lens[1]]];
-                let upper = kernels.head_row(words, lane, &inputs[token]);
-                let expected = cpu_ref::head_int8::bounds(values, &input, logit);
-                assert_eq!(upper, expected.map_or(f32::INFINITY, |[_, upper]| upper), "{what}");
 
                 let sums = cpu_ref::head_int8::coarse_sums(&codes, &input);
                 let values = cpu_ref::head_int8::coarse_row(w, 0.0, values, &codes);
                 let logit = cpu_ref::head_int8::coarse_logit(values, &input, sums);
-                let expected = cpu_ref::head_int8::bounds(values, &input, logit);
-                let found = [bounds[2 * tile + lane], bounds[2 * tile + TILE_ROWS + lane]];
-                let expected = expected.unwrap_or([f32::NEG_INFINITY, f32::INFINITY]);
-                assert_eq!(found, expected, "{what}");
+                let margin = cpu_ref::head_int8::margin(values, &input).unwrap_or(f32::INFINITY);
+                let found = [screened[2 * tile + lane], screened[2 * tile + TILE_ROWS + lane]];
+                assert_eq!(found, [logit, margin], "{what}");
+
+                let tile_words = split_rows::rest_tile_words(k);
+                let words = &rest[row / TILE_ROWS * tile_words..][..tile_words];
+                let found = kernels.head_rest(words, lane, &inputs[token]);
+                let above = std::array::from_fn(|limb| 2 * found[limb] - 3 * input.sums[limb]);
+                assert_eq!(cpu_ref::head_int8::rest_sums(&codes, &input), above, "{what}");
             }
         }
     }

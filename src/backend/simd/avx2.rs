@@ -443,7 +443,10 @@ fn each_pair<const P: usize>(
             let x = [fields(hi), fields(lo)];
             for (pair, acc) in acc.iter_mut().enumerate() {
                 let at = pass * AT_ONCE + pair;
-                let codes = unpack(group.each_ref().map(|piece| load(&piece.as_chunks().0[at])));
+                // A line has two pairs, and the next piece of its rows is in the next line.
+                let pairs = group.as_flattened().as_chunks().0;
+                let first = at / 2 * 2 * P + at % 2;
+                let codes = unpack(std::array::from_fn(|p| load(&pairs[first + 2 * p])));
                 for (acc, x) in acc.iter_mut().zip(&x) {
                     // At most 4·63·128: two of them fit i16.
                     let product = |field: usize| _mm256_maddubs_epi16(codes[field], x[field]);
@@ -666,7 +669,7 @@ const FIRST_LINES: usize = 4;
 /// bytes of a page. Within a page the hardware sees a stream and runs ahead of it by itself, better than it
 /// can be told to; at each page it has to find out anew.
 #[inline(always)]
-pub(super) fn ask_next_page(chunk: &[u32; CHUNK_WORDS]) {
+pub(super) fn ask_next_page(chunk: &[u32]) {
     let in_page = chunk.as_ptr().addr() % PAGE_BYTES;
     if in_page < size_of_val(chunk) {
         let next = (PAGE_BYTES - in_page) / size_of::<u32>();

@@ -397,60 +397,72 @@ fn signs_tokens<const T: usize>(
 /// `Σ coarse·x` of one tile of int8 rows, for the two limbs of x.
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]
 pub(super) fn coarse_sums(pieces: &[[u32; CHUNK_WORDS]], x: &Input, sums: &mut LimbSums) {
-    /// Takes a bit from the second where the first has one, else from the third.
-    const CHOOSE: i32 = 0xca;
-    let [low_two, low_four, low_six] = [0x03, 0x0f, 0x3f].map(|bits| _mm512_set1_epi8(bits));
     let mut limb_sums = [[_mm512_setzero_si512(); QUADS]; 2];
+    let [high, low] = &mut limb_sums;
     let limbs = x.hi.as_chunks().0.iter().zip(x.lo.as_chunks().0);
-    for ([a, b, c], (hi, lo)) in pieces.as_chunks::<COARSE_PIECES>().0.iter().zip(limbs) {
-        for piece in [a, b, c] {
-            ask_next_page(piece);
-        }
-        let x = [fields(hi), fields(lo)];
+    for (group, (hi, lo)) in pieces.as_chunks::<COARSE_PIECES>().0.iter().zip(limbs) {
+        ask_next_page(group.as_flattened());
+        let (hi, lo) = (fields(hi), fields(lo));
+        let lines = group.as_flattened().as_chunks().0.as_chunks::<COARSE_PIECES>().0;
         for q in 0..QUADS {
-            let [a, b, c] = [a, b, c].map(|piece| load(&piece.as_chunks::<QUAD_WORDS>().0[q]));
-            // Above its two bits each has others.
-            let (first, second) = (_mm512_srli_epi16::<6>(a), _mm512_srli_epi16::<4>(b));
-            let two = _mm512_ternarylogic_epi64::<CHOOSE>(low_two, first, second);
-            let third = _mm512_srli_epi16::<2>(c);
-            let last = _mm512_ternarylogic_epi64::<CHOOSE>(low_four, two, third);
-            for (field, codes) in [a, b, c, last].into_iter().enumerate() {
-                let codes = _mm512_and_si512(codes, low_six);
-                for (sums, x) in limb_sums.iter_mut().zip(&x) {
-                    sums[q] = _mm512_dpbusd_epi32(sums[q], codes, x[field]);
-                }
-            }
+            let [a, b, c] = lines[q].each_ref().map(|line| load(line));
+            let codes = coarse_codes(a, b, c);
+            high[q] = dot(high[q], codes, &hi);
+            low[q] = dot(low[q], codes, &lo);
         }
     }
     store_limbs(&limb_sums, sums);
 }
 
+/// The coarse parts of four rows' groups.
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]
+fn coarse_codes(a: __m512i, b: __m512i, c: __m512i) -> [__m512i; 4] {
+    /// Takes a bit from the second where the first has one, else from the third.
+    const CHOOSE: i32 = 0xca;
+    let low = |bits| _mm512_set1_epi8(bits);
+    // Above its two bits each has others.
+    let (first, second) = (_mm512_srli_epi16::<6>(a), _mm512_srli_epi16::<4>(b));
+    let two = _mm512_ternarylogic_epi64::<CHOOSE>(low(0x03), first, second);
+    let third = _mm512_srli_epi16::<2>(c);
+    let last = _mm512_ternarylogic_epi64::<CHOOSE>(low(0x0f), two, third);
+    let six = |codes| _mm512_and_si512(codes, low(0x3f));
+    [six(a), six(b), six(c), six(last)]
+}
+
 /// `Σ rest·x` of one tile of int8 rows, for the two limbs of x.
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]
 pub(super) fn rest_sums(pieces: &[[u32; CHUNK_WORDS]], x: &Input, sums: &mut LimbSums) {
-    let low_two = _mm512_set1_epi8(0x03);
     let mut limb_sums = [[_mm512_setzero_si512(); QUADS]; 2];
+    let [high, low] = &mut limb_sums;
     let limbs = x.hi.as_chunks().0.iter().zip(x.lo.as_chunks().0);
     for (piece, (hi, lo)) in pieces.iter().zip(limbs) {
         ask_next_page(piece);
-        let x = [fields(hi), fields(lo)];
-        for (q, quad) in piece.as_chunks::<QUAD_WORDS>().0.iter().enumerate() {
-            let v = load(quad);
-            let shifted = [
-                v,
-                _mm512_srli_epi16::<2>(v),
-                _mm512_srli_epi16::<4>(v),
-                _mm512_srli_epi16::<6>(v),
+        let (hi, lo) = (fields(hi), fields(lo));
+        let quads = piece.as_chunks().0;
+        for q in 0..QUADS {
+            let v = load(&quads[q]);
+            let two = |codes| _mm512_and_si512(codes, _mm512_set1_epi8(0x03));
+            let codes = [
+                two(v),
+                two(_mm512_srli_epi16::<2>(v)),
+                two(_mm512_srli_epi16::<4>(v)),
+                two(_mm512_srli_epi16::<6>(v)),
             ];
-            for (field, codes) in shifted.into_iter().enumerate() {
-                let codes = _mm512_and_si512(codes, low_two);
-                for (sums, x) in limb_sums.iter_mut().zip(&x) {
-                    sums[q] = _mm512_dpbusd_epi32(sums[q], codes, x[field]);
-                }
-            }
+            high[q] = dot(high[q], codes, &hi);
+            low[q] = dot(low[q], codes, &lo);
         }
     }
     store_limbs(&limb_sums, sums);
+}
+
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]
+fn dot(sums: __m512i, codes: [__m512i; 4], x: &[__m512i; 4]) -> __m512i {
+    let sums = _mm512_dpbusd_epi32(sums, codes[0], x[0]);
+    let sums = _mm512_dpbusd_epi32(sums, codes[1], x[1]);
+    let sums = _mm512_dpbusd_epi32(sums, codes[2], x[2]);
+    _mm512_dpbusd_epi32(sums, codes[3], x[3])
 }
 
 #[inline]

@@ -5,7 +5,7 @@
 //! be the largest then, and each that still may be is computed from the model's own.
 
 use cpu_ref::head_int8::{self, Input, Row, coarse_logit, gamma, half_sqrt, penalised};
-use cpu_ref::layout::split_rows::{self, COARSE_PIECES, GROUP_K};
+use cpu_ref::layout::split_rows::{self, COARSE_PIECES, GROUP_K, LINE_ROWS};
 use cpu_ref::layout::{PIECE_WORDS, TILE_ROWS};
 use cpu_ref::reduce::{NORM_LANES, tree_sum};
 
@@ -29,8 +29,8 @@ pub(super) struct Int8Head {
     /// How many of the words are coarse parts.
     coarse_len: usize,
     inputs: Vec<Input>,
-    /// `[tiles][M][2][32]`: lower and upper bounds of the exact logits; −∞ and ∞ where there are none.
-    bounds: Vec<f32>,
+    /// `[tiles][M][2][32]`: logits by six bits, and how far the exact ones can be from them.
+    screened: Vec<f32>,
     /// Rows that may be the greedy token, and their upper bounds or exact logits.
     candidates: Vec<u32>,
     values: Vec<f32>,
@@ -81,7 +81,7 @@ impl Int8Head {
             words,
             coarse_len: int8.split_len()[0],
             inputs: vec![input; max_tokens],
-            bounds: vec![0.0; int8.tiles() * max_tokens * 2 * TILE_ROWS],
+            screened: vec![0.0; int8.tiles() * max_tokens * 2 * TILE_ROWS],
             candidates: Vec::with_capacity(rows),
             values: vec![0.0; rows],
             work: HeadWork::default(),
@@ -119,19 +119,19 @@ impl Int8Head {
         });
     }
 
-    /// Bounds of the exact logits of the normalised hidden states `x[M, K]`, from the coarse parts, for
-    /// [`Int8Head::greedy`].
+    /// The logits of the coarse parts for the normalised hidden states `x[M, K]`, and how good they are,
+    /// for [`Int8Head::greedy`].
     pub(super) fn screen(&mut self, pool: &mut Pool, kernels: &dyn Kernels, x: &[f32]) {
         let inputs = quantize(kernels, x, self.k, &mut self.inputs);
         let coarse = &self.words[..self.coarse_len];
         let tile_words = split_rows::coarse_tile_words(self.k);
         let len = 2 * inputs.len() * TILE_ROWS;
-        let bounds = &mut self.bounds[..self.rows.div_ceil(TILE_ROWS) * len];
+        let screened = &mut self.screened[..self.rows.div_ceil(TILE_ROWS) * len];
         let split = Split { len, cost: tile_cost(inputs, tile_words) };
-        pool.stripes(bounds, split, |first, bounds| {
-            let tiles = bounds.len() / len;
+        pool.stripes(screened, split, |first, screened| {
+            let tiles = screened.len() / len;
             let coarse = &coarse[first * tile_words..][..tiles * tile_words];
-            kernels.head_coarse(coarse, inputs, bounds);
+            kernels.head_coarse(coarse, inputs, screened);
         });
     }
 
@@ -149,55 +149,59 @@ impl Int8Head {
         x: &[f32],
         sampler: &Sampler,
     ) -> Option<usize> {
-        let at = |n: usize| ((n / TILE_ROWS * n_tokens + m) * 2) * TILE_ROWS + n % TILE_ROWS;
+        let (k, rows) = (self.k, self.rows);
+        let tile_at = |n: usize| (n / TILE_ROWS * n_tokens + m) * 2 * TILE_ROWS;
         let penalty = sampler.repetition_penalty();
-        for token in sampler.seen().map(|token| token as usize).filter(|&n| n < self.rows) {
-            for bound in [at(token), at(token) + TILE_ROWS] {
-                self.bounds[bound] = penalised(self.bounds[bound], penalty);
-            }
+        // Only what is known of the others counts, until there are logits to lower.
+        for n in sampler.seen().map(|token| token as usize).filter(|&n| n < rows) {
+            self.screened[tile_at(n) + TILE_ROWS + n % TILE_ROWS] = f32::INFINITY;
         }
-        let k = self.k;
+        let with_penalty = |n: usize, logit: f32| match sampler.has_seen(n as u32) {
+            true if penalty != 1.0 => penalised(logit, penalty),
+            _ => logit,
+        };
         let exact = |n: usize| {
             let mut exact = [0.0; TILE_ROWS];
             kernels.lm_head(table_rows(table).rows(k, n, n + 1), x, k, &mut exact);
-            let is_seen = penalty != 1.0 && sampler.has_seen(n as u32);
-            if is_seen { penalised(exact[0], penalty) } else { exact[0] }
+            with_penalty(n, exact[0])
         };
 
-        let tiles = self.bounds.chunks_exact(2 * TILE_ROWS).skip(m).step_by(n_tokens);
-        let tiles = (0..self.rows).step_by(TILE_ROWS).zip(tiles);
-        let tiles = tiles.map(|(n, tile)| (n, TILE_ROWS.min(self.rows - n), tile));
+        let screened = &self.screened[..];
+        let tiles = (0..rows).step_by(TILE_ROWS).map(|n| {
+            let (logits, margins) = screened[tile_at(n)..][..2 * TILE_ROWS].split_at(TILE_ROWS);
+            (n, &logits[..TILE_ROWS.min(rows - n)], margins)
+        });
         let (mut first, mut least) = (0, f32::NEG_INFINITY);
-        for (n, len, tile) in tiles.clone() {
-            let most = largest_lower(&tile[..len]);
+        for (n, logits, margins) in tiles.clone() {
+            let lower = |lane: usize| lowered(logits[lane] - margins[lane]);
+            let most = (0..logits.len()).map(lower).fold(f32::NEG_INFINITY, f32::max);
             if most > least {
-                first = n + tile[..len].iter().position(|&l| lowered(l) == most).unwrap_or(0);
+                first = n + (0..logits.len()).position(|lane| lower(lane) == most).unwrap_or(0);
                 least = most;
             }
         }
-        // Of rows without bounds, all are candidates. `max` leaves a NaN out; it is found again below.
+        // `max` leaves a NaN out; its row is a candidate.
         least = least.max(exact(first));
         self.candidates.clear();
-        for (n, len, tile) in tiles {
-            let upper = &tile[TILE_ROWS..][..len];
-            if upper.iter().any(|&upper| reaches(upper, least)) {
-                let lanes = (n as u32..).zip(upper).filter(|&(_, &upper)| reaches(upper, least));
-                self.candidates.extend(lanes.map(|(n, _)| n));
+        for (n, logits, margins) in tiles {
+            let upper = |lane: usize| logits[lane] + margins[lane];
+            if (0..logits.len()).any(|lane| reaches(upper(lane), least)) {
+                let lanes = (0..logits.len()).filter(|&lane| reaches(upper(lane), least));
+                self.candidates.extend(lanes.map(|lane| (n + lane) as u32));
             }
         }
+
         let (coarse, rest) = self.words.split_at(self.coarse_len);
-        let lens = [split_rows::coarse_tile_words(k), split_rows::rest_tile_words(k)];
+        let tile_words = split_rows::rest_tile_words(k);
         let (input, candidates) = (&self.inputs[m], &self.candidates[..]);
         let uppers = &mut self.values[..candidates.len()];
-        pool.stripes(uppers, Split { len: 1, cost: lens.iter().sum() }, |first, uppers| {
+        pool.stripes(uppers, Split { len: 1, cost: tile_words }, |first, uppers| {
             for (upper, &n) in uppers.iter_mut().zip(&candidates[first..]) {
-                let (tile, lane) = (n as usize / TILE_ROWS, n as usize % TILE_ROWS);
-                let words =
-                    [&coarse[tile * lens[0]..][..lens[0]], &rest[tile * lens[1]..][..lens[1]]];
-                *upper = kernels.head_row(words, lane, input);
-                if penalty != 1.0 && sampler.has_seen(n) {
-                    *upper = penalised(*upper, penalty);
-                }
+                let (n, lane) = (n as usize, n as usize % TILE_ROWS);
+                let tile = &rest[n / TILE_ROWS * tile_words..][..tile_words];
+                let sums = kernels.head_rest(tile, lane, input);
+                let screened = screened[tile_at(n) + lane];
+                *upper = with_penalty(n, self::upper(coarse, (n, k), input, screened, sums));
             }
         });
         let mut uppers = uppers.iter();
@@ -236,17 +240,24 @@ fn tile_cost(inputs: &[Input], words: usize) -> usize {
     inputs.len() * words * size_of::<u32>()
 }
 
-/// The largest of lower bounds, widened as `cpu_ref::head_int8::greedy` has it.
-fn largest_lower(lower: &[f32]) -> f32 {
-    lower.iter().map(|&lower| lowered(lower)).fold(f32::NEG_INFINITY, f32::max)
+/// The upper bound of the exact logit of row `n` of `K` columns, by all eight bits: by six, and the rest's sums;
+/// ∞ if there is none.
+fn upper(coarse: &[u32], (n, k): (usize, usize), x: &Input, logit: f32, rest: [i32; 2]) -> f32 {
+    let [scale, _, norm, error] = split_rows::row(coarse, split_rows::groups(k), n);
+    let row = Row { scale, error, norm };
+    let above = std::array::from_fn(|limb| 2 * rest[limb] - 3 * x.sums[limb]);
+    let logit = logit + coarse_logit(row, x, above);
+    head_int8::bounds(row, x, logit).map_or(f32::INFINITY, |[_, upper]| upper)
 }
 
+/// Bounds are wider than they are by what `cpu_ref::head_int8::greedy` adds.
 fn lowered(lower: f32) -> f32 {
     lower - lower.abs() * 1e-6
 }
 
+/// A row of which nothing is known, not even that it is a number, does.
 fn reaches(upper: f32, least: f32) -> bool {
-    upper + upper.abs() * 1e-6 >= least
+    upper.is_nan() || upper + upper.abs() * 1e-6 >= least
 }
 
 /// Twin of `cpu_ref::head_int8::quantize_input`, into codes that are there, zero past K.
@@ -288,23 +299,24 @@ pub(super) fn head_input(x: &[f32], input: &mut Input) {
     }
 }
 
-/// Twin of `cpu_ref::head_int8::{coarse_sums, coarse_logit, bounds}` for whole tiles and M inputs;
+/// Twin of `cpu_ref::head_int8::{coarse_sums, coarse_logit, margin}` for whole tiles and M inputs;
 /// `tile_sums` gets a tile's pieces and the limbs, for `Σ coarse·x`.
 #[inline(always)]
 pub(super) fn head_coarse(
     words: &[u32],
     inputs: &[Input],
-    bounds: &mut [f32],
+    screened: &mut [f32],
     tile_sums: impl Fn(&[[u32; CHUNK_WORDS]], &Input, &mut LimbSums),
 ) {
     let tile_len = 2 * inputs.len() * TILE_ROWS;
-    let tile_words = words.len() / (bounds.len() / tile_len).max(1);
-    for (tile, bounds) in words.chunks_exact(tile_words).zip(bounds.chunks_exact_mut(tile_len)) {
+    let tile_words = words.len() / (screened.len() / tile_len).max(1);
+    let tiles = words.chunks_exact(tile_words).zip(screened.chunks_exact_mut(tile_len));
+    for (tile, screened) in tiles {
         let (rows, pieces) = tile.as_chunks::<CHUNK_WORDS>().0.split_last().expect("row values");
-        for (input, bounds) in inputs.iter().zip(bounds.chunks_exact_mut(2 * TILE_ROWS)) {
+        for (input, screened) in inputs.iter().zip(screened.chunks_exact_mut(2 * TILE_ROWS)) {
             let mut sums = [[0; TILE_ROWS]; 2];
             tile_sums(pieces, input, &mut sums);
-            let (lower, upper) = bounds.split_at_mut(TILE_ROWS);
+            let (logits, margins) = screened.split_at_mut(TILE_ROWS);
             for (n, row) in rows.as_chunks().0.iter().enumerate() {
                 let row = row_values(row);
                 // Their difference fits, and so it is right whatever wraps before.
@@ -312,9 +324,8 @@ pub(super) fn head_coarse(
                     let whole = 8i32.wrapping_mul(sums[limb][n]);
                     whole.wrapping_sub(253i32.wrapping_mul(input.sums[limb]))
                 });
-                let logit = coarse_logit(row, input, middles);
-                [lower[n], upper[n]] = head_int8::bounds(row, input, logit)
-                    .unwrap_or([f32::NEG_INFINITY, f32::INFINITY]);
+                logits[n] = coarse_logit(row, input, middles);
+                margins[n] = head_int8::margin(row, input).unwrap_or(f32::INFINITY);
             }
         }
     }
@@ -357,32 +368,22 @@ fn row_values(row: &[u32; PIECE_WORDS]) -> Row {
     Row { scale, error, norm }
 }
 
-/// Twin of `cpu_ref::head_int8::{sums, logit, bounds}` for row `n` of a tile: its upper bound; ∞ if there is
-/// none.
+/// `Σ rest·x` of row `n` of a tile, for the two limbs of x.
 #[inline(always)]
-pub(super) fn head_row([coarse, rest]: [&[u32]; 2], n: usize, input: &Input) -> f32 {
-    let (row, coarse) = coarse.as_chunks::<CHUNK_WORDS>().0.split_last().expect("row values");
-    let rest = rest.as_chunks::<CHUNK_WORDS>().0;
-    let bytes = |piece: &[u32; CHUNK_WORDS]| piece_bytes(&piece.as_chunks().0[n]);
+pub(super) fn head_rest(tile: &[u32], n: usize, x: &Input) -> [i32; 2] {
     let mut sums = [[0i32; 16]; 2];
-    for (at, (coarse, rest)) in coarse.as_chunks().0.iter().zip(rest).enumerate() {
-        let coarse = coarse_codes(coarse.each_ref().map(bytes));
-        let rest = rest_codes([bytes(rest)]);
-        for (sums, limbs) in sums.iter_mut().zip([&input.hi, &input.lo]) {
-            let limbs = limbs.as_chunks::<GROUP_K>().0[at];
-            for (field, limbs) in limbs.as_chunks::<16>().0.iter().enumerate() {
-                for b in 0..16 {
-                    let code = 4 * i32::from(coarse[field][b]) + i32::from(rest[field][b]);
-                    sums[b] += code * i32::from(limbs[b]);
+    let limbs = x.hi.as_chunks::<GROUP_K>().0.iter().zip(x.lo.as_chunks::<GROUP_K>().0);
+    for (piece, (hi, lo)) in tile.as_chunks::<CHUNK_WORDS>().0.iter().zip(limbs) {
+        let codes = rest_codes(row_pieces(std::array::from_ref(piece), n));
+        for (sums, limbs) in sums.iter_mut().zip([hi, lo]) {
+            for (codes, limbs) in codes.iter().zip(limbs.as_chunks::<16>().0) {
+                for ((sum, &code), &limb) in sums.iter_mut().zip(codes).zip(limbs) {
+                    *sum += i32::from(code) * i32::from(limb);
                 }
             }
         }
     }
-    let sums = std::array::from_fn(|limb| sums[limb].iter().sum::<i32>() - 128 * input.sums[limb]);
-    let row = &row.as_chunks::<PIECE_WORDS>().0[n];
-    let values = Row { error: f32::from_bits(row[3]), ..row_values(row) };
-    let logit = head_int8::logit(values, input, sums);
-    head_int8::bounds(values, input, logit).map_or(f32::INFINITY, |[_, upper]| upper)
+    sums.map(|sums| sums.iter().sum())
 }
 
 /// `Σ coarse·x` of one tile, by plain loops.
@@ -404,10 +405,15 @@ fn rest_codes([a]: [[u8; 16]; 1]) -> [[u8; 16]; GROUP_K / 16] {
     [a.map(|a| a & 3), a.map(|a| a >> 2 & 3), a.map(|a| a >> 4 & 3), a.map(|a| a >> 6)]
 }
 
-/// A row's piece.
+/// The pieces of row `n` of a group of a tile: where the first is, and then one in each line.
 #[inline(always)]
-fn piece_bytes(words: &[u32; PIECE_WORDS]) -> [u8; 16] {
-    bytemuck::cast::<[[u8; 4]; PIECE_WORDS], [u8; 16]>(words.map(u32::to_le_bytes))
+fn row_pieces<const P: usize>(group: &[[u32; CHUNK_WORDS]; P], n: usize) -> [[u8; 16]; P] {
+    let pieces = group.as_flattened().as_chunks::<PIECE_WORDS>().0;
+    let first = n / LINE_ROWS * LINE_ROWS * P + n % LINE_ROWS;
+    std::array::from_fn(|p| {
+        let words = pieces[first + p * LINE_ROWS].map(u32::to_le_bytes);
+        bytemuck::cast::<[[u8; 4]; PIECE_WORDS], [u8; 16]>(words)
+    })
 }
 
 /// `Σ rest·x` of one tile, by plain loops.
@@ -427,8 +433,7 @@ fn each_group<const P: usize>(
     let limbs = x.hi.as_chunks::<GROUP_K>().0.iter().zip(x.lo.as_chunks::<GROUP_K>().0);
     for (group, (hi, lo)) in groups.iter().zip(limbs) {
         for n in 0..TILE_ROWS {
-            let pieces =
-                group.each_ref().map(|piece| piece_bytes(&piece.as_chunks::<PIECE_WORDS>().0[n]));
+            let pieces = row_pieces(group, n);
             let (mut high, mut low) = (0i32, 0i32);
             for ((&code, &hi), &lo) in unpack(pieces).as_flattened().iter().zip(hi).zip(lo) {
                 high += i32::from(code) * i32::from(hi);

@@ -618,18 +618,18 @@ pub trait Kernels: Send + Sync {
     /// there.
     fn head_input(&self, x: &[f32], input: &mut Input);
 
-    /// `cpu_ref::head_int8`'s bounds of the logits of whole tiles of the coarse parts of int8 rows
-    /// (`cpu_ref::layout::split_rows`) for M inputs, into `bounds[tiles][M][2][32]`; −∞ and ∞ where there
-    /// are none.
-    fn head_coarse(&self, words: &[u32], inputs: &[Input], bounds: &mut [f32]);
+    /// `cpu_ref::head_int8`'s logits of whole tiles of the coarse parts of int8 rows
+    /// (`cpu_ref::layout::split_rows`) for M inputs, and how far the exact ones can be from them, ∞ where that is
+    /// not known: `screened[tiles][M][2][32]`.
+    fn head_coarse(&self, words: &[u32], inputs: &[Input], screened: &mut [f32]);
 
     /// `cpu_ref::head_int8`'s logits of whole tiles of int8 rows, coarse parts and rests, for M inputs,
     /// into `logits[tiles][M][32]`.
     fn head_int8(&self, words: [&[u32]; 2], inputs: &[Input], logits: &mut [f32]);
 
-    /// The upper bound of `cpu_ref::head_int8`'s logit of row `n` of a tile of int8 rows, coarse parts and
-    /// rests; ∞ where there is none.
-    fn head_row(&self, tile: [&[u32]; 2], n: usize, input: &Input) -> f32;
+    /// `Σ rest·x` of row `n` of a tile of int8 rows' rests (`cpu_ref::layout::split_rows`), for the two
+    /// limbs of x.
+    fn head_rest(&self, tile: &[u32], n: usize, x: &Input) -> [i32; 2];
 
     /// The first of the largest logits; `None` if there is none or one is NaN.
     fn argmax(&self, logits: &[f32]) -> Option<usize>;
@@ -840,13 +840,13 @@ macro_rules! impl_kernels {
                     where x.len() <= input.hi.len() && input.hi.len() == input.lo.len()
                     => super::head::head_input(x, input);
                 fn head_coarse(words: &[u32], inputs: &[cpu_ref::head_int8::Input],
-                    bounds: &mut [f32]) -> ()
+                    screened: &mut [f32]) -> ()
                     where super::head_fits(
                         [(cpu_ref::layout::split_rows::coarse_tile_words, words.len())],
                         inputs,
-                        (bounds.len(), 2 * cpu_ref::layout::TILE_ROWS),
+                        (screened.len(), 2 * cpu_ref::layout::TILE_ROWS),
                     )
-                    => super::head::head_coarse(words, inputs, bounds,
+                    => super::head::head_coarse(words, inputs, screened,
                         |pieces, x, sums| coarse_sums(pieces, x, sums));
                 fn head_int8(words: [&[u32]; 2], inputs: &[cpu_ref::head_int8::Input],
                     logits: &mut [f32]) -> ()
@@ -861,17 +861,14 @@ macro_rules! impl_kernels {
                     => super::head::head_int8(words, inputs, logits,
                         |pieces, x, sums| coarse_sums(pieces, x, sums),
                         |pieces, x, sums| rest_sums(pieces, x, sums));
-                fn head_row(tile: [&[u32]; 2], n: usize,
-                    input: &cpu_ref::head_int8::Input) -> f32
+                fn head_rest(tile: &[u32], n: usize, x: &cpu_ref::head_int8::Input)
+                    -> [i32; 2]
                     where n < cpu_ref::layout::TILE_ROWS && super::head_fits(
-                        [
-                            (cpu_ref::layout::split_rows::coarse_tile_words, tile[0].len()),
-                            (cpu_ref::layout::split_rows::rest_tile_words, tile[1].len()),
-                        ],
-                        std::slice::from_ref(input),
+                        [(cpu_ref::layout::split_rows::rest_tile_words, tile.len())],
+                        std::slice::from_ref(x),
                         (1, 1),
                     )
-                    => super::head::head_row(tile, n, input);
+                    => super::head::head_rest(tile, n, x);
                 fn argmax(logits: &[f32]) -> Option<usize>
                     where true
                     => super::portable::argmax(logits);
