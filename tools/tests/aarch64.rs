@@ -1,9 +1,6 @@
-//! The tests of tests/it/simd.rs and tests/it/backends.rs on AArch64, built without what other integration
-//! tests need: `tools/cross-aarch64.sh test -p sterna-tools --test aarch64`.
+//! The tests of tests/it/simd.rs on AArch64, built without what other integration tests need: `tools/cross-aarch64.sh test -p sterna-tools --test aarch64`.
 #![cfg(target_arch = "aarch64")]
 
-#[path = "../../tests/it/backends.rs"]
-mod backends;
 #[path = "../../tests/it/simd.rs"]
 mod simd;
 #[path = "../../tests/it/util.rs"]
