@@ -1,4 +1,5 @@
-//! The tests of tests/it/simd.rs on AArch64, built without what other integration tests need: `tools/cross-aarch64.sh test -p sterna-tools --test aarch64`.
+//! The tests of tests/it/simd.rs on AArch64, built without what other integration tests need:
+//! `tools/cross-aarch64.sh test -p sterna-tools --test aarch64`.
 #![cfg(target_arch = "aarch64")]
 
 #[path = "../../tests/it/simd.rs"]
