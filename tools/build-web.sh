@@ -61,7 +61,7 @@ with_std() {
     # RUSTC_BOOTSTRAP lets a stable compiler accept -Z build-std, for this one build only.
     ( cd "$work"; RUSTC=$base RUSTC_BOOTSTRAP=1 CARGO_TARGET_DIR=$work/target \
       CARGO_TARGET_WASM32_UNKNOWN_UNKNOWN_RUSTFLAGS="$flags -C embed-bitcode=yes" \
-      cargo build --release --target $target -Z build-std=std,panic_abort,test >&2 ) || exit 1
+      cargo build --release --target $target -Z build-std=std,panic_abort >&2 ) || exit 1
     rm -rf "$sysroot"
     mkdir -p "$sysroot/lib/rustlib/$target/lib"
     find "$work/target/$target/release/deps" -name '*.rlib' ! -name 'libstub-*' \
@@ -99,9 +99,14 @@ version=$(awk '/^name = "wasm-bindgen"$/ { getline; gsub(/[^0-9.]/, ""); print; 
 bindgen=$(command -v wasm-bindgen || true)
 if [ -z "$bindgen" ] || [ "$("$bindgen" --version)" != "wasm-bindgen $version" ]; then
   bindgen=$cache/wasm-bindgen-$version/bin/wasm-bindgen
-  [ -x "$bindgen" ] || env CARGO_PROFILE_RELEASE_OPT_LEVEL=1 CARGO_TARGET_DIR="$cache/build" \
-    cargo install wasm-bindgen-cli --version "$version" --no-default-features --locked \
-    --root "$cache/wasm-bindgen-$version"
+  install_bindgen() {
+    env CARGO_PROFILE_RELEASE_OPT_LEVEL=1 CARGO_TARGET_DIR="$cache/build" cargo install wasm-bindgen-cli \
+      --version "$version" --no-default-features --root "$cache/wasm-bindgen-$version" "$@"
+  }
+  [ -x "$bindgen" ] || install_bindgen --locked || {
+    echo "what wasm-bindgen-cli was locked to is not all there: built with what is" >&2
+    install_bindgen
+  }
   rm -rf "$cache/build"
 fi
 

@@ -3,6 +3,8 @@
 import { Sterna } from '/sterna.js';
 
 const PROMPT = 'Once upon a time';
+/** Tokens of texts that a software GPU writes, where another check has seen them all. */
+const FEW = 16;
 const worker = (how) => new URL(`/tests/worker.js?${how}`, location.href);
 
 function equal(found, expected, what) {
@@ -71,8 +73,10 @@ export const CHECKS = {
     const model = await shared('gpu');
     equal(model.info.device, 'gpu:0', 'device');
     const begin = performance.now();
-    equal(await tokens(model, { maxTokens: expected.tokens.length }), expected.tokens, 'tokens');
-    const again = model.generate(PROMPT, { maxTokens: 60 });
+    // All of the text once: a page that is not isolated has another engine, and the same kernels.
+    const maxTokens = expected.isolated ? expected.tokens.length : FEW;
+    equal(await tokens(model, { maxTokens }), expected.tokens.slice(0, maxTokens), 'tokens');
+    const again = model.generate(PROMPT, { maxTokens: FEW });
     const { generatedTokens, tokensPerSecond } = await again.summary;
     return { info: model.info, ms: performance.now() - begin, generatedTokens, tokensPerSecond };
   },
@@ -219,7 +223,7 @@ export const CHECKS = {
       const ask = async (turn) => {
         messages.push({ role: 'user', content: asked[turn] });
         const answer = { role: 'assistant', content: '', tokens: [] };
-        for await (const { token, text } of model.generate(messages.map(({ role, content }) => ({ role, content })), { maxTokens: 12 })) {
+        for await (const { token, text } of model.generate(messages.map(({ role, content }) => ({ role, content })), { maxTokens: 6 })) {
           answer.tokens.push(token);
           answer.content += text;
         }
@@ -294,7 +298,8 @@ export const CHECKS = {
     const file = new File([await (await fetch('/gguf/stories.gguf')).arrayBuffer()], 'stories.gguf');
     for (const [device, source] of [['cpu', file], ['cpu', '/gguf/stories.gguf'], ['gpu', file]]) {
       await withModel({ source, device }, async (model) => {
-        equal(await tokens(model, { maxTokens: expected.tokens.length }), expected.tokens, device);
+        const maxTokens = device === 'cpu' ? expected.tokens.length : FEW;
+        equal(await tokens(model, { maxTokens }), expected.tokens.slice(0, maxTokens), device);
       });
     }
   },

@@ -1,7 +1,7 @@
 // Runs the checks of web/tests in headless browsers with software WebGPU, then uses the page as a
 // person would and takes pictures of it.
 //
-//   node web/tests/run.mjs PACKAGE OUT STERNA [chromium] [firefox]
+//   node web/tests/run.mjs PACKAGE OUT STERNA [chromium] [firefox] [page]
 //
 // PACKAGE is the folder that tools/build-web.sh makes, OUT takes pictures and results, STERNA is the
 // native program, whose tokens and hash the browsers must have. Needs playwright-core (npm) to be found
@@ -20,10 +20,10 @@ import path from 'node:path';
 
 const [packageDir, outDir, sterna, ...asked] = process.argv.slice(2);
 if (!sterna) {
-  console.error('usage: node run.mjs PACKAGE OUT STERNA [chromium] [firefox]');
+  console.error('usage: node run.mjs PACKAGE OUT STERNA [chromium] [firefox] [page]');
   process.exit(2);
 }
-const browsers = asked.length > 0 ? asked : ['chromium', 'firefox'];
+const browsers = asked.length > 0 ? asked : ['chromium', 'firefox', 'page'];
 const testsDir = import.meta.dirname ?? path.dirname(new URL(import.meta.url).pathname);
 const TIMEOUT_MS = Number(process.env.TIMEOUT_MS ?? 600_000);
 fs.mkdirSync(outDir, { recursive: true });
@@ -224,14 +224,17 @@ if (browsers.includes('chromium')) {
     await page.goto(url);
     return () => page.close();
   });
-  if ('page'.includes(only)) {
-    const { usePage } = await import('./page.mjs');
-    failed += await usePage(browser, new Server(), outDir);
-  }
   await browser.close();
 }
 if (browsers.includes('firefox')) {
   failed += await check('firefox', async (url) => firefox(url));
+}
+if (browsers.includes('page') && 'page'.includes(only)) {
+  const { usePage } = await import('./page.mjs');
+  const browser = await chromium();
+  failed += await usePage(browser, new Server(), outDir);
+  count += 1;
+  await browser.close();
 }
 if (count === 0) {
   failed += 1;
