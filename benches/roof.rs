@@ -2,7 +2,8 @@
 //!
 //! `gemv`: bytes of packed weights per second beside a plain sum of the same words; from memory
 //! (copies that no cache holds together take turns) and from the cache (one copy), for one token and
-//! a few. `gemm`: multiplications per second for more and more tokens. An argument chooses one of them.
+//! a few. `head`: the same of a decode step's LM head, by six bits of its codes (`head_coarse`) and by all
+//! (`head_int8`). `gemm`: multiplications per second for more and more tokens. An argument chooses one of them.
 //!
 //! Unlike criterion's, these numbers mean something on a busy machine: calls are short, all
 //! contestants take turns call by call, and each is judged by the fastest fiftieth of its calls.
@@ -13,9 +14,15 @@ mod shapes;
 
 use std::time::{Duration, Instant};
 
+use cpu_ref::head_int8::Input;
+use cpu_ref::layout::{TILE_ROWS, split_rows};
+use rayon::prelude::*;
 use sterna::backend::simd::{Kernels, Level};
+use sterna::random::Random;
+use sterna::shape::MatShape;
+use sterna::weights::{Int8Rows, Table, TableData};
 
-use shapes::{Product, cpu, is_test, matrices, token_counts};
+use shapes::{Product, cpu, heads, is_test, matrices, token_counts};
 
 /// More than any cache of the machines in scope.
 const COLD_BYTES: usize = 256 << 20;
@@ -38,6 +45,9 @@ fn main() {
     let wanted = |name: &str| names.is_empty() || names.iter().any(|other| other == name);
     if wanted("gemv") {
         gemv();
+    }
+    if wanted("head") {
+        head();
     }
     if wanted("gemm") {
         gemm();
@@ -95,6 +105,90 @@ fn gemv() {
                 }
                 row(&format!("{n}x{k}"), speeds);
             }
+        }
+    }
+}
+
+fn head() {
+    for pool in cpu::pools() {
+        let threads = pool.current_num_threads();
+        println!("\nhead from memory, threads: {threads}; GB/s of packed codes\n");
+        for (at, (v, k)) in heads().into_iter().enumerate() {
+            let mut random = Random::new(v as u64);
+            let shape = MatShape::new(v, k).expect("a real shape");
+            let table = Table::new(shape, TableData::F32(random.floats(v * k, 1.0).into()));
+            let int8 = Int8Rows::of(&table).expect("floats");
+            let lines = int8.pack_split().expect("is in memory");
+            let words: &[u32] = bytemuck::cast_slice(&lines);
+            let (coarse, rest) = words.split_at(int8.split_len()[0]);
+            let copies = if is_test() { 1 } else { COLD_BYTES.div_ceil(size_of_val(words)) };
+            let (coarse, rest) = (Copies::new(coarse, copies), Copies::new(rest, copies));
+            let lens = [split_rows::coarse_tile_words(k), split_rows::rest_tile_words(k)];
+            let codes = split_rows::groups(k) * split_rows::GROUP_K;
+            let (hi, lo) = (vec![0; codes], vec![0; codes]);
+            let mut input = [Input { hi, lo, scale: 0.0, bound: 0.0, rest: 0.0, sums: [0; 2] }];
+            let all_kernels = kernels();
+            all_kernels[0].head_input(&random.floats(k, 1.0), &mut input[0]);
+            let tiles = v.div_ceil(TILE_ROWS);
+            // As many tiles a piece as make 64 pieces.
+            let piece = tiles.div_ceil(64);
+
+            let mut contestants: Vec<Contestant<'_>> = Vec::new();
+            contestants.push(Contestant {
+                name: "read".to_owned(),
+                call: Box::new(|turn| cpu::read(&pool, coarse.copy(turn))),
+                worth: coarse.len_bytes(),
+            });
+            let (input, coarse, rest, pool) = (&input, &coarse, &rest, &pool);
+            let scalar = Level::Scalar.kernels().expect("runs everywhere");
+            for kernels in &all_kernels {
+                let name = kernels.level().name();
+                let screen = move |kernels: &dyn Kernels, turn, out: &mut [f32]| {
+                    let words = coarse.copy(turn).par_chunks(piece * lens[0]);
+                    let outs = out.par_chunks_mut(piece * 2 * TILE_ROWS);
+                    pool.install(|| {
+                        words
+                            .zip(outs)
+                            .for_each(|(words, out)| kernels.head_coarse(words, input, out));
+                    });
+                };
+                let logits = move |kernels: &dyn Kernels, turn, out: &mut [f32]| {
+                    let words = coarse.copy(turn).par_chunks(piece * lens[0]);
+                    let words = words.zip(rest.copy(turn).par_chunks(piece * lens[1]));
+                    let outs = out.par_chunks_mut(piece * TILE_ROWS);
+                    pool.install(|| {
+                        words.zip(outs).for_each(|((coarse, rest), out)| {
+                            kernels.head_int8([coarse, rest], input, out);
+                        });
+                    });
+                };
+                let [mut out, mut expected] = [0.0, 1.0].map(|v| vec![v; tiles * 2 * TILE_ROWS]);
+                screen(kernels.as_ref(), 0, &mut out);
+                screen(scalar.as_ref(), 0, &mut expected);
+                assert_eq!(out, expected, "{name}");
+                logits(kernels.as_ref(), 0, &mut out[..tiles * TILE_ROWS]);
+                logits(scalar.as_ref(), 0, &mut expected[..tiles * TILE_ROWS]);
+                assert_eq!(out, expected, "{name}");
+
+                let mut more = out.clone();
+                contestants.push(Contestant {
+                    name: format!("{name} head_coarse"),
+                    call: Box::new(move |turn| screen(kernels.as_ref(), turn, &mut out)),
+                    worth: coarse.len_bytes(),
+                });
+                contestants.push(Contestant {
+                    name: format!("{name} head_int8"),
+                    call: Box::new(move |turn| {
+                        logits(kernels.as_ref(), turn, &mut more[..tiles * TILE_ROWS]);
+                    }),
+                    worth: coarse.len_bytes() + rest.len_bytes(),
+                });
+            }
+            let speeds = race(&mut contestants);
+            if at == 0 {
+                header("shape", contestants.iter().map(|one| one.name.as_str()));
+            }
+            row(&format!("{v}x{k}"), speeds);
         }
     }
 }

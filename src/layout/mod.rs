@@ -91,7 +91,7 @@ impl Pieces for Signs {
 /// A cache line of packed weights: a matrix that starts on one never has a load across two.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, bytemuck::Pod, bytemuck::Zeroable)]
 #[repr(C, align(64))]
-struct Line([u32; 16]);
+pub struct Line(pub(crate) [u32; 16]);
 
 /// A packed matrix: ternary in a [`Layout`], binary in [`Signs`]. N is padded to whole tiles of 32
 /// rows, K to whole chunks of columns, both with [`Pieces::PADDING`].

@@ -9,6 +9,7 @@ use rayon::prelude::*;
 use super::{Rows, Table, TableData};
 use crate::error::Result;
 use crate::format::float::Float;
+use crate::layout::Line;
 
 /// Smallest normal f16: a GPU may read smaller ones as 0.
 const LEAST_F16: f32 = 6.103_515_6e-5;
@@ -78,24 +79,25 @@ impl<'a> Int8Rows<'a> {
         Ok(words)
     }
 
-    /// Words of all tiles as `cpu_ref::layout::split_rows` says: the coarse parts, then the rests.
+    /// Words of all tiles as `cpu_ref::layout::split_rows` says: of the coarse parts, and of the rests.
     pub fn split_len(self) -> [usize; 2] {
         let k = self.table.shape().k();
         [split_rows::coarse_tile_words(k), split_rows::rest_tile_words(k)]
             .map(|words| self.tiles() * words)
     }
 
-    /// The words of all tiles, in two parts ([`Int8Rows::split_len`]), packed in parallel.
+    /// The words of all tiles, in two parts ([`Int8Rows::split_len`]) after one another, packed in parallel.
     ///
     /// # Errors
     /// As [`Int8Rows::pack`].
-    pub fn pack_split(self) -> Result<Vec<u32>> {
+    pub fn pack_split(self) -> Result<Vec<Line>> {
         const PIECES: usize = split_rows::COARSE_PIECES;
         let k = self.table.shape().k();
         let groups = split_rows::groups(k);
         let lens = [split_rows::coarse_tile_words(k), split_rows::rest_tile_words(k)];
         let [coarse_len, rest_len] = self.split_len();
-        let mut words = vec![0; coarse_len + rest_len];
+        let mut lines = vec![Line([0; LINE_WORDS]); (coarse_len + rest_len) / LINE_WORDS];
+        let words: &mut [u32] = bytemuck::cast_slice_mut(&mut lines);
         let (coarse_words, rest_words) = words.split_at_mut(coarse_len);
         let mut parts =
             coarse_words.chunks_mut(BLOCK * lens[0]).zip(rest_words.chunks_mut(BLOCK * lens[1]));
@@ -127,7 +129,7 @@ impl<'a> Int8Rows<'a> {
                 })
             })
         })?;
-        Ok(words)
+        Ok(lines)
     }
 
     /// Calls `pack` with some tiles' rows after the other, so that few of a mapped or stored table stand in
@@ -169,6 +171,8 @@ impl<'a> Int8Rows<'a> {
 
 /// Tiles packed at once.
 const BLOCK: usize = 64;
+
+const LINE_WORDS: usize = size_of::<Line>() / size_of::<u32>();
 
 /// The rows of some tiles.
 #[derive(Clone, Copy)]
@@ -232,7 +236,8 @@ mod tests {
         let values = Random::new(1).floats(n * k, 2.0);
         let table = Table::new(shape, TableData::F32(values.clone().into()));
         let rows = Int8Rows::of(&table).unwrap();
-        let words = rows.pack_split().unwrap();
+        let lines = rows.pack_split().unwrap();
+        let words: &[u32] = bytemuck::cast_slice(&lines);
         let [coarse_len, rest_len] = rows.split_len();
         assert_eq!(words.len(), coarse_len + rest_len);
         let (coarse_words, rest_words) = words.split_at(coarse_len);

@@ -956,7 +956,8 @@ fn head_int8(kernels: &dyn Kernels) {
         let shape = MatShape::new(n, k).unwrap();
         let table = Table::new(shape, TableData::F32(weights.clone().into()));
         let int8 = Int8Rows::of(&table).unwrap();
-        let words = int8.pack_split().unwrap();
+        let lines = int8.pack_split().unwrap();
+        let words: &[u32] = bytemuck::cast_slice(&lines);
         let (coarse, rest) = words.split_at(int8.split_len()[0]);
         let inputs: Vec<Input> = (0..m)
             .map(|token| {

@@ -27,13 +27,14 @@ use cpu_ref::layout::split_rows::COARSE_PIECES;
 use cpu_ref::layout::{CHUNK_K, TILE_ROWS};
 
 use super::base3::{FEW_BASE3, few_base3, unpack_base3};
-use super::columns::{Line, STEP};
+use super::columns::STEP;
 use super::head::LimbSums;
 use super::lanes::Lanes;
 use super::portable::widen_scales;
 use super::rows::{LineCodes, Rows};
 use super::tables::{FieldTables, build_tables};
 use super::{Activations, CHUNK_WORDS, Level, impl_kernels};
+use crate::layout::Line;
 
 /// The AVX2 level; exists only on a machine that has it.
 #[derive(Debug, Clone, Copy)]

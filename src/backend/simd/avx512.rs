@@ -32,12 +32,13 @@ use cpu_ref::layout::{CHUNK_K, TILE_ROWS};
 
 use super::avx2::{ask_next_page, next_tile, prefetch};
 use super::base3::{FEW_BASE3, few_base3, unpack_base3};
-use super::columns::{Line, STEP};
+use super::columns::STEP;
 use super::head::LimbSums;
 use super::lanes::Lanes;
 use super::rows::{LineCodes, Rows};
 use super::tables::{NibbleTables, i2_column};
 use super::{Activations, CHUNK_WORDS, GroupLayout, GroupScales, Level, impl_kernels};
+use crate::layout::Line;
 
 /// The AVX-512 VNNI level; exists only on a machine that has it.
 #[derive(Debug, Clone, Copy)]

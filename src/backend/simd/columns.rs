@@ -8,12 +8,7 @@ use cpu_ref::layout::columns::{LINE_WORDS, STRIPE_ROWS, place};
 use rayon::prelude::*;
 
 use super::Level;
-use crate::layout::Packed;
-
-/// 256 weights: a stripe's share of a column, or a part of a row. A cache line.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, bytemuck::Pod, bytemuck::Zeroable)]
-#[repr(C, align(64))]
-pub struct Line(pub(super) [u32; LINE_WORDS]);
+use crate::layout::{Line, Packed};
 
 /// Percents of non-zero inputs up to which a level is faster by columns (`cargo bench --bench gemv`,
 /// `gemv_columns`); `None`: never, or not measured.
@@ -27,7 +22,7 @@ pub(super) fn most_nonzeros(level: Level) -> Option<usize> {
 }
 
 impl Line {
-    /// All weights 0.
+    /// 256 weights, a stripe's share of a column or a part of a row; all 0.
     pub(super) const EMPTY: Self = Self([0x5555_5555; LINE_WORDS]);
 }
 

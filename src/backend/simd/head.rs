@@ -15,6 +15,7 @@ use super::{CHUNK_WORDS, Kernels};
 use crate::backend::HeadWork;
 use crate::error::Result;
 use crate::format::{Bytes, Elements};
+use crate::layout::Line;
 use crate::sampler::Sampler;
 use crate::weights::{Int8Rows, Table};
 
@@ -25,7 +26,7 @@ pub(super) type LimbSums = [[i32; TILE_ROWS]; 2];
 pub(super) struct Int8Head {
     rows: usize,
     k: usize,
-    words: Elements<u32>,
+    lines: Elements<Line>,
     /// How many of the words are coarse parts.
     coarse_len: usize,
     inputs: Vec<Input>,
@@ -45,15 +46,15 @@ impl Int8Head {
     /// None of a float table.
     pub(super) fn pack(table: &Table, max_tokens: usize) -> Result<Option<Self>> {
         let Some(int8) = Int8Rows::of(table) else { return Ok(None) };
-        let words = int8.pack_split()?;
-        Ok(Some(Self::new(int8, table, words.into(), max_tokens)))
+        let lines = int8.pack_split()?;
+        Ok(Some(Self::new(int8, table, lines.into(), max_tokens)))
     }
 
     /// The same of words that have been packed before; `None` if they are not as many as the table needs.
     pub(super) fn of_words(table: &Table, words: &Bytes, max_tokens: usize) -> Option<Self> {
         let fits = words.len() == Self::len_bytes(table);
-        let words = Elements::in_place(words).filter(|_| fits)?;
-        Some(Self::new(Int8Rows::of(table)?, table, words, max_tokens))
+        let lines = Elements::in_place(words).filter(|_| fits)?;
+        Some(Self::new(Int8Rows::of(table)?, table, lines, max_tokens))
     }
 
     /// Bytes of a table's packed words; 0 for one that is quantised already.
@@ -66,10 +67,10 @@ impl Int8Head {
 
     /// The packed words.
     pub(super) fn words(&self) -> &[u32] {
-        &self.words
+        bytemuck::cast_slice(&self.lines)
     }
 
-    fn new(int8: Int8Rows<'_>, table: &Table, words: Elements<u32>, max_tokens: usize) -> Self {
+    fn new(int8: Int8Rows<'_>, table: &Table, lines: Elements<Line>, max_tokens: usize) -> Self {
         let (rows, k) = (table.shape().n(), table.shape().k());
         let codes = split_rows::groups(k) * GROUP_K;
         let limbs = || vec![0; codes];
@@ -78,7 +79,7 @@ impl Int8Head {
         Self {
             rows,
             k,
-            words,
+            lines,
             coarse_len: int8.split_len()[0],
             inputs: vec![input; max_tokens],
             screened: vec![0.0; int8.tiles() * max_tokens * 2 * TILE_ROWS],
@@ -90,7 +91,7 @@ impl Int8Head {
 
     /// Bytes that greedy tokens take, of the rows, and that draws take.
     pub(super) fn bytes(&self) -> [u64; 2] {
-        [&self.words[..self.coarse_len], &self.words].map(|words| size_of_val(words) as u64)
+        [&self.words()[..self.coarse_len], self.words()].map(|words| size_of_val(words) as u64)
     }
 
     /// How it has chosen so far.
@@ -107,7 +108,8 @@ impl Int8Head {
         logits: &mut [f32],
     ) {
         let inputs = quantize(kernels, x, self.k, &mut self.inputs);
-        let (coarse, rest) = self.words.split_at(self.coarse_len);
+        let words: &[u32] = bytemuck::cast_slice(&self.lines);
+        let (coarse, rest) = words.split_at(self.coarse_len);
         let lens = [split_rows::coarse_tile_words(self.k), split_rows::rest_tile_words(self.k)];
         let len = inputs.len() * TILE_ROWS;
         let split = Split { len, cost: tile_cost(inputs, lens[0] + lens[1]) };
@@ -123,7 +125,8 @@ impl Int8Head {
     /// for [`Int8Head::greedy`].
     pub(super) fn screen(&mut self, pool: &mut Pool, kernels: &dyn Kernels, x: &[f32]) {
         let inputs = quantize(kernels, x, self.k, &mut self.inputs);
-        let coarse = &self.words[..self.coarse_len];
+        let coarse: &[u32] = bytemuck::cast_slice(&self.lines);
+        let coarse = &coarse[..self.coarse_len];
         let tile_words = split_rows::coarse_tile_words(self.k);
         let len = 2 * inputs.len() * TILE_ROWS;
         let screened = &mut self.screened[..self.rows.div_ceil(TILE_ROWS) * len];
@@ -191,7 +194,8 @@ impl Int8Head {
             }
         }
 
-        let (coarse, rest) = self.words.split_at(self.coarse_len);
+        let words: &[u32] = bytemuck::cast_slice(&self.lines);
+        let (coarse, rest) = words.split_at(self.coarse_len);
         let tile_words = split_rows::rest_tile_words(k);
         let (input, candidates) = (&self.inputs[m], &self.candidates[..]);
         let uppers = &mut self.values[..candidates.len()];
@@ -431,16 +435,17 @@ fn each_group<const P: usize>(
     unpack: impl Fn([[u8; 16]; P]) -> [[u8; 16]; GROUP_K / 16],
 ) {
     let limbs = x.hi.as_chunks::<GROUP_K>().0.iter().zip(x.lo.as_chunks::<GROUP_K>().0);
+    let [high_sums, low_sums] = sums;
     for (group, (hi, lo)) in groups.iter().zip(limbs) {
-        for n in 0..TILE_ROWS {
-            let pieces = row_pieces(group, n);
+        for (n, (high_sum, low_sum)) in high_sums.iter_mut().zip(&mut *low_sums).enumerate() {
+            let codes = unpack(row_pieces(group, n));
             let (mut high, mut low) = (0i32, 0i32);
-            for ((&code, &hi), &lo) in unpack(pieces).as_flattened().iter().zip(hi).zip(lo) {
+            for ((&code, &hi), &lo) in codes.as_flattened().iter().zip(hi).zip(lo) {
                 high += i32::from(code) * i32::from(hi);
                 low += i32::from(code) * i32::from(lo);
             }
-            sums[0][n] += high;
-            sums[1][n] += low;
+            *high_sum += high;
+            *low_sum += low;
         }
     }
 }

@@ -60,9 +60,10 @@ use cpu_ref::mlp::Activation;
 
 use crate::error::{Error, Result};
 use crate::kv_cache::{HeadChunk, HeadChunkMut};
+use crate::layout::Line;
 
 pub use attention::{Attended, Queries, Softmax, attention};
-pub use columns::{Columns, Line, NonZeros};
+pub use columns::{Columns, NonZeros};
 pub use cpu::{SimdBackend, description, threads};
 pub use helpers::{lend_thread, lent_thread_crashed, lent_threads};
 pub(crate) use matrix::Matrix;
@@ -651,22 +652,20 @@ fn base3_fits(words: &[u32], x: &Activations<'_>, acc: &[i32]) -> bool {
         && acc.len() == words.len() / tile_words * x.n_tokens() * TILE_ROWS
 }
 
-/// Whether the shapes of [`Kernels::head_coarse`] or [`Kernels::head_int8`] agree: `outs` are `[tiles][M]` times
-/// `each`, and a row's words are `[words of a tile of so many columns, words]`.
+/// Whether the shapes of a head's kernel agree: `outs` are `[tiles][M]` times `each`, and `words(K)` what a tile
+/// of so many columns has, and what there is.
 fn head_fits<const P: usize>(
-    words: [(fn(usize) -> usize, usize); P],
     inputs: &[Input],
     (outs, each): (usize, usize),
+    words: impl Fn(usize) -> [(usize, usize); P],
 ) -> bool {
     let Some(first) = inputs.first() else { return false };
     let k = first.hi.len();
     let tiles = outs / (inputs.len() * each);
     outs == tiles * inputs.len() * each
         && k.is_multiple_of(split_rows::GROUP_K)
-        && words.into_iter().all(|(of_tile, len)| len == tiles * of_tile(k))
-        && inputs
-            .iter()
-            .all(|input| input.hi.len() == first.hi.len() && input.lo.len() == first.hi.len())
+        && words(k).into_iter().all(|(of_tile, len)| len == tiles * of_tile)
+        && inputs.iter().all(|input| input.hi.len() == k && input.lo.len() == k)
 }
 
 /// Implements [`Kernels`] for a level: its own `gemm`, and the portable kernels compiled with its
@@ -842,21 +841,21 @@ macro_rules! impl_kernels {
                 fn head_coarse(words: &[u32], inputs: &[cpu_ref::head_int8::Input],
                     screened: &mut [f32]) -> ()
                     where super::head_fits(
-                        [(cpu_ref::layout::split_rows::coarse_tile_words, words.len())],
                         inputs,
                         (screened.len(), 2 * cpu_ref::layout::TILE_ROWS),
+                        |k| [(super::split_rows::coarse_tile_words(k), words.len())],
                     )
                     => super::head::head_coarse(words, inputs, screened,
                         |pieces, x, sums| coarse_sums(pieces, x, sums));
                 fn head_int8(words: [&[u32]; 2], inputs: &[cpu_ref::head_int8::Input],
                     logits: &mut [f32]) -> ()
                     where super::head_fits(
-                        [
-                            (cpu_ref::layout::split_rows::coarse_tile_words, words[0].len()),
-                            (cpu_ref::layout::split_rows::rest_tile_words, words[1].len()),
-                        ],
                         inputs,
                         (logits.len(), cpu_ref::layout::TILE_ROWS),
+                        |k| [
+                            (super::split_rows::coarse_tile_words(k), words[0].len()),
+                            (super::split_rows::rest_tile_words(k), words[1].len()),
+                        ],
                     )
                     => super::head::head_int8(words, inputs, logits,
                         |pieces, x, sums| coarse_sums(pieces, x, sums),
@@ -864,9 +863,9 @@ macro_rules! impl_kernels {
                 fn head_rest(tile: &[u32], n: usize, x: &cpu_ref::head_int8::Input)
                     -> [i32; 2]
                     where n < cpu_ref::layout::TILE_ROWS && super::head_fits(
-                        [(cpu_ref::layout::split_rows::rest_tile_words, tile.len())],
                         std::slice::from_ref(x),
                         (1, 1),
+                        |k| [(super::split_rows::rest_tile_words(k), tile.len())],
                     )
                     => super::head::head_rest(tile, n, x);
                 fn argmax(logits: &[f32]) -> Option<usize>

@@ -12,8 +12,7 @@ use cpu_ref::layout::rows::{LINE_K, LINE_WORDS};
 use rayon::prelude::*;
 
 use super::Level;
-use super::columns::Line;
-use crate::layout::Packed;
+use crate::layout::{Line, Packed};
 
 /// Percents of open gates up to which a level is faster by rows (`cargo bench --bench gemv`,
 /// `gemv_rows`); `None`: never, or not measured.
