@@ -395,6 +395,24 @@ mod tests {
     use super::*;
 
     #[test]
+    fn a_code_in_two_parts() {
+        // N = 40, K = 200, row 33, column 165.
+        let groups = split_rows::groups(200);
+        let mut coarse = vec![0; 2 * split_rows::coarse_tile_words(200)];
+        let mut rest = vec![0; 2 * split_rows::rest_tile_words(200)];
+        coarse[2469] = 0x2a << 8;
+        rest[773] = 2 << 12;
+        assert_eq!(split_rows::coarse(&coarse, groups, 33, 165), 0x2a);
+        assert_eq!(split_rows::rest(&rest, groups, 33, 165), 2);
+        // Column 48 + 5 of the same group has the top two bits of three bytes.
+        for (piece, word) in [2437, 2453, 2469].into_iter().enumerate() {
+            coarse[word] |= (piece as u32 + 1) << 14;
+        }
+        assert_eq!(split_rows::coarse(&coarse, groups, 33, 181), 0b11_10_01);
+        assert_eq!(split_rows::coarse(&coarse, groups, 33, 165), 0x2a);
+    }
+
+    #[test]
     fn signs_are_one_bit_a_weight() {
         let mut words = vec![0; signs::len_words(33, 200)];
         assert_eq!(words.len(), 2 * 2 * 32 * 4);

@@ -406,9 +406,9 @@ pub enum Sparse {
 /// from the model's own rows in any case.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum HeadChoice {
-    /// int8 rows with a scale each, half the bytes of 16-bit ones or less. Greedy tokens are those of
-    /// the model's own rows: every row that could be the best is computed from those, too. Random
-    /// draws follow the int8 logits.
+    /// int8 rows with a scale each, half the bytes of 16-bit ones or less; for greedy tokens the CPU reads
+    /// six bits of each code. They are those of the model's own rows all the same: every row that could
+    /// be the best is computed from those, too. Random draws follow the int8 logits.
     #[default]
     Int8,
     /// The model's own rows.

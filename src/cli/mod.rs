@@ -143,9 +143,9 @@ struct LoadArguments {
 
     /// What tokens are chosen by: int8 rows of the LM head, or the model's own
     ///
-    /// "int8" reads half the bytes or less. Greedy tokens are still those of the model's own rows:
-    /// every row that could be the best is computed from those, too. With --temp above 0, the draw
-    /// follows the int8 logits.
+    /// "int8" reads half the bytes or less; for greedy tokens the CPU reads six bits of each code. They
+    /// are still those of the model's own rows: every row that could be the best is computed from those,
+    /// too. With --temp above 0, the draw follows the int8 logits.
     #[arg(long, value_enum, value_name = "KIND", default_value = "int8")]
     head: HeadKind,
 
