@@ -23,7 +23,7 @@ use std::arch::x86_64::*;
 
 use cpu_ref::head_int8::Input;
 use cpu_ref::layout::columns::{STRIPE_ROWS, place};
-use cpu_ref::layout::split_rows::COARSE_PIECES;
+use cpu_ref::layout::split_rows::{COARSE_PIECES, LINE_ROWS};
 use cpu_ref::layout::{CHUNK_K, TILE_ROWS};
 
 use super::base3::{FEW_BASE3, few_base3, unpack_base3};
@@ -400,69 +400,90 @@ fn tokens_tile<const T: usize, const P: usize>(
     }
 }
 
-/// `Σ coarse·x` of one tile of int8 rows, for the two limbs of x.
+/// `Σ coarse·x` of one tile of int8 rows, for the two limbs of x. All rows at once: a tile that is gone through
+/// twice is no stream to the processor.
 #[target_feature(enable = "avx2")]
 pub(super) fn coarse_sums(pieces: &[[u32; CHUNK_WORDS]], x: &Input, sums: &mut LimbSums) {
-    let [bits_01, bits_23, low_six] = [0x03, 0x0c, 0x3f].map(|bits| _mm256_set1_epi8(bits));
-    each_pair::<COARSE_PIECES>(pieces, x, sums, |[a, b, c]| {
-        let last = _mm256_or_si256(
-            _mm256_and_si256(_mm256_srli_epi16::<6>(a), bits_01),
-            _mm256_and_si256(_mm256_srli_epi16::<4>(b), bits_23),
-        );
-        // Above its two bits it has others.
-        let third = _mm256_andnot_si256(_mm256_set1_epi8(0x0f), _mm256_srli_epi16::<2>(c));
-        [a, b, c, _mm256_or_si256(last, third)].map(|codes| _mm256_and_si256(codes, low_six))
-    });
+    /// Pairs of a line.
+    const LINE_PAIRS: usize = LINE_ROWS / 2;
+    let mut limb_sums = [[_mm256_setzero_si256(); PAIRS]; 2];
+    let [high, low] = &mut limb_sums;
+    let limbs = x.hi.as_chunks().0.iter().zip(x.lo.as_chunks().0);
+    for (group, (hi, lo)) in pieces.as_chunks::<COARSE_PIECES>().0.iter().zip(limbs) {
+        ask_next_page(group.as_flattened());
+        let (hi, lo) = (fields(hi), fields(lo));
+        let pairs = group.as_flattened().as_chunks().0;
+        let lines = pairs.as_chunks::<{ LINE_PAIRS * COARSE_PIECES }>().0;
+        for (line, pairs) in lines.iter().enumerate() {
+            for at in 0..LINE_PAIRS {
+                let piece = |p: usize| load(&pairs[LINE_PAIRS * p + at]);
+                let codes = coarse_codes(piece(0), piece(1), piece(2));
+                let pair = LINE_PAIRS * line + at;
+                high[pair] = dot(high[pair], codes, &hi);
+                low[pair] = dot(low[pair], codes, &lo);
+            }
+        }
+    }
+    store_limbs(&limb_sums, sums);
+}
+
+/// The coarse parts of two rows' groups.
+#[inline]
+#[target_feature(enable = "avx2")]
+fn coarse_codes(a: __m256i, b: __m256i, c: __m256i) -> [__m256i; 4] {
+    let only = |codes, bits| _mm256_and_si256(codes, _mm256_set1_epi8(bits));
+    let last = _mm256_or_si256(
+        only(_mm256_srli_epi16::<6>(a), 0x03),
+        only(_mm256_srli_epi16::<4>(b), 0x0c),
+    );
+    let last = _mm256_or_si256(last, only(_mm256_srli_epi16::<2>(c), 0x30));
+    [only(a, 0x3f), only(b, 0x3f), only(c, 0x3f), last]
 }
 
 /// `Σ rest·x` of one tile of int8 rows, for the two limbs of x.
 #[target_feature(enable = "avx2")]
 pub(super) fn rest_sums(pieces: &[[u32; CHUNK_WORDS]], x: &Input, sums: &mut LimbSums) {
-    let low_two = _mm256_set1_epi8(0x03);
-    each_pair::<1>(pieces, x, sums, |[v]| {
-        [v, _mm256_srli_epi16::<2>(v), _mm256_srli_epi16::<4>(v), _mm256_srli_epi16::<6>(v)]
-            .map(|codes| _mm256_and_si256(codes, low_two))
-    });
+    let mut limb_sums = [[_mm256_setzero_si256(); PAIRS]; 2];
+    let [high, low] = &mut limb_sums;
+    let limbs = x.hi.as_chunks().0.iter().zip(x.lo.as_chunks().0);
+    for (piece, (hi, lo)) in pieces.iter().zip(limbs) {
+        ask_next_page(piece);
+        let (hi, lo) = (fields(hi), fields(lo));
+        for (pair, words) in piece.as_chunks().0.iter().enumerate() {
+            let v = load(words);
+            let two = |codes| _mm256_and_si256(codes, _mm256_set1_epi8(0x03));
+            let codes = [
+                two(v),
+                two(_mm256_srli_epi16::<2>(v)),
+                two(_mm256_srli_epi16::<4>(v)),
+                two(_mm256_srli_epi16::<6>(v)),
+            ];
+            high[pair] = dot(high[pair], codes, &hi);
+            low[pair] = dot(low[pair], codes, &lo);
+        }
+    }
+    store_limbs(&limb_sums, sums);
 }
 
-/// Sums of a tile whose groups have `P` pieces, of which `unpack` makes codes of at most 63.
+/// Adds the products of codes of at most 63: two pairs of them, at most 4·63·128, fit i16.
 #[inline]
 #[target_feature(enable = "avx2")]
-fn each_pair<const P: usize>(
-    pieces: &[[u32; CHUNK_WORDS]],
-    x: &Input,
-    sums: &mut LimbSums,
-    unpack: impl Fn([__m256i; P]) -> [__m256i; 4],
-) {
-    /// Pairs whose sums stay in registers.
-    const AT_ONCE: usize = 2;
+fn dot(sums: __m256i, codes: [__m256i; 4], x: &[__m256i; 4]) -> __m256i {
     let ones = _mm256_set1_epi16(1);
-    for pass in 0..PAIRS / AT_ONCE {
-        let mut acc = [[_mm256_setzero_si256(); 2]; AT_ONCE];
-        let limbs = x.hi.as_chunks().0.iter().zip(x.lo.as_chunks().0);
-        for (group, (hi, lo)) in pieces.as_chunks::<P>().0.iter().zip(limbs) {
-            let x = [fields(hi), fields(lo)];
-            for (pair, acc) in acc.iter_mut().enumerate() {
-                let at = pass * AT_ONCE + pair;
-                // A line has two pairs, and the next piece of its rows is in the next line.
-                let pairs = group.as_flattened().as_chunks().0;
-                let first = at / 2 * 2 * P + at % 2;
-                let codes = unpack(std::array::from_fn(|p| load(&pairs[first + 2 * p])));
-                for (acc, x) in acc.iter_mut().zip(&x) {
-                    // At most 4·63·128: two of them fit i16.
-                    let product = |field: usize| _mm256_maddubs_epi16(codes[field], x[field]);
-                    for two in [[0, 1], [2, 3]] {
-                        let short = _mm256_add_epi16(product(two[0]), product(two[1]));
-                        *acc = _mm256_add_epi32(*acc, _mm256_madd_epi16(short, ones));
-                    }
-                }
-            }
-        }
-        for (pair, acc) in acc.iter().enumerate() {
-            let first = 2 * (pass * AT_ONCE + pair);
-            for (sums, &acc) in sums.iter_mut().zip(acc) {
-                sums[first..first + 2].copy_from_slice(&row_sums(acc));
-            }
+    let two = |i: usize| {
+        let (a, b) = (codes[i], codes[i + 1]);
+        _mm256_add_epi16(_mm256_maddubs_epi16(a, x[i]), _mm256_maddubs_epi16(b, x[i + 1]))
+    };
+    let [a, b] = [two(0), two(2)].map(|short| _mm256_madd_epi16(short, ones));
+    _mm256_add_epi32(sums, _mm256_add_epi32(a, b))
+}
+
+#[inline]
+#[target_feature(enable = "avx2")]
+fn store_limbs(limb_sums: &[[__m256i; PAIRS]; 2], sums: &mut LimbSums) {
+    for (limb, sums) in limb_sums.iter().zip(sums) {
+        for (&pair, sums) in limb.iter().zip(sums.as_chunks_mut().0) {
+            *sums = row_sums(pair);
         }
     }
 }
