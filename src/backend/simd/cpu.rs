@@ -1015,6 +1015,18 @@ mod tests {
     use super::*;
     use crate::backend::Packing;
 
+    #[cfg(target_os = "linux")]
+    #[test]
+    fn there_are_no_more_threads_than_processors_that_may_be_used() {
+        use super::super::affinity;
+        std::thread::spawn(|| {
+            affinity::pin(affinity::processors(1).unwrap()[0]).unwrap();
+            assert_eq!(default_threads(), 1);
+        })
+        .join()
+        .unwrap();
+    }
+
     /// Logits after each of some tokens of the built-in model, fed one by one, how many products went by
     /// columns and by rows, and what was read.
     fn stepwise(sparse: Sparse, packing: Packing) -> (Vec<f32>, [u64; 2], Traffic) {
