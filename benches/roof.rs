@@ -18,6 +18,7 @@ use cpu_ref::head_int8::Input;
 use cpu_ref::layout::{TILE_ROWS, split_rows};
 use rayon::prelude::*;
 use sterna::backend::simd::{Kernels, Level};
+use sterna::layout::Line;
 use sterna::random::Random;
 use sterna::shape::MatShape;
 use sterna::weights::{Int8Rows, Table, TableData};
@@ -119,9 +120,8 @@ fn head() {
             let table = Table::new(shape, TableData::F32(random.floats(v * k, 1.0).into()));
             let int8 = Int8Rows::of(&table).expect("floats");
             let lines = int8.pack_split().expect("is in memory");
-            let words: &[u32] = bytemuck::cast_slice(&lines);
-            let (coarse, rest) = words.split_at(int8.split_len()[0]);
-            let copies = if is_test() { 1 } else { COLD_BYTES.div_ceil(size_of_val(words)) };
+            let (coarse, rest) = Line::words(&lines).split_at(int8.split_len()[0]);
+            let copies = if is_test() { 1 } else { COLD_BYTES.div_ceil(size_of_val(&*lines)) };
             let (coarse, rest) = (Copies::new(coarse, copies), Copies::new(rest, copies));
             let lens = [split_rows::coarse_tile_words(k), split_rows::rest_tile_words(k)];
             let codes = split_rows::groups(k) * split_rows::GROUP_K;
@@ -199,11 +199,6 @@ struct Copies {
     copies: usize,
 }
 
-/// A cache line.
-#[derive(Clone, Copy, bytemuck::Pod, bytemuck::Zeroable)]
-#[repr(C, align(64))]
-struct Line([u32; 16]);
-
 impl Copies {
     fn new(words: &[u32], copies: usize) -> Self {
         let one: &[Line] = bytemuck::cast_slice(words);
@@ -212,7 +207,7 @@ impl Copies {
 
     fn copy(&self, turn: usize) -> &[u32] {
         let len = self.lines.len() / self.copies;
-        bytemuck::cast_slice(&self.lines[turn % self.copies * len..][..len])
+        Line::words(&self.lines[turn % self.copies * len..][..len])
     }
 
     fn len_bytes(&self) -> usize {

@@ -93,6 +93,13 @@ impl Pieces for Signs {
 #[repr(C, align(64))]
 pub struct Line(pub(crate) [u32; 16]);
 
+impl Line {
+    /// The words of some lines.
+    pub fn words(lines: &[Self]) -> &[u32] {
+        bytemuck::cast_slice(lines)
+    }
+}
+
 /// A packed matrix: ternary in a [`Layout`], binary in [`Signs`]. N is padded to whole tiles of 32
 /// rows, K to whole chunks of columns, both with [`Pieces::PADDING`].
 #[derive(Debug, Clone, PartialEq, Eq)]

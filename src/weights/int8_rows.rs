@@ -237,7 +237,7 @@ mod tests {
         let table = Table::new(shape, TableData::F32(values.clone().into()));
         let rows = Int8Rows::of(&table).unwrap();
         let lines = rows.pack_split().unwrap();
-        let words: &[u32] = bytemuck::cast_slice(&lines);
+        let words = Line::words(&lines);
         let [coarse_len, rest_len] = rows.split_len();
         assert_eq!(words.len(), coarse_len + rest_len);
         let (coarse_words, rest_words) = words.split_at(coarse_len);

@@ -12,7 +12,7 @@ use sterna::backend::simd::{
 };
 use sterna::format::float::{bf16_to_f32, f16_to_f32, f32_to_bf16};
 use sterna::kv_cache::{BLOCK, HeadChunkMut, KvCache, KvFormat, KvShape, Prepared};
-use sterna::layout::{Layout, Packed, PackedBase3, Signs, group_scales};
+use sterna::layout::{Layout, Line, Packed, PackedBase3, Signs, group_scales};
 use sterna::random::Random;
 use sterna::shape::MatShape;
 use sterna::weights::{Int8Rows, Table, TableData};
@@ -957,8 +957,7 @@ fn head_int8(kernels: &dyn Kernels) {
         let table = Table::new(shape, TableData::F32(weights.clone().into()));
         let int8 = Int8Rows::of(&table).unwrap();
         let lines = int8.pack_split().unwrap();
-        let words: &[u32] = bytemuck::cast_slice(&lines);
-        let (coarse, rest) = words.split_at(int8.split_len()[0]);
+        let (coarse, rest) = Line::words(&lines).split_at(int8.split_len()[0]);
         let inputs: Vec<Input> = (0..m)
             .map(|token| {
                 // 32512·2⁻ⁿ − 128·2⁻ⁿ has low limbs of −128.

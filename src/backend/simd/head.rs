@@ -67,7 +67,7 @@ impl Int8Head {
 
     /// The packed words.
     pub(super) fn words(&self) -> &[u32] {
-        bytemuck::cast_slice(&self.lines)
+        Line::words(&self.lines)
     }
 
     fn new(int8: Int8Rows<'_>, table: &Table, lines: Elements<Line>, max_tokens: usize) -> Self {
@@ -108,8 +108,7 @@ impl Int8Head {
         logits: &mut [f32],
     ) {
         let inputs = quantize(kernels, x, self.k, &mut self.inputs);
-        let words: &[u32] = bytemuck::cast_slice(&self.lines);
-        let (coarse, rest) = words.split_at(self.coarse_len);
+        let (coarse, rest) = Line::words(&self.lines).split_at(self.coarse_len);
         let lens = [split_rows::coarse_tile_words(self.k), split_rows::rest_tile_words(self.k)];
         let len = inputs.len() * TILE_ROWS;
         let split = Split { len, cost: tile_cost(inputs, lens[0] + lens[1]) };
@@ -125,8 +124,7 @@ impl Int8Head {
     /// for [`Int8Head::greedy`].
     pub(super) fn screen(&mut self, pool: &mut Pool, kernels: &dyn Kernels, x: &[f32]) {
         let inputs = quantize(kernels, x, self.k, &mut self.inputs);
-        let coarse: &[u32] = bytemuck::cast_slice(&self.lines);
-        let coarse = &coarse[..self.coarse_len];
+        let coarse = &Line::words(&self.lines)[..self.coarse_len];
         let tile_words = split_rows::coarse_tile_words(self.k);
         let len = 2 * inputs.len() * TILE_ROWS;
         let screened = &mut self.screened[..self.rows.div_ceil(TILE_ROWS) * len];
@@ -194,8 +192,7 @@ impl Int8Head {
             }
         }
 
-        let words: &[u32] = bytemuck::cast_slice(&self.lines);
-        let (coarse, rest) = words.split_at(self.coarse_len);
+        let (coarse, rest) = Line::words(&self.lines).split_at(self.coarse_len);
         let tile_words = split_rows::rest_tile_words(k);
         let (input, candidates) = (&self.inputs[m], &self.candidates[..]);
         let uppers = &mut self.values[..candidates.len()];
