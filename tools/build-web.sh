@@ -87,7 +87,7 @@ if ! ls "$(rustc --print target-libdir --target $target 2>/dev/null)"/libstd-*.r
   }
 fi
 threads='-C target-feature=+atomics,+bulk-memory,+mutable-globals'
-fast=$(with_std threads "$threads") || fast=''
+fast=$(with_std threads "$threads")
 [ -n "$fast" ] || echo "no std with threads, so no engine with them: rustup component add rust-src, or apt install rustc-web rust-web-src" >&2
 linker=''
 if [ -n "$plain$fast" ]; then
@@ -100,7 +100,8 @@ bindgen=$(command -v wasm-bindgen || true)
 if [ -z "$bindgen" ] || [ "$("$bindgen" --version)" != "wasm-bindgen $version" ]; then
   bindgen=$cache/wasm-bindgen-$version/bin/wasm-bindgen
   install_bindgen() {
-    env CARGO_PROFILE_RELEASE_OPT_LEVEL=1 CARGO_TARGET_DIR="$cache/build" cargo install wasm-bindgen-cli \
+    # It runs for seconds; to optimise it takes minutes.
+    env CARGO_PROFILE_RELEASE_OPT_LEVEL=0 CARGO_TARGET_DIR="$cache/build" cargo install wasm-bindgen-cli \
       --version "$version" --no-default-features --root "$cache/wasm-bindgen-$version" "$@"
   }
   [ -x "$bindgen" ] || install_bindgen --locked || {

@@ -1,4 +1,4 @@
-// Uses the page as a person would, in Chromium, and takes pictures of it.
+// Uses the page as a person would, and takes pictures of it.
 import path from 'node:path';
 
 const NARROW = { width: 390, height: 844 };
@@ -9,13 +9,13 @@ function equal(found, expected, what) {
   if (found !== expected) throw new Error(`${what}: expected ${JSON.stringify(expected)}, found ${JSON.stringify(found)}`);
 }
 
-/** Returns how many steps failed. */
-export async function usePage(browser, server, outDir) {
+/** Returns how many steps failed. `schemes`: the colour schemes that the browser can be told to prefer. */
+export async function usePage(name, browser, schemes, server, outDir) {
   const origin = await server.start();
   const foreign = [];
   let page;
-  const open = async (serviceWorkers) => {
-    const context = await browser.newContext({ viewport: NARROW, colorScheme: 'light', serviceWorkers });
+  const open = async () => {
+    const context = await browser.newContext({ viewport: NARROW });
     page = await context.newPage();
     page.on('pageerror', (error) => console.log(`[page error] ${error}`));
     page.on('request', (request) => { if (!request.url().startsWith(origin)) foreign.push(request.url()); });
@@ -26,32 +26,36 @@ export async function usePage(browser, server, outDir) {
   const settings = async (change) => {
     await page.click('#open-settings');
     await change();
-    await page.click('#settings .title button').catch(() => {});
+    await page.click('#settings .title button');
+  };
+  // Playwright's `fill` adds to what a number's field has, in Firefox.
+  const type = async (field, value) => {
+    await page.focus(field);
+    await page.keyboard.press('ControlOrMeta+A');
+    await page.keyboard.type(value);
   };
   const send = async (prompt) => {
     await page.fill('#prompt', prompt);
     await page.press('#prompt', 'Enter');
   };
-  const picture = async (name) => {
+  const picture = async (of) => {
     for (const [size, viewport] of Object.entries({ narrow: NARROW, wide: WIDE })) {
       await page.setViewportSize(viewport);
-      for (const colorScheme of ['light', 'dark']) {
-        await page.emulateMedia({ colorScheme });
-        await page.screenshot({ path: path.join(outDir, `${name}-${size}-${colorScheme}.png`) });
+      for (const colorScheme of schemes) {
+        if (schemes.length > 1) await page.emulateMedia({ colorScheme });
+        await page.screenshot({ path: path.join(outDir, `${of}-${size}-${colorScheme}.png`) });
       }
     }
     await page.setViewportSize(NARROW);
-    await page.emulateMedia({ colorScheme: 'light' });
   };
   let greedy;
 
   const steps = {
     async loads_on_the_gpu() {
-      await open('block');
-      // Workers whose devices can be destroyed.
-      const headers = { 'Content-Type': 'text/javascript', 'Cross-Origin-Embedder-Policy': 'require-corp' };
-      const destroyable = { headers, body: "import '/tests/worker.js?destroys';" };
-      await page.route('**/worker.js', (route) => route.fulfill(destroyable), { times: 2 });
+      // Workers whose devices can be destroyed, which nothing keeps.
+      server.worker = 'destroys';
+      server.missing = '/offline.js';
+      await open();
       await page.goto(`${origin}/`);
       await idle();
       await page.click('#open-settings');
@@ -62,8 +66,8 @@ export async function usePage(browser, server, outDir) {
     },
     async writes_and_regenerates() {
       await settings(async () => {
-        await page.fill('#temperature', '0');
-        await page.fill('#max-tokens', '24');
+        await type('#temperature', '0');
+        await type('#max-tokens', '24');
       });
       await send('Once upon a time');
       await page.waitForFunction(() => !document.getElementById('stop').disabled, null, PATIENCE);
@@ -80,7 +84,7 @@ export async function usePage(browser, server, outDir) {
       equal(await page.locator('#texts li').count(), 2, 'parts');
     },
     async stops() {
-      await settings(() => page.fill('#max-tokens', '2000'));
+      await settings(() => type('#max-tokens', '2000'));
       await page.click('#again');
       await page.waitForFunction(() => (document.querySelector('#texts .writing')?.textContent.length ?? 0) > 20, null, PATIENCE);
       await page.click('#stop');
@@ -101,7 +105,7 @@ export async function usePage(browser, server, outDir) {
     },
     async outlives_its_device() {
       await page.evaluate(() => new BroadcastChannel('sterna-test').postMessage('destroy'));
-      await settings(() => page.fill('#max-tokens', '24'));
+      await settings(() => type('#max-tokens', '24'));
       await page.click('#again');
       await page.waitForFunction(() => !document.getElementById('problem').hidden, null, PATIENCE);
       await idle();
@@ -117,7 +121,7 @@ export async function usePage(browser, server, outDir) {
     async keeps_models_of_urls_and_takes_dropped_files() {
       const greedily = async (what) => {
         await page.click('#clear');
-        await settings(() => page.fill('#max-tokens', '24'));
+        await settings(() => type('#max-tokens', '24'));
         await send('Once upon a time');
         await page.waitForFunction(() => document.querySelectorAll('#texts li').length === 2, null, PATIENCE);
         await idle();
@@ -166,7 +170,9 @@ export async function usePage(browser, server, outDir) {
     },
     async reloads_without_a_network() {
       await page.context().close();
-      await open('allow');
+      server.worker = '';
+      server.missing = '';
+      await open();
       await page.goto(`${origin}/`);
       await idle();
       await page.evaluate(() => navigator.serviceWorker.ready.then(() => {}));
@@ -174,8 +180,8 @@ export async function usePage(browser, server, outDir) {
       await page.reload();
       await idle();
       await settings(async () => {
-        await page.fill('#temperature', '0');
-        await page.fill('#max-tokens', '24');
+        await type('#temperature', '0');
+        await type('#max-tokens', '24');
       });
       await send('Once upon a time');
       await page.waitForFunction(() => document.querySelectorAll('#texts li').length === 2, null, PATIENCE);
@@ -189,17 +195,17 @@ export async function usePage(browser, server, outDir) {
   };
 
   let failed = 0;
-  for (const [name, step] of Object.entries(steps)) {
+  for (const [what, step] of Object.entries(steps)) {
     const begin = performance.now();
     try {
       await step();
-      console.log(`page ok ${name} (${Math.round(performance.now() - begin)} ms)`);
+      console.log(`${name} ok ${what} (${Math.round(performance.now() - begin)} ms)`);
     } catch (error) {
       failed += 1;
-      console.log(`page FAILED ${name} ${String(error.message).split('\n')[0]}`);
-      await page.screenshot({ path: path.join(outDir, `failed-${name}.png`) }).catch(() => {});
+      console.log(`${name} FAILED ${what} ${String(error.message).split('\n')[0]}`);
+      await page.screenshot({ path: path.join(outDir, `failed-${what}.png`) }).catch(() => {});
       const said = await page.evaluate(() => document.getElementById('problem').textContent).catch(() => '');
-      if (said) console.log(`page says ${said}`);
+      if (said) console.log(`${name} says ${said}`);
     }
   }
   await page.context().close();

@@ -1,7 +1,7 @@
 // Runs the checks of web/tests in headless browsers with software WebGPU, then uses the page as a
 // person would and takes pictures of it.
 //
-//   node web/tests/run.mjs PACKAGE OUT STERNA [chromium] [firefox] [page]
+//   node web/tests/run.mjs PACKAGE OUT STERNA [chromium] [firefox] [chromium-page] [firefox-page]
 //
 // PACKAGE is the folder that tools/build-web.sh makes, OUT takes pictures and results, STERNA is the
 // native program, whose tokens and hash the browsers must have. Needs playwright-core (npm) to be found
@@ -11,19 +11,20 @@
 // loads that model under its memory bound and over a cut connection; for the dimensions of BitNet 2B4T:
 //
 //   sterna-tools synth --shape bitnet-2b4t --out DIRECTORY && cp models/stories/tokenizer.json DIRECTORY
-import { spawn, execFileSync } from 'node:child_process';
+import { execFileSync } from 'node:child_process';
 import fs from 'node:fs';
 import http from 'node:http';
 import { createRequire } from 'node:module';
-import os from 'node:os';
 import path from 'node:path';
+
+import { usePage } from './page.mjs';
 
 const [packageDir, outDir, sterna, ...asked] = process.argv.slice(2);
 if (!sterna) {
-  console.error('usage: node run.mjs PACKAGE OUT STERNA [chromium] [firefox] [page]');
+  console.error('usage: node run.mjs PACKAGE OUT STERNA [chromium] [firefox] [chromium-page] [firefox-page]');
   process.exit(2);
 }
-const browsers = asked.length > 0 ? asked : ['chromium', 'firefox', 'page'];
+const browsers = asked.length > 0 ? asked : ['chromium', 'firefox', 'chromium-page', 'firefox-page'];
 const testsDir = import.meta.dirname ?? path.dirname(new URL(import.meta.url).pathname);
 const TIMEOUT_MS = Number(process.env.TIMEOUT_MS ?? 600_000);
 fs.mkdirSync(outDir, { recursive: true });
@@ -55,6 +56,9 @@ const CUT_BYTES = 900_000;
 /** Serves package and checks, as a server on the internet might: it cuts, and it can be gone. */
 class Server {
   offline = false;
+  /** What is done in the page's worker, as worker.js has it; and a file that is not there. */
+  worker = '';
+  missing = '';
   /** Of the aliases, the large model, and the GGUF file. */
   requests = [];
   isBroken = true;
@@ -102,8 +106,12 @@ class Server {
     if (ALIASES.includes(first) || first === 'gguf' || first === 'large') {
       this.requests.push({ name, range: request.headers.range, condition: request.headers['if-range'] });
     }
+    if (this.worker && name === '/worker.js' && !url.search) {
+      response.writeHead(200, { ...headers, 'Content-Type': TYPES['.js'] });
+      return response.end(`import '/tests/worker.js?${this.worker}';`);
+    }
     const file = path.join(root, path.normalize(rest));
-    if (!fs.existsSync(file)) return response.writeHead(404, headers).end();
+    if (name === this.missing || !fs.existsSync(file)) return response.writeHead(404, headers).end();
     const { size, mtimeMs } = fs.statSync(file);
     headers['Content-Type'] = TYPES[path.extname(file)] ?? 'application/octet-stream';
     headers.ETag = `"${size}-${Math.round(mtimeMs)}"`;
@@ -132,34 +140,11 @@ class Server {
   }
 }
 
-/** Opens a page in Firefox, with a profile of its own; returns how to end it. */
-function firefox(url) {
-  const profile = fs.mkdtempSync(path.join(os.tmpdir(), 'sterna-firefox-'));
-  const settings = {
-    'dom.webgpu.enabled': true, 'gfx.webgpu.ignore-blocklist': true, 'dom.webgpu.service-workers.enabled': true,
-    'browser.shell.checkDefaultBrowser': false, 'datareporting.policy.dataSubmissionEnabled': false,
-    'toolkit.telemetry.reportingpolicy.firstRun': false, 'app.update.enabled': false, 'browser.startup.homepage_override.mstone': 'ignore',
-  };
-  const lines = Object.entries(settings).map(([key, value]) => `user_pref(${JSON.stringify(key)}, ${JSON.stringify(value)});`);
-  fs.writeFileSync(path.join(profile, 'user.js'), lines.join('\n'));
-  const program = process.env.FIREFOX ?? 'firefox-esr';
-  const log = fs.openSync(path.join(outDir, 'firefox.log'), 'w');
-  const child = spawn(program, ['--headless', '--no-remote', '--profile', profile, url], {
-    stdio: ['ignore', log, log], env: { ...process.env, MOZ_HEADLESS: '1', HOME: profile },
-  });
-  return async () => {
-    const ended = new Promise((end) => child.on('exit', end));
-    child.kill();
-    await Promise.race([ended, new Promise((end) => setTimeout(end, 5000))]);
-    if (child.exitCode === null) child.kill('SIGKILL');
-    fs.rmSync(profile, { recursive: true, force: true, maxRetries: 5, retryDelay: 200 });
-  };
-}
+const { chromium, firefox } = createRequire(path.join(testsDir, 'run.mjs'))('playwright-core');
 
-/** Starts Chromium with its software adapter. */
-async function chromium() {
-  const { chromium: launcher } = createRequire(path.join(testsDir, 'run.mjs'))('playwright-core');
-  return launcher.launch({
+/** How each browser starts, with a software adapter. */
+const LAUNCH = {
+  chromium: () => chromium.launch({
     executablePath: process.env.CHROMIUM ?? '/usr/bin/chromium',
     headless: true,
     chromiumSandbox: false,
@@ -167,16 +152,28 @@ async function chromium() {
       '--enable-unsafe-webgpu', '--use-webgpu-adapter=swiftshader', '--disable-quic', '--no-first-run',
       '--disable-background-networking', '--disable-component-update', '--disable-sync',
     ],
-  });
-}
+  }),
+  firefox: () => firefox.launch({
+    executablePath: process.env.FIREFOX ?? '/usr/bin/firefox-esr',
+    // The Firefox that people have, not one that was made for tests.
+    channel: 'moz-firefox',
+    headless: true,
+    firefoxUserPrefs: { 'dom.webgpu.enabled': true, 'gfx.webgpu.ignore-blocklist': true, 'dom.webgpu.service-workers.enabled': true },
+  }),
+};
+
+/** Colour schemes that each can be told to prefer; ESR's is that of its settings. */
+const SCHEMES = { chromium: ['light', 'dark'], firefox: ['light'] };
 
 /** Runs the checks in a browser, in an isolated page and in another; returns how many failed. */
-async function check(browser, open) {
-  const failed = await checkPage(browser, open, true);
-  return failed + (await checkPage(`${browser}-not-isolated`, open, false));
+async function check(name) {
+  const browser = await LAUNCH[name]();
+  const failed = (await checkPage(name, browser, true)) + (await checkPage(`${name}-not-isolated`, browser, false));
+  await browser.close();
+  return failed;
 }
 
-async function checkPage(browser, open, isolated) {
+async function checkPage(name, browser, isolated) {
   const server = new Server();
   server.isolated = isolated;
   const origin = await server.start();
@@ -187,27 +184,30 @@ async function checkPage(browser, open, isolated) {
     count += 1;
     if (result.problem) failed += 1;
     const found = result.found ? ` ${JSON.stringify(result.found).slice(0, 400)}` : '';
-    console.log(`${browser} ${result.problem ? 'FAILED' : 'ok'} ${result.name} (${result.ms} ms)${result.problem ? ` ${result.problem}` : found}`);
+    console.log(`${name} ${result.problem ? 'FAILED' : 'ok'} ${result.name} (${result.ms} ms)${result.problem ? ` ${result.problem}` : found}`);
   };
   let timer;
   const ended = new Promise((resolve, reject) => {
     server.onEnd = ({ problem }) => (problem ? reject(new Error(problem)) : resolve());
     timer = setTimeout(() => reject(new Error(`no end after ${TIMEOUT_MS} ms`)), TIMEOUT_MS);
   });
-  const close = await open(`${origin}/tests/`);
+  const page = await browser.newPage();
+  page.on('console', (message) => console.log(`[${name} ${message.type()}] ${message.text()}`));
+  page.on('pageerror', (error) => console.log(`[${name} error] ${error}`));
   try {
+    await page.goto(`${origin}/tests/`);
     await ended;
     // ONLY may name what runs in one kind of page.
     if (results.length === 0 && !only) throw new Error('no check has run');
   } catch (error) {
     failed += 1;
-    console.log(`${browser} FAILED ${error.message}`);
+    console.log(`${name} FAILED ${error.message}`);
   } finally {
     clearTimeout(timer);
-    await close();
+    await page.close();
     server.http.closeAllConnections();
     server.http.close();
-    fs.writeFileSync(path.join(outDir, `${browser}.json`), JSON.stringify(results, null, 2));
+    fs.writeFileSync(path.join(outDir, `${name}.json`), JSON.stringify(results, null, 2));
   }
   return failed;
 }
@@ -215,26 +215,14 @@ async function checkPage(browser, open, isolated) {
 let failed = 0;
 /** Checks that have run. */
 let count = 0;
-if (browsers.includes('chromium')) {
-  const browser = await chromium();
-  failed += await check('chromium', async (url) => {
-    const page = await browser.newPage();
-    page.on('console', (message) => console.log(`[page ${message.type()}] ${message.text()}`));
-    page.on('pageerror', (error) => console.log(`[page error] ${error}`));
-    await page.goto(url);
-    return () => page.close();
-  });
-  await browser.close();
-}
-if (browsers.includes('firefox')) {
-  failed += await check('firefox', async (url) => firefox(url));
-}
-if (browsers.includes('page') && 'page'.includes(only)) {
-  const { usePage } = await import('./page.mjs');
-  const browser = await chromium();
-  failed += await usePage(browser, new Server(), outDir);
-  count += 1;
-  await browser.close();
+for (const name of ['chromium', 'firefox']) {
+  if (browsers.includes(name)) failed += await check(name);
+  if (browsers.includes(`${name}-page`) && 'page'.includes(only)) {
+    const browser = await LAUNCH[name]();
+    failed += await usePage(`${name}-page`, browser, SCHEMES[name], new Server(), outDir);
+    count += 1;
+    await browser.close();
+  }
 }
 if (count === 0) {
   failed += 1;
