@@ -1,9 +1,11 @@
 //! Tests that need a GPU adapter: they run the shipped WGSL on whatever adapter is there.
 //!
-//! Every test runs twice: on a device limited to WebGPU's defaults without optional features, and on
-//! one with all that the adapter offers. Without an adapter each test is reported as ignored, by
-//! name; with `STERNA_REQUIRE_GPU=1` that is a failure. So are, without a failure, those of cooperative
-//! matrices where the adapter has none.
+//! Every test runs on a device limited to WebGPU's defaults without optional features. No kernel but those
+//! of cooperative matrices reads the features of a device: what runs again on one with all that the adapter
+//! offers is what its limits or features add (plans with larger workgroups, cooperative matrices,
+//! timestamps), and whole models. Without an adapter each test is reported as ignored, by name; with
+//! `STERNA_REQUIRE_GPU=1` that is a failure. So are, without a failure, those of cooperative matrices where
+//! the adapter has none.
 
 mod attention;
 #[path = "../common/formats.rs"]
@@ -49,7 +51,7 @@ fn main() -> ExitCode {
             }
         }
         let cases = kernels::cases(capabilities).into_iter().chain(head::cases(capabilities));
-        let cases = cases.chain(sample::cases(capabilities)).chain(tune::cases());
+        let cases = cases.chain(sample::cases(capabilities)).chain(tune::cases(capabilities));
         let cases = cases.chain(model::cases(capabilities)).chain(attention::cases(capabilities));
         #[cfg(feature = "measure")]
         let cases = cases.chain(measure::cases(capabilities));

@@ -16,24 +16,26 @@ const NEAR: f64 = 1e-5;
 
 pub fn cases(capabilities: Capabilities) -> Vec<Case> {
     let mut cases: Vec<Case> = Vec::new();
-    // The kernels are the same for both, and a software rasteriser takes its time.
-    let is_adapter = capabilities == Capabilities::Adapter;
-    for (at, &len) in LENS.iter().enumerate().filter(|&(_, &len)| !is_adapter || len < 2000) {
+    // The kernels are the same for both, with the same constants, and a software rasteriser takes its time.
+    if capabilities == Capabilities::Adapter {
+        for distribution in DISTRIBUTIONS {
+            cases.push((
+                format!("sample::distribution::{}", distribution.name),
+                Box::new(move |gpu| follows_the_distribution(gpu, distribution)),
+            ));
+        }
+        return cases;
+    }
+    for (at, &len) in LENS.iter().enumerate() {
         cases.push((
             format!("sample::tokens_of_{len}"),
             Box::new(move |gpu| equals_the_twin(gpu, at as u64, len)),
         ));
     }
-    for (name, how) in DISTRIBUTIONS.into_iter().filter(|_| is_adapter) {
-        cases.push((
-            format!("sample::distribution::{name}"),
-            Box::new(move |gpu| follows_the_distribution(gpu, how)),
-        ));
-    }
     cases.push(("sample::broken_logits".into(), Box::new(broken_logits)));
     cases.push(("sample::repeats_and_marks_seen".into(), Box::new(repeats_and_marks_seen)));
     cases.push(("sample::rows_and_guards".into(), Box::new(rows_and_guards)));
-    for vocab_size in [1, 300, 3072, 128_256] {
+    for vocab_size in [1, 300, SEVERAL_CHUNKS, 128_256] {
         cases.push((
             format!("self_test::sample::{vocab_size}"),
             Box::new(move |gpu| self_test::check_sample(gpu, vocab_size).map_err(Failed::from)),
@@ -148,7 +150,11 @@ fn is_explained(logits: &[f32], seen: &[u32], how: &Sampling, uniform: f64, toke
 fn equals_the_twin(gpu: &Gpu, seed: u64, len: usize) -> Result<(), Failed> {
     let mut random = Random::new(seed);
     let pipelines = gpu.pipelines();
-    let (rounds, draws) = if len > 2000 { (1, 8) } else { (3, 12) };
+    let (rounds, draws) = match len {
+        100_000.. => (1, 4),
+        2000.. => (1, 8),
+        _ => (3, 12),
+    };
     let (mut all, mut others) = (0, 0);
     for round in 0..rounds {
         for kind in 0..KINDS {
@@ -189,28 +195,85 @@ fn equals_the_twin(gpu: &Gpu, seed: u64, len: usize) -> Result<(), Failed> {
 const PLAIN: Sampling =
     Sampling { temperature: 0.8, penalty: 1.0, top_k: 0, top_p: 1.0, min_p: 0.0 };
 
-const DISTRIBUTIONS: [(&str, Sampling); 5] = [
-    ("temperature", PLAIN),
-    ("top_k", Sampling { top_k: 40, ..PLAIN }),
-    ("top_p", Sampling { top_p: 0.9, ..PLAIN }),
-    ("min_p", Sampling { min_p: 0.1, ..PLAIN }),
-    (
-        "all_and_penalty",
-        Sampling { temperature: 1.2, penalty: 1.3, top_k: 100, top_p: 0.95, min_p: 0.02 },
-    ),
+/// What is drawn so often that χ² rejects draws that are meant for a neighbour.
+#[derive(Debug, Clone, Copy)]
+struct Distribution {
+    name: &'static str,
+    how: Sampling,
+    draws: usize,
+    /// A little off.
+    neighbours: &'static [Sampling],
+}
+
+/// The plain one is the basis of the judge. Cuts leave fewer tokens, which need fewer draws; the forty best are
+/// so much alike that only a temperature further off shows.
+const DISTRIBUTIONS: [Distribution; 5] = [
+    Distribution {
+        name: "temperature",
+        how: PLAIN,
+        draws: 100_000,
+        neighbours: &[
+            Sampling { temperature: 0.9, ..PLAIN },
+            Sampling { top_k: 290, ..PLAIN },
+            Sampling { penalty: 1.15, ..PLAIN },
+        ],
+    },
+    Distribution {
+        name: "top_k",
+        how: Sampling { top_k: 40, ..PLAIN },
+        draws: 25_000,
+        neighbours: &[
+            Sampling { top_k: 39, ..PLAIN },
+            Sampling { top_k: 41, ..PLAIN },
+            Sampling { top_k: 40, temperature: 0.6, ..PLAIN },
+        ],
+    },
+    Distribution {
+        name: "top_p",
+        how: Sampling { top_p: 0.9, ..PLAIN },
+        draws: 25_000,
+        neighbours: &[
+            Sampling { top_p: 0.88, ..PLAIN },
+            Sampling { top_p: 0.92, ..PLAIN },
+            Sampling { top_p: 0.9, temperature: 0.9, ..PLAIN },
+        ],
+    },
+    Distribution {
+        name: "min_p",
+        how: Sampling { min_p: 0.1, ..PLAIN },
+        draws: 25_000,
+        neighbours: &[
+            Sampling { min_p: 0.11, ..PLAIN },
+            Sampling { min_p: 0.09, ..PLAIN },
+            Sampling { min_p: 0.1, temperature: 0.9, ..PLAIN },
+        ],
+    },
+    Distribution {
+        name: "all_and_penalty",
+        how: ALL,
+        draws: 25_000,
+        neighbours: &[
+            Sampling { temperature: 1.1, ..ALL },
+            Sampling { penalty: 1.15, ..ALL },
+            Sampling { penalty: 1.45, ..ALL },
+            Sampling { top_p: 0.93, ..ALL },
+        ],
+    },
 ];
 
-const DRAWS: usize = 100_000;
+const ALL: Sampling =
+    Sampling { temperature: 1.2, penalty: 1.3, top_k: 100, top_p: 0.95, min_p: 0.02 };
+
 /// Draws of one dispatch: no driver may take it for hung.
-const DRAWS_AT_ONCE: usize = 10_000;
+const DRAWS_AT_ONCE: usize = 5_000;
 
 /// How often each token of the tests' logits is drawn.
-fn count_draws(gpu: &Gpu, how: &Sampling) -> Result<Vec<usize>, Failed> {
+fn count_draws(gpu: &Gpu, how: &Sampling, draws: usize) -> Result<Vec<usize>, Failed> {
     let (logits, seen) = tested_logits();
     let mut random = Random::new(5);
     let mut counts = vec![0; logits.len()];
     let pipelines = gpu.pipelines();
-    for _ in 0..DRAWS / DRAWS_AT_ONCE {
+    for _ in 0..draws / DRAWS_AT_ONCE {
         let uniforms = uniforms(&mut random, DRAWS_AT_ONCE);
         let params = pass(how, DRAWS_AT_ONCE);
         for token in draw_tokens(gpu, &pipelines, &logits, &seen, params, &uniforms)?.tokens {
@@ -259,9 +322,10 @@ fn critical(degrees: f64) -> f64 {
     degrees * (1.0 - variance + 3.090 * variance.sqrt()).powi(3)
 }
 
-fn follows_the_distribution(gpu: &Gpu, how: Sampling) -> Result<(), Failed> {
+fn follows_the_distribution(gpu: &Gpu, distribution: Distribution) -> Result<(), Failed> {
+    let Distribution { how, draws, .. } = distribution;
     let (logits, seen) = tested_logits();
-    let counts = count_draws(gpu, &how)?;
+    let counts = count_draws(gpu, &how, draws)?;
     let expected = candidates(&logits, &seen, &how).expect("the logits are finite");
     let (chi_square, degrees) = chi_square(&counts, &expected);
     let limit = critical(degrees);
@@ -269,21 +333,23 @@ fn follows_the_distribution(gpu: &Gpu, how: Sampling) -> Result<(), Failed> {
         let what = format!("χ² {chi_square} of {} tokens is above {limit}", expected.len());
         return Err(format!("{how:?}: {what}").into());
     }
-    if how == PLAIN { the_judge_objects(&counts, &logits, &seen) } else { Ok(()) }
+    the_judge_objects(&distribution, &counts, &logits, &seen)
 }
 
-/// The test of distributions must reject plain draws as those of a temperature, a cut or a penalty that is a
+/// The test of distributions must reject these draws as those of a temperature, a cut or a penalty that is a
 /// little off.
-fn the_judge_objects(counts: &[usize], logits: &[f32], seen: &[u32]) -> Result<(), Failed> {
-    for wrong in [
-        Sampling { temperature: 0.9, ..PLAIN },
-        Sampling { top_k: 290, ..PLAIN },
-        Sampling { penalty: 1.15, ..PLAIN },
-    ] {
-        let expected = candidates(logits, seen, &wrong).expect("the logits are finite");
+fn the_judge_objects(
+    distribution: &Distribution,
+    counts: &[usize],
+    logits: &[f32],
+    seen: &[u32],
+) -> Result<(), Failed> {
+    for wrong in distribution.neighbours {
+        let expected = candidates(logits, seen, wrong).expect("the logits are finite");
         let (chi_square, degrees) = chi_square(counts, &expected);
         if chi_square <= critical(degrees) {
-            return Err(format!("{wrong:?} passes for {PLAIN:?}: χ² {chi_square}").into());
+            let how = distribution.how;
+            return Err(format!("{wrong:?} passes for {how:?}: χ² {chi_square}").into());
         }
     }
     Ok(())
@@ -299,8 +365,8 @@ fn broken_logits(gpu: &Gpu) -> Result<(), Failed> {
     let cut = Sampling { temperature: 0.7, penalty: 1.1, top_k: 5, top_p: 0.9, min_p: 0.1 };
     for how in [PLAIN, cut, Sampling { temperature: 0.0, penalty: 1.1, ..PLAIN }] {
         for bad in [f32::NAN, -f32::NAN, f32::INFINITY] {
-            for at in [0, 700, 1299] {
-                let mut logits = random.floats(1300, 5.0);
+            for at in [0, 700, 1024] {
+                let mut logits = random.floats(1025, 5.0);
                 logits[at] = bad;
                 let found = token(&logits, pass(&how, 1))?.tokens;
                 same(&format!("{how:?}, {bad} at {at}"), &found, &[u32::MAX])?;
@@ -316,15 +382,21 @@ fn broken_logits(gpu: &Gpu) -> Result<(), Failed> {
     Ok(())
 }
 
+/// Draws that are repeated, each alone.
+const REPEATED: usize = 20;
+
+/// A vocabulary of several whole chunks: that of the largest self-test but one, so that it is compiled once.
+const SEVERAL_CHUNKS: usize = 3072;
+
 /// The same random numbers give the same tokens; of each dispatch, the first token's bit is set.
 fn repeats_and_marks_seen(gpu: &Gpu) -> Result<(), Failed> {
     let mut random = Random::new(7);
     let pipelines = gpu.pipelines();
-    for (len, how) in [(300, PLAIN), (5000, Sampling { top_p: 0.95, ..PLAIN })] {
+    for (len, how) in [(300, PLAIN), (SEVERAL_CHUNKS, Sampling { top_p: 0.95, ..PLAIN })] {
         let logits = random.floats(len, 4.0);
         let seen = random_seen(&mut random, len);
-        let uniforms = uniforms(&mut random, 50);
-        let all = || draw_tokens(gpu, &pipelines, &logits, &seen, pass(&how, 50), &uniforms);
+        let uniforms = uniforms(&mut random, REPEATED);
+        let all = || draw_tokens(gpu, &pipelines, &logits, &seen, pass(&how, REPEATED), &uniforms);
         let first = all()?;
         same(&format!("V {len}: repeated"), &all()?.tokens, &first.tokens)?;
         for (uniform, token) in uniforms.iter().zip(&first.tokens) {
@@ -344,7 +416,7 @@ fn repeats_and_marks_seen(gpu: &Gpu) -> Result<(), Failed> {
 /// The last of several rows, outputs between guard words, and an output that is not the first token.
 fn rows_and_guards(gpu: &Gpu) -> Result<(), Failed> {
     let mut random = Random::new(8);
-    for (len, rows) in [(2, 3), (300, 2), (1025, 1), (2600, 2)] {
+    for (len, rows) in [(2, 3), (300, 2), (1025, 1), (SEVERAL_CHUNKS, 2)] {
         let lens = kernels::SampleLens::new(len);
         let logits = random.floats(rows * len, 4.0);
         let last = &logits[(rows - 1) * len..];
