@@ -101,12 +101,15 @@ if [ -z "$bindgen" ] || [ "$("$bindgen" --version)" != "wasm-bindgen $version" ]
   bindgen=$cache/wasm-bindgen-$version/bin/wasm-bindgen
   install_bindgen() {
     # It runs for seconds; to optimise it takes minutes.
-    env CARGO_PROFILE_RELEASE_OPT_LEVEL=0 CARGO_TARGET_DIR="$cache/build" cargo install wasm-bindgen-cli \
+    env CARGO_PROFILE_RELEASE_OPT_LEVEL=0 CARGO_TARGET_DIR="$cache/build" cargo install --quiet wasm-bindgen-cli \
       --version "$version" --no-default-features --root "$cache/wasm-bindgen-$version" "$@"
   }
-  [ -x "$bindgen" ] || install_bindgen --locked || {
-    echo "what wasm-bindgen-cli was locked to is not all there: built with what is" >&2
-    install_bindgen
+  [ -x "$bindgen" ] || {
+    echo "wasm-bindgen $version is built, once" >&2
+    install_bindgen --locked || {
+      echo "what wasm-bindgen-cli was locked to is not all there: built with what is" >&2
+      install_bindgen
+    }
   }
   rm -rf "$cache/build"
 fi
