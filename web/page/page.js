@@ -309,7 +309,7 @@ async function compare(signal) {
       row.append(name, bench.problem);
       return row;
     }
-    const text = `${bench.tokensPerSecond?.toFixed(1)} tokens/s, prompt ${bench.promptTokensPerSecond?.toFixed(0)} tokens/s`;
+    const text = `${bench.tokensPerSecond?.toFixed(1)} tokens/s, prompt ${bench.promptTokensPerSecond?.toFixed(1)} tokens/s`;
     const meter = Object.assign(document.createElement('meter'), { max: most, value: bench.tokensPerSecond ?? 0 });
     meter.setAttribute('aria-label', `${name.textContent}: ${text}`);
     const value = document.createElement('span');
